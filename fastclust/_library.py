@@ -1,0 +1,35 @@
+"""Loads the native libraries, once: importing this module registers every operator.
+
+The CPU operators come with :mod:`fastclust._C`. The CUDA operators live in a library of their own
+that can be loaded only by a torch built with CUDA; where it is not loaded, ``cuda_status`` says why
+and everything runs on the CPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fastclust import _C
+
+CUDA_LIBRARY = Path(__file__).parent / "libfastclust_cuda.so"
+
+
+def _load_cuda() -> str:
+    """Load the CUDA operators if they can be; return a sentence on the outcome."""
+    if not CUDA_LIBRARY.is_file():
+        return "not built (no nvcc when fastclust was installed, or FASTCLUST_CUDA=0)"
+    if torch.version.cuda is None:
+        return "built, not loaded: the installed torch is a CPU build"
+    try:
+        torch.ops.load_library(str(CUDA_LIBRARY))
+    except OSError as error:
+        return f"built, not loaded: {error}"
+    return "loaded"
+
+
+cuda_status: str = _load_cuda()
+cuda_loaded: bool = cuda_status == "loaded"
+
+__all__ = ["_C", "cuda_loaded", "cuda_status"]

@@ -1,0 +1,1 @@
+"""The two networks as thin ``torch.nn`` modules, and the training-free embedding."""

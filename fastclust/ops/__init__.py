@@ -1,0 +1,1 @@
+"""The operators: one module per kernel, on CPU and CUDA tensors, differentiable."""
