@@ -57,7 +57,9 @@ class NinjaBuild(build_ext):
         with_cuda = any(ext.name == CUDA_LIBRARY for ext in self.extensions)
 
         includes = [str(ROOT / "csrc"), *torch.includes]
-        include_flags = [f"-I{includes[0]}"] + [f"-isystem{path}" for path in includes[1:]]
+        include_flags = ["-I", includes[0]]
+        for path in includes[1:]:
+            include_flags += ["-isystem", path]
         common = [*include_flags, *toolchain.TORCH_DEFINES]
         if toolchain.is_x86_64():
             common.append("-DFASTCLUST_X86_SIMD")
@@ -69,8 +71,8 @@ class NinjaBuild(build_ext):
             "FASTCLUST_BUILD_CUDA_ARCHS": " ".join(archs) if with_cuda else "",
         }
         python_flags = [
-            f"-isystem{sysconfig.get_path('include')}",
-            f"-isystem{pybind11.get_include()}",
+            *("-isystem", sysconfig.get_path("include")),
+            *("-isystem", pybind11.get_include()),
             *(f'-D{key}="{value}"' for key, value in build_facts.items()),
         ]
 
