@@ -1,0 +1,570 @@
+"""Checks on user-supplied graphs, features, labels and cluster counts.
+
+Every function here either returns its argument in the one form that the rest of the package
+works with, or raises ``TypeError`` / ``ValueError`` with a message that names the argument, says
+what it must be, what it was and how to mend it. What can be mended without guessing (self loops,
+an asymmetric adjacency) is mended, with a :class:`DataWarning`.
+
+Isolated nodes, disconnected graphs and all-zero feature rows are ordinary data and pass.
+"""
+
+from __future__ import annotations
+
+import numbers
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+import torch
+
+__all__ = [
+    "DataWarning",
+    "check_adjacency",
+    "check_features",
+    "check_labels",
+    "check_n_clusters",
+    "is_graph_data",
+    "unpack_graph_data",
+]
+
+# Two entries A_ij and A_ji count as equal up to this fraction of the largest weight: weights that
+# were normalised in float32 differ by rounding and deserve no warning.
+_SYMMETRY_TOLERANCE = 1e-6
+
+
+class DataWarning(UserWarning):
+    """The data were changed, or look unusual, but can be used."""
+
+
+def check_adjacency(
+    adjacency: Any, n_nodes: int | None = None, *, name: str = "adjacency"
+) -> sp.csr_array:
+    """Return an adjacency of any supported kind in canonical CSR form.
+
+    Canonical: square, symmetric, no self loops, no duplicate and no explicitly stored zero
+    entries, columns sorted within each row; ``indptr`` int32 [N+1], ``indices`` int32 [E],
+    ``data`` float32 [E]. E counts both directions of an edge.
+
+    Parameters
+    ----------
+    adjacency : scipy sparse, array [N, N], torch tensor, edge index [2, E] or networkx graph
+        A torch tensor may be dense, COO, CSR, CSC or an edge index. An *edge index* is an integer
+        array or tensor of shape [2, E] whose columns are edges; repeated columns count once. The
+        nodes of a networkx graph keep their order, except that nodes named 0..N-1 are sorted; its
+        edge attribute ``weight`` is used where present. CuPy arrays are copied to the host.
+    n_nodes : int, optional
+        The number of nodes N that the adjacency must have. Without it an edge index is taken to
+        end at its largest node.
+    name : str
+        How messages call the argument.
+
+    Returns
+    -------
+    scipy.sparse.csr_array
+        [N, N], float32. It may share memory with the argument, which is never modified.
+
+    Raises
+    ------
+    TypeError
+        The kind or dtype of the argument is not supported.
+    ValueError
+        Not square, not N by N, negative or out-of-range indices, negative, NaN or infinite weights.
+
+    Warns
+    -----
+    DataWarning
+        Self loops were dropped, or an asymmetric adjacency was replaced by the elementwise
+        maximum of itself and its transpose.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> check_adjacency(np.array([[0, 1, 1, 2], [1, 0, 2, 1]])).toarray()
+    array([[0., 1., 0.],
+           [1., 0., 1.],
+           [0., 1., 0.]], dtype=float32)
+    """
+    matrix = _as_csr(adjacency, n_nodes, name)
+    n = matrix.shape[0]
+    if matrix.shape[0] != matrix.shape[1]:
+        hint = ""
+        if matrix.shape[1] == 2:
+            hint = "; an edge list must be transposed to an edge index of shape [2, E]"
+        elif matrix.shape[0] == 2:
+            hint = "; an edge index of shape [2, E] must hold integers"
+        raise ValueError(f"{name} must be square, got shape {matrix.shape}{hint}")
+    if n == 0:
+        raise ValueError(f"{name} must have at least one node, got shape (0, 0)")
+    if n_nodes is not None and n != n_nodes:
+        raise ValueError(
+            f"{name} must have one row and one column per row of the features "
+            f"({n_nodes}), got shape {matrix.shape}"
+        )
+    if matrix.nnz > np.iinfo(np.int32).max or n > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"{name} must have fewer than 2**31 nodes and entries, "
+            f"got {n} nodes and {matrix.nnz} entries"
+        )
+    _require_finite(matrix.data, name)
+    matrix.data = _to_float32(matrix.data, name)
+    if matrix.nnz and matrix.data.min() < 0:
+        raise ValueError(
+            f"{name} must have no negative weights, got {matrix.data.min():g} as the smallest; "
+            f"shift or drop negative edges first"
+        )
+    matrix = _drop_self_loops(matrix, name)
+    matrix = _symmetrised(matrix, name)
+    return _canonical(matrix)
+
+
+def check_features(
+    features: Any, n_nodes: int | None = None, *, name: str = "features"
+) -> npt.NDArray[np.float32] | sp.csr_array:
+    """Return node features as float32, dense features dense and sparse features in CSR.
+
+    Parameters
+    ----------
+    features : array, scipy sparse or torch tensor, shape [N, D]
+        CuPy arrays are copied to the host.
+    n_nodes : int, optional
+        The number of rows that the features must have.
+    name : str
+        How messages call the argument.
+
+    Returns
+    -------
+    numpy.ndarray or scipy.sparse.csr_array
+        [N, D], float32; a dense result is C-contiguous, a sparse one has sorted columns without
+        duplicates or stored zeros. It may share memory with the argument, which is never modified.
+
+    Raises
+    ------
+    TypeError
+        Not numeric.
+    ValueError
+        Not two-dimensional, no rows, no columns, a wrong number of rows, NaN or infinite values,
+        complex numbers.
+    """
+    features = _to_host(features)
+    if isinstance(features, torch.Tensor):
+        features = _torch_to_host(features)
+    if sp.issparse(features):
+        _require_real(features.dtype, name)
+        matrix: Any = _checked_csr(features, name)
+        _require_feature_shape(matrix.shape, n_nodes, name)
+        _require_finite(matrix.data, name)
+        matrix.data = _to_float32(matrix.data, name)
+        return _canonical(matrix)
+
+    array = _as_array(features, name)
+    if array.ndim != 2:
+        raise ValueError(
+            f"{name} must be 2-dimensional [n_nodes, n_features], got shape {array.shape}; "
+            f"Reshape your data with array.reshape(-1, 1) if it has a single feature"
+        )
+    _require_feature_shape(array.shape, n_nodes, name)
+    _require_finite(array, name)
+    return np.ascontiguousarray(_to_float32(array, name))
+
+
+def check_labels(labels: Any, n_nodes: int | None = None, *, name: str = "labels") -> Any:
+    """Return class or cluster labels as a one-dimensional array of 0..C-1.
+
+    Any values that NumPy can sort are accepted (non-contiguous or negative integers, strings);
+    they are numbered in sorted order.
+
+    Parameters
+    ----------
+    labels : array of shape [N]
+        One label per node.
+    n_nodes : int, optional
+        The length that the labels must have.
+    name : str
+        How messages call the argument.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64 [N], values 0..C-1, each of them used.
+
+    Raises
+    ------
+    TypeError
+        The labels cannot be sorted.
+    ValueError
+        Not one-dimensional, empty, of the wrong length, or NaN.
+    """
+    labels = _to_host(labels)
+    array = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else labels
+    array = np.asarray(array)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1:
+        raise ValueError(f"{name} must be 1-dimensional [n_nodes], got shape {array.shape}")
+    if array.size == 0:
+        raise ValueError(f"{name} must hold at least one label, got none")
+    if n_nodes is not None and array.shape[0] != n_nodes:
+        raise ValueError(
+            f"{name} must hold one label per node ({n_nodes}), got {array.shape[0]} labels"
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{name} must not hold NaN or infinite values; drop unlabelled nodes")
+    try:
+        _, inverse = np.unique(array, return_inverse=True)
+    except TypeError as error:
+        raise TypeError(f"{name} must hold labels of one sortable type: {error}") from None
+    return inverse.reshape(-1).astype(np.int64)
+
+
+def check_n_clusters(n_clusters: Any, n_nodes: int | None = None, *, minimum: int = 2) -> int:
+    """Return the number of clusters as an int.
+
+    Parameters
+    ----------
+    n_clusters : int
+        The number of clusters K.
+    n_nodes : int, optional
+        The number of nodes N; K may not exceed it.
+    minimum : int, default 2
+        The least K allowed. A clustering needs two clusters; plain k-means can do with one.
+
+    Raises
+    ------
+    TypeError
+        Not an integer.
+    ValueError
+        Below ``minimum`` or above ``n_nodes``.
+    """
+    if isinstance(n_clusters, (bool, np.bool_)) or not isinstance(n_clusters, numbers.Integral):
+        raise TypeError(
+            f"n_clusters must be an integer, got {n_clusters!r} of type {type(n_clusters).__name__}"
+        )
+    k = int(n_clusters)
+    if k < minimum:
+        raise ValueError(f"n_clusters must be at least {minimum}, got {k}")
+    if n_nodes is not None and k > n_nodes:
+        raise ValueError(
+            f"n_clusters must be at most the number of nodes, got n_clusters={k} with "
+            f"n_samples={n_nodes}; ask for fewer clusters or give more nodes"
+        )
+    return k
+
+
+def is_graph_data(data: Any) -> bool:
+    """Whether ``data`` looks like a ``torch_geometric.data.Data`` object (features and edges)."""
+    return hasattr(data, "x") and (
+        getattr(data, "edge_index", None) is not None or getattr(data, "adj_t", None) is not None
+    )
+
+
+def unpack_graph_data(data: Any) -> tuple[npt.NDArray[np.float32] | sp.csr_array, sp.csr_array]:
+    """Take features and adjacency out of a ``torch_geometric.data.Data`` object.
+
+    The object is only looked at (``x``, ``edge_index``, ``edge_weight``, ``adj_t``), so that
+    torch_geometric need not be installed. Labels (``y``) are not read.
+
+    Returns
+    -------
+    features : numpy.ndarray or scipy.sparse.csr_array
+        [N, D], float32, see :func:`check_features`.
+    adjacency : scipy.sparse.csr_array
+        [N, N], canonical, see :func:`check_adjacency`.
+
+    Raises
+    ------
+    ValueError
+        The object has no features or no edges, or they are not valid.
+    """
+    x = getattr(data, "x", None)
+    if x is None:
+        raise ValueError("data.x must hold the node features [n_nodes, n_features], got None")
+    features = check_features(x, name="data.x")
+    n_nodes = int(features.shape[0])
+    edge_index = getattr(data, "edge_index", None)
+    if edge_index is None:
+        adj_t = getattr(data, "adj_t", None)
+        if adj_t is None:
+            raise ValueError("data must hold edges in edge_index or adj_t, got neither")
+        if hasattr(adj_t, "to_scipy"):
+            adj_t = adj_t.to_scipy(layout="csr")
+        return features, check_adjacency(adj_t, n_nodes, name="data.adj_t")
+    weight = getattr(data, "edge_weight", None)
+    if weight is None:
+        return features, check_adjacency(edge_index, n_nodes, name="data.edge_index")
+    rows, cols = _edge_index_pair(_as_array(edge_index, "data.edge_index"), n_nodes, "edge_index")
+    weight = _as_array(weight, "data.edge_weight").reshape(-1)
+    if weight.shape[0] != rows.shape[0]:
+        raise ValueError(
+            f"data.edge_weight must hold one weight per edge ({rows.shape[0]}), "
+            f"got {weight.shape[0]}"
+        )
+    weighted = sp.coo_array((weight, (rows, cols)), shape=(n_nodes, n_nodes))
+    return features, check_adjacency(weighted, n_nodes, name="data.edge_index")
+
+
+# --- from any kind to scipy CSR ------------------------------------------------------------------
+
+
+def _as_csr(adjacency: Any, n_nodes: int | None, name: str) -> sp.csr_array:
+    """Any supported adjacency as CSR with checked indices; entries summed where they repeat."""
+    adjacency = _to_host(adjacency)
+    if isinstance(adjacency, torch.Tensor):
+        adjacency = _torch_to_host(adjacency)
+    if sp.issparse(adjacency):
+        if adjacency.ndim != 2:
+            raise ValueError(f"{name} must be 2-dimensional, got shape {adjacency.shape}")
+        _require_real(adjacency.dtype, name)
+        return _checked_csr(adjacency, name)
+    if hasattr(adjacency, "number_of_nodes") and hasattr(adjacency, "adj"):
+        return _networkx_to_csr(adjacency)
+
+    array = _as_array(adjacency, name)
+    if array.ndim != 2:
+        raise ValueError(
+            f"{name} must be 2-dimensional: [N, N], or an edge index [2, E]; "
+            f"got shape {array.shape}"
+        )
+    # [2, 2] is read as a dense adjacency unless the number of nodes says otherwise.
+    is_edge_index = (
+        array.shape[0] == 2
+        and array.dtype.kind in "iu"
+        and (array.shape[1] != 2 or n_nodes not in (None, 2))
+    )
+    if is_edge_index:
+        rows, cols = _edge_index_pair(array, n_nodes, name)
+        n = int(max(rows.max(), cols.max())) + 1 if n_nodes is None and rows.size else n_nodes
+        if n is None:
+            raise ValueError(f"{name} must hold at least one edge when the number of nodes is open")
+        matrix = sp.csr_array((np.ones(rows.size, np.float32), (rows, cols)), shape=(n, n))
+        matrix.data[:] = 1.0  # a repeated column of an edge index is the same edge
+        return matrix
+    return sp.csr_array(array.astype(np.float32) if array.dtype.kind in "biu" else array)
+
+
+def _edge_index_pair(array: Any, n_nodes: int | None, name: str) -> tuple[Any, Any]:
+    if array.ndim != 2 or array.shape[0] != 2 or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name} must be an integer edge index of shape [2, E], "
+            f"got shape {array.shape} of {array.dtype}"
+        )
+    _require_index_range(array.reshape(-1), n_nodes, name)
+    return array[0].astype(np.int64), array[1].astype(np.int64)
+
+
+def _networkx_to_csr(graph: Any) -> sp.csr_array:
+    import networkx as nx
+
+    nodes = list(graph.nodes)
+    if set(nodes) == set(range(len(nodes))):
+        nodes.sort()
+    if not nodes:
+        return sp.csr_array((0, 0), dtype=np.float32)
+    return sp.csr_array(nx.to_scipy_sparse_array(graph, nodelist=nodes, format="csr"))
+
+
+def _to_host(value: Any) -> Any:
+    """CuPy arrays and matrices come to the host; everything else passes."""
+    if type(value).__module__.partition(".")[0] in ("cupy", "cupyx") and hasattr(value, "get"):
+        return value.get()
+    return value
+
+
+def _torch_to_host(tensor: torch.Tensor) -> Any:
+    """A torch tensor as a NumPy array (dense) or scipy matrix (sparse layouts)."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        tensor = tensor.to(torch.float32)
+    if tensor.layout == torch.strided:
+        return tensor.numpy()
+    if tensor.layout == torch.sparse_csr:
+        arrays = (tensor.values(), tensor.col_indices(), tensor.crow_indices())
+        return sp.csr_array(tuple(a.numpy() for a in arrays), shape=tuple(tensor.shape))
+    if tensor.layout == torch.sparse_csc:
+        arrays = (tensor.values(), tensor.row_indices(), tensor.ccol_indices())
+        return sp.csc_array(tuple(a.numpy() for a in arrays), shape=tuple(tensor.shape))
+    if tensor.layout != torch.sparse_coo:
+        tensor = tensor.to_sparse_coo()
+    tensor = tensor.coalesce()
+    rows, cols = tensor.indices().numpy()
+    return sp.coo_array((tensor.values().numpy(), (rows, cols)), shape=tuple(tensor.shape))
+
+
+def _as_array(value: Any, name: str) -> Any:
+    """Anything array-like as a NumPy array of real numbers or booleans."""
+    if isinstance(value, torch.Tensor):
+        value = _torch_to_host(value)
+    if value is None or isinstance(value, (str, bytes, dict)):
+        raise TypeError(f"{name} must be an array, sparse matrix or tensor, got {value!r:.60}")
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must be an array, sparse matrix or tensor, got {type(value).__name__}: {error}"
+        ) from None
+    if array.dtype.kind in "OUS":
+        try:
+            array = array.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{name} must be numeric, got dtype {array.dtype}: {error}") from None
+    _require_real(array.dtype, name)
+    return array
+
+
+def _checked_csr(matrix: Any, name: str) -> sp.csr_array:
+    """A scipy sparse matrix as CSR, after its index arrays were checked.
+
+    scipy trusts its index arrays and would read out of bounds on a damaged one.
+    """
+    if matrix.format in ("csr", "csc", "bsr"):
+        n_major, n_minor = matrix.shape if matrix.format != "csc" else matrix.shape[::-1]
+        if matrix.format == "bsr":
+            n_major, n_minor = (n // b for n, b in zip(matrix.shape, matrix.blocksize, strict=True))
+        indptr, indices = matrix.indptr, matrix.indices
+        if (
+            indptr.shape != (n_major + 1,)
+            or indptr[0] != 0
+            or indptr[-1] > indices.shape[0]
+            or (indptr[1:] < indptr[:-1]).any()
+            or indices.shape[0] != matrix.data.shape[0]
+        ):
+            raise ValueError(
+                f"{name} must be a valid {matrix.format.upper()} matrix: its row pointer must rise "
+                f"from 0 to the number of stored entries over {n_major + 1} values"
+            )
+        _require_index_range(indices, n_minor, name)
+    elif matrix.format == "coo":
+        for axis, index in enumerate(matrix.coords):
+            _require_index_range(index, matrix.shape[axis], name)
+    csr = sp.csr_array(matrix)  # shares the arrays of a CSR argument
+    if csr.dtype.kind in "iu":
+        csr = csr.astype(np.float32)  # small integers would overflow in sums and differences
+    if not csr.has_canonical_format:
+        csr = csr.copy()
+        csr.sum_duplicates()
+    return csr.astype(np.float32) if csr.dtype == bool else csr
+
+
+def _require_index_range(indices: Any, n: int | None, name: str) -> None:
+    if not indices.size:
+        return
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0:
+        raise ValueError(f"{name} must hold node indices of 0 or more, got {low}")
+    if n is not None and high >= n:
+        raise ValueError(
+            f"{name} must hold indices below {n}, got {high}; check the number of nodes, and that "
+            f"indices count from 0"
+        )
+
+
+# --- checks and mends ----------------------------------------------------------------------------
+
+
+def _require_real(dtype: Any, name: str) -> None:
+    kind = np.dtype(dtype).kind
+    if kind == "c":
+        raise ValueError(f"Complex data not supported: {name} must be real, got dtype {dtype}")
+    if kind not in "biuf":
+        raise TypeError(f"{name} must be numeric, got dtype {dtype}")
+
+
+def _require_finite(values: Any, name: str) -> None:
+    if values.dtype.kind != "f":
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        # One pass without a mask; only a suspicious sum is looked at element by element.
+        if np.isfinite(np.sum(values, dtype=np.float64)):
+            return
+    bad = np.argwhere(~np.isfinite(values))
+    if not len(bad):
+        return
+    first = tuple(int(i) for i in bad[0])
+    kind = "NaN" if np.isnan(values[first]) else "inf (infinity)"
+    where = f" at row {first[0]}, column {first[1]}" if len(first) == 2 else ""
+    raise ValueError(
+        f"{name} must hold finite values only, got {len(bad)} that are not, the first {kind}"
+        f"{where}; replace or drop them"
+    )
+
+
+def _to_float32(values: Any, name: str) -> Any:
+    with np.errstate(over="ignore"):
+        converted = values.astype(np.float32, copy=False)
+    if values.dtype.kind == "f" and values.dtype.itemsize > 4 and values.size:
+        largest = max(abs(float(values.max())), abs(float(values.min())))
+        if largest > float(np.finfo(np.float32).max):
+            raise ValueError(
+                f"{name} must fit float32 (up to 3.4e38), got a value of size {largest:.3g}; "
+                f"rescale the data"
+            )
+    return converted
+
+
+def _require_feature_shape(shape: tuple[int, ...], n_nodes: int | None, name: str) -> None:
+    if shape[0] == 0:
+        raise ValueError(
+            f"{name} must have at least one row: found array with 0 sample(s) (shape={shape}) "
+            f"while a minimum of 1 is required."
+        )
+    if shape[1] == 0:
+        raise ValueError(
+            f"{name} must have at least one column: found array with 0 feature(s) (shape={shape}) "
+            f"while a minimum of 1 is required."
+        )
+    if n_nodes is not None and shape[0] != n_nodes:
+        raise ValueError(f"{name} must have one row per node ({n_nodes}), got shape {shape}")
+
+
+def _drop_self_loops(matrix: sp.csr_array, name: str) -> sp.csr_array:
+    loops = int(np.count_nonzero(matrix.diagonal()))
+    if not loops:
+        return matrix
+    warnings.warn(
+        f"{name} has {loops} self loops; they were dropped", DataWarning, stacklevel=_STACKLEVEL
+    )
+    coo = matrix.tocoo()
+    keep = coo.row != coo.col
+    return sp.csr_array((coo.data[keep], (coo.row[keep], coo.col[keep])), shape=matrix.shape)
+
+
+def _symmetrised(matrix: sp.csr_array, name: str) -> sp.csr_array:
+    transposed = sp.csr_array(matrix.T)
+    gap = abs(matrix - transposed)
+    if gap.nnz == 0 or gap.max() == 0:
+        return matrix
+    tolerance = _SYMMETRY_TOLERANCE * float(matrix.max())
+    if gap.max() > tolerance:
+        n_bad = int(np.count_nonzero(gap.data > tolerance)) // 2
+        warnings.warn(
+            f"{name} is not symmetric ({n_bad} pairs of nodes differ between the two directions); "
+            f"using the elementwise maximum of it and its transpose",
+            DataWarning,
+            stacklevel=_STACKLEVEL,
+        )
+    return matrix.maximum(transposed)
+
+
+_STACKLEVEL = 4  # helper, check_*, the caller of check_*, its user
+
+
+def _canonical(matrix: sp.csr_array) -> sp.csr_array:
+    """Sorted CSR without stored zeros: float32 data, int32 indptr and indices."""
+    matrix = sp.csr_array(matrix)
+    if matrix.nnz and not matrix.data.all():
+        matrix = matrix.copy()
+        matrix.eliminate_zeros()
+    matrix.sort_indices()
+    nnz = int(matrix.indptr[-1])
+    # scipy wants one dtype for both index arrays: a wider indptr breaks tocoo and others.
+    index = sp.get_index_dtype(maxval=max(nnz, *matrix.shape))
+    return sp.csr_array(
+        (
+            matrix.data[:nnz].astype(np.float32, copy=False),
+            matrix.indices[:nnz].astype(index, copy=False),
+            matrix.indptr.astype(index, copy=False),
+        ),
+        shape=matrix.shape,
+    )

@@ -1,0 +1,39 @@
+"""Fixtures shared by the test modules."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of benchmark graphs named by FASTCLUST_DATA; skips where it is not set."""
+    root = os.environ.get("FASTCLUST_DATA")
+    if not root:
+        pytest.skip("FASTCLUST_DATA is not set: it must name the folder of benchmark graphs")
+    if not (Path(root) / "cora.npz").is_file():
+        pytest.skip(f"FASTCLUST_DATA={root} holds no cora.npz")
+    return Path(root)
+
+
+@pytest.fixture
+def path_graph() -> sp.csr_array:
+    """The path 0 - 1 - 2 - 3 - 4, unweighted."""
+    return sp.csr_array(sp.diags_array([np.ones(4), np.ones(4)], offsets=[-1, 1]), dtype=np.float32)
+
+
+@pytest.fixture
+def two_blocks() -> tuple[sp.csr_array, np.ndarray, np.ndarray]:
+    """A planted partition of 60 nodes into two blocks: adjacency, features [60, 8], labels."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 30)
+    p = np.where(labels[:, None] == labels[None, :], 0.4, 0.02)
+    upper = np.triu(rng.random((60, 60)) < p, 1)
+    features = rng.normal(size=(60, 8)).astype(np.float32) + 2.0 * labels[:, None]
+    adjacency = sp.csr_array((upper | upper.T).astype(np.float32))
+    return adjacency, features.astype(np.float32), labels
