@@ -173,9 +173,7 @@ def escape(path: str) -> str:
 
 def extensions() -> list[Extension]:
     """The CPU library always; the CUDA library where it can or must be built."""
-    cpu = [
-        s for s in sources(".cpp") if toolchain.is_x86_64() or not toolchain.has_simd_suffix(s)
-    ]
+    cpu = [s for s in sources(".cpp") if toolchain.is_x86_64() or not toolchain.has_simd_suffix(s)]
     result = [Extension("fastclust._C", [str(s.relative_to(ROOT)) for s in cpu])]
     cuda = sources(".cu")
     hopper = any(a.startswith("9.0a") for a in toolchain.cuda_archs())

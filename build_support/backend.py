@@ -13,7 +13,6 @@ from typing import Any
 
 from setuptools import build_meta as _setuptools
 from setuptools.build_meta import build_sdist, prepare_metadata_for_build_wheel
-
 from toolchain import find_torch
 
 __all__ = [

@@ -105,7 +105,7 @@ def find_nvcc() -> Nvcc | None:
 
 
 def cuda_wanted(nvcc: Nvcc | None) -> bool:
-    """Decide whether the CUDA library is built: FASTCLUST_CUDA=0 never, 1 always, unset if possible.
+    """Decide whether to build for CUDA: FASTCLUST_CUDA=0 never, 1 always, unset if possible.
 
     Raises:
         SystemExit: FASTCLUST_CUDA is 1 and there is no usable nvcc, or it has another value.

@@ -31,8 +31,8 @@ void parallel_tasks(int64_t n_tasks, const F& f) {
     const F* f;
     int64_t n_tasks;
     std::atomic<int64_t> next{0};
-    std::mutex mutex;
-    std::exception_ptr error;
+    std::mutex mutex{};
+    std::exception_ptr error{};
   } shared{&f, n_tasks};
   const int64_t threads = num_threads();
   const int n_workers = static_cast<int>(n_tasks < threads ? n_tasks : threads);

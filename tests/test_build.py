@@ -1,0 +1,116 @@
+"""The decisions of the build: toolchain search, flags, architectures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def toolchain(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "build_support"))
+    import toolchain
+
+    return toolchain
+
+
+def test_torch_is_found_without_importing_it(toolchain):
+    import torch
+
+    found = toolchain.find_torch()
+    assert found is not None
+    assert found.version == torch.__version__
+    assert Path(found.lib_dir, "libtorch_cpu.so").exists()
+
+
+def test_an_isolated_environment_finds_the_torch_beside_the_interpreter():
+    # pip takes site-packages off sys.path for the build.
+    code = (
+        "import sys; sys.path = [p for p in sys.path if 'site-packages' not in p];"
+        f"sys.path.insert(0, {str(ROOT / 'build_support')!r}); import toolchain;"
+        "print(toolchain.find_torch().version)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
+    )
+    import torch
+
+    assert output.stdout.strip() == torch.__version__
+
+
+def test_cuda_is_forbidden_by_0(toolchain, monkeypatch):
+    monkeypatch.setenv("FASTCLUST_CUDA", "0")
+    assert not toolchain.cuda_wanted(toolchain.Nvcc("nvcc", "13.0"))
+
+
+@pytest.mark.parametrize("nvcc, reason", [(None, "no nvcc"), ("11.8", "older than 12.0")])
+def test_cuda_asked_for_but_impossible_is_an_error(toolchain, monkeypatch, nvcc, reason):
+    monkeypatch.setenv("FASTCLUST_CUDA", "1")
+    found = toolchain.Nvcc("nvcc", nvcc) if nvcc else None
+    with pytest.raises(SystemExit, match=reason):
+        toolchain.cuda_wanted(found)
+
+
+def test_cuda_unset_means_where_possible(toolchain, monkeypatch, capsys):
+    monkeypatch.delenv("FASTCLUST_CUDA", raising=False)
+    assert toolchain.cuda_wanted(toolchain.Nvcc("nvcc", "13.0"))
+    assert not toolchain.cuda_wanted(None)
+    assert "CPU alone" in capsys.readouterr().err
+
+
+def test_cuda_other_values_are_refused(toolchain, monkeypatch):
+    monkeypatch.setenv("FASTCLUST_CUDA", "yes")
+    with pytest.raises(SystemExit, match="must be 0, 1 or unset"):
+        toolchain.cuda_wanted(None)
+
+
+def test_default_architectures(toolchain, monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    flags = toolchain.gencode_flags(toolchain.cuda_archs(), hopper_only=False)
+    assert flags == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_80,code=compute_80",
+    ]
+
+
+def test_architecture_list_is_honoured(toolchain, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.6;12.0+PTX")
+    assert toolchain.cuda_archs() == ["8.6", "12.0+PTX"]  # 7.5 has no bf16 matrix unit
+
+
+@pytest.mark.parametrize("text", ["eight", "8", "7.0;7.5"])
+def test_unusable_architecture_lists_are_errors(toolchain, monkeypatch, text):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST"):
+        toolchain.cuda_archs()
+
+
+def test_hopper_files_are_compiled_for_hopper_alone(toolchain):
+    assert toolchain.gencode_flags(["8.0"], hopper_only=True) == [
+        "-gencode=arch=compute_90a,code=sm_90a"
+    ]
+
+
+def test_simd_flags_follow_the_suffix(toolchain):
+    assert toolchain.simd_flags(Path("csrc/x/x_cpu.cpp")) == []
+    assert "-mavx512f" in toolchain.simd_flags(Path("csrc/x/x_avx512.cpp"))
+    assert "-mavx512f" not in toolchain.simd_flags(Path("csrc/x/x_avx2.cpp"))
+    assert "-mavx512bf16" in toolchain.simd_flags(Path("csrc/x/x_avx512bf16.cpp"))
+
+
+def test_no_source_is_compiled_for_the_build_machine():
+    for path in [ROOT / "setup.py", *(ROOT / "build_support").glob("*.py")]:
+        assert "march=native" not in path.read_text()
+
+
+def test_jobs_respect_max_jobs(toolchain, monkeypatch):
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert toolchain.parallel_jobs() == 3
+    monkeypatch.delenv("MAX_JOBS")
+    assert toolchain.parallel_jobs() >= 1
