@@ -6,6 +6,7 @@ build_support/toolchain.py; this file only writes the build graph and runs it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -134,6 +135,12 @@ class NinjaBuild(build_ext):
                 "Compiling fastclust failed; the compiler's message stands above. "
                 "FASTCLUST_CUDA=0 leaves the CUDA library out, MAX_JOBS=1 saves memory."
             ) from error
+
+        # Also beside the sources: `python -m fastclust.train` in a checkout imports the folder it
+        # stands in, and after `pip install .` that should work as well as anywhere else.
+        for output in outputs:
+            with contextlib.suppress(OSError, shutil.SameFileError):
+                shutil.copy2(output, ROOT / "fastclust" / output.name)
 
 
 class Graph:

@@ -10,14 +10,23 @@ import pytest
 import scipy.sparse as sp
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-data",
+        action="store_true",
+        help="fail, instead of skipping, the tests that need the graphs named by FASTCLUST_DATA",
+    )
+
+
 @pytest.fixture(scope="session")
-def data_root() -> Path:
-    """The folder of benchmark graphs named by FASTCLUST_DATA; skips where it is not set."""
+def data_root(pytestconfig: pytest.Config) -> Path:
+    """The folder of benchmark graphs named by FASTCLUST_DATA; skips where there is none."""
+    absent = pytest.fail if pytestconfig.getoption("--require-data") else pytest.skip
     root = os.environ.get("FASTCLUST_DATA")
     if not root:
-        pytest.skip("FASTCLUST_DATA is not set: it must name the folder of benchmark graphs")
+        absent("FASTCLUST_DATA is not set: it must name the folder of benchmark graphs")
     if not (Path(root) / "cora.npz").is_file():
-        pytest.skip(f"FASTCLUST_DATA={root} holds no cora.npz")
+        absent(f"FASTCLUST_DATA={root} holds no cora.npz")
     return Path(root)
 
 
