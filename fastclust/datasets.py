@@ -14,26 +14,55 @@ What it assembles is checked against the SHA-256 of the arrays in use in the lit
 
 from __future__ import annotations
 
+import collections
+import hashlib
+import io
+import logging
 import os
+import pickle
+import tempfile
+import time
+import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import platformdirs
+import pooch
 import scipy.sparse as sp
 
-from fastclust.validation import check_adjacency, check_features
+from fastclust.validation import (
+    DataWarning,
+    check_adjacency,
+    check_features,
+    require_valid_csr,
+)
 
 __all__ = [
+    "DATASET_NAMES",
     "Dataset",
     "DatasetFormatError",
     "DatasetNotFoundError",
+    "array_digest",
+    "load_dataset",
     "load_npz",
+    "nearest_neighbor_graph",
 ]
+
+_log = logging.getLogger("fastclust")
+
+#: Where downloads come from; the environment variable FASTCLUST_DATA_URL names a mirror that
+#: serves the same paths.
+BASE_URL = "https://raw.githubusercontent.com"
+
+_TIMEOUT = (10.0, 60.0)  # seconds to connect, seconds of silence while reading
+_ATTEMPTS = 3
+_RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled before each later one
 
 
 class DatasetNotFoundError(FileNotFoundError):
@@ -119,16 +148,327 @@ def load_npz(path: str | os.PathLike[str]) -> Dataset:
     Dataset('cora': 2708 nodes, 10556 edges, 1433 features, 7 classes)
     """
     path = Path(path)
-    arrays = _read_arrays(path)
-    if "shape_x" in arrays or "x_indptr" in arrays:
-        return _from_uniform(arrays, path.stem, str(path))
-    if "adj_shape" in arrays or "attr_indptr" in arrays:
-        return _from_gnn_benchmark(arrays, path.stem, str(path))
-    raise DatasetFormatError(
-        f"{path} must hold adj_indptr, adj_indices, x_indptr, x_indices, x_data and shape_x "
-        f"(uniform format) or adj_* and attr_* (gnn-benchmark format), got the keys "
-        f"{', '.join(sorted(arrays)) or 'none'}"
-    )
+    return _load(path, path.stem)
+
+
+def load_dataset(
+    name: str | os.PathLike[str], root: str | os.PathLike[str] | None = None
+) -> Dataset:
+    """Load a benchmark graph by name, or a graph from the path of a ``.npz`` file.
+
+    A name is looked for in ``root``, in the folder named by the environment variable
+    ``FASTCLUST_DATA``, in the user cache folder, and at last downloaded from where its authors
+    published it. Each folder may hold ``<name>.npz`` or the published files themselves. Downloads
+    are verified (git blob id of the file, or SHA-256 of the assembled arrays) before they
+    are cached; a local file with other arrays is used with a warning.
+
+    Parameters
+    ----------
+    name : str or path
+        ``cora``, ``citeseer`` (Planetoid; Yang et al., 2016), ``amap``, ``amac`` (Amazon Photo and
+        Computers; Shchur et al., 2018), ``eat``, ``uat``, ``bat`` (European, USA and Brazilian
+        air traffic; Ribeiro et al., 2017), ``digits`` (scikit-learn's 1797 handwritten digits,
+        pixels in [0, 1], with the graph of 10 nearest neighbours, an edge where either of two
+        nodes is among the other's), or the path of a ``.npz`` file (see :func:`load_npz`).
+    root : path, optional
+        The folder to look in first.
+
+    Returns
+    -------
+    Dataset
+
+    Raises
+    ------
+    DatasetNotFoundError
+        The name is not known, or its files are in none of the places and cannot be downloaded. The
+        message lists every place.
+    DatasetFormatError
+        A file that was found is damaged, or a download is not what was published.
+
+    Examples
+    --------
+    >>> load_dataset("digits")
+    Dataset('digits': 1797 nodes, 24680 edges, 64 features, 10 classes)
+    """
+    text = os.fspath(name)
+    if text.endswith(".npz") or isinstance(name, os.PathLike):
+        return load_npz(text)
+    key = text.strip().lower()
+    if key == "digits":
+        return _digits()
+    source = _SOURCES.get(key)
+    if source is None:
+        raise DatasetNotFoundError(
+            f"unknown data set {text!r}: it must be one of {', '.join(DATASET_NAMES)}, "
+            f"or the path of a .npz file"
+        )
+
+    tried = []
+    cache = _cache_dir()
+    for folder in _search_folders(root):
+        found = _find_in(folder, key, source)
+        if found is None:
+            tried.append(f"{folder / key}.npz (no such file)")
+            continue
+        path, read = found
+        dataset = read()
+        if array_digest(dataset) != source.digest:
+            warnings.warn(
+                f"{path} does not hold the arrays known as {key!r} (another node order, other "
+                f"weights or features?); results will not be comparable",
+                DataWarning,
+                stacklevel=2,
+            )
+        return dataset
+
+    cached = cache / f"{key}.npz"
+    try:
+        return _read_verified(cached, key, source)
+    except DatasetNotFoundError:
+        tried.append(f"{cached} (no such file)")
+    except DatasetFormatError as error:
+        tried.append(f"{cached} (ignored: {error})")
+    return _download_dataset(key, source, cache, tried)
+
+
+def nearest_neighbor_graph(
+    features: npt.NDArray[np.float32] | sp.csr_array, n_neighbors: int = 10
+) -> sp.csr_array:
+    """The symmetric graph of Euclidean nearest neighbours.
+
+    Two nodes are joined where either is among the ``n_neighbors`` nearest of the other; every edge
+    has weight 1 and no node is its own neighbour.
+
+    Parameters
+    ----------
+    features : numpy.ndarray or scipy.sparse.csr_array
+        [N, D].
+    n_neighbors : int, default 10
+        Neighbours per node; at most N - 1 are used.
+
+    Returns
+    -------
+    scipy.sparse.csr_array
+        [N, N], float32.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    n = int(features.shape[0])
+    k = min(n_neighbors, n - 1)
+    if k < 1:
+        return sp.csr_array((n, n), dtype=np.float32)
+    directed = sp.csr_array(NearestNeighbors(n_neighbors=k).fit(features).kneighbors_graph())
+    return check_adjacency(directed.maximum(directed.T))
+
+
+def array_digest(dataset: Dataset) -> str:
+    """SHA-256 over the arrays of a data set, whatever file or format they came from.
+
+    Covers the adjacency and the features in canonical CSR form and the labels, each with its name,
+    dtype and length, as little-endian bytes.
+    """
+    digest = hashlib.sha256()
+    features = sp.csr_array(dataset.features)
+    labels = np.zeros(0) if dataset.labels is None else dataset.labels
+    for name, array, dtype in (
+        ("adj_indptr", dataset.adjacency.indptr, "<i8"),
+        ("adj_indices", dataset.adjacency.indices, "<i4"),
+        ("adj_data", dataset.adjacency.data, "<f4"),
+        ("x_indptr", features.indptr, "<i8"),
+        ("x_indices", features.indices, "<i4"),
+        ("x_data", features.data, "<f4"),
+        ("shape_x", np.asarray(features.shape), "<i8"),
+        ("labels", labels, "<i8"),
+    ):
+        digest.update(f"{name} {dtype} {array.size}\n".encode())
+        digest.update(np.ascontiguousarray(array, dtype=dtype).data)
+    return digest.hexdigest()
+
+
+# --- where the benchmark graphs come from --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Published files of one data set and what they must give."""
+
+    files: tuple[str, ...]  # below BASE_URL
+    build: Callable[[Mapping[str, bytes], str], Dataset]  # from contents, keyed by file name
+    digest: str  # array_digest of the result
+    blob_id: str | None = None  # git blob id, where the only file is a npz archive
+
+
+def _planetoid_files(name: str) -> tuple[str, ...]:
+    folder = "kimiyoung/planetoid/af6abf468a772cc055bec88c52e4d6f51b7c37e3/data"
+    parts = ("allx", "ally", "tx", "ty", "graph", "test.index")
+    return tuple(f"{folder}/ind.{name}.{part}" for part in parts)
+
+
+def _airport_files(country: str) -> tuple[str, ...]:
+    # The assembled arrays are verified, so a moving branch does no harm.
+    folder = "leoribeiro/struc2vec/master/graph"
+    return (f"{folder}/{country}-airports.edgelist", f"{folder}/labels-{country}-airports.txt")
+
+
+def _search_folders(root: str | os.PathLike[str] | None) -> list[Path]:
+    folders = [root, os.environ.get("FASTCLUST_DATA")]
+    return [Path(folder).expanduser() for folder in folders if folder]
+
+
+def _cache_dir() -> Path:
+    return Path(platformdirs.user_cache_dir("fastclust"))
+
+
+def _find_in(folder: Path, key: str, source: _Source) -> tuple[Path, Callable[[], Dataset]] | None:
+    """What of a data set a folder holds, and how to read it."""
+    npz = folder / f"{key}.npz"
+    if npz.exists():
+        return npz, lambda: _load(npz, key, binary=source.blob_id is not None)
+    files = [folder / Path(file).name for file in source.files]
+    if all(file.is_file() for file in files):
+        return files[0], lambda: source.build({f.name: _read_bytes(f) for f in files}, key)
+    return None
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DatasetFormatError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _read_verified(path: Path, key: str, source: _Source) -> Dataset:
+    """A cached file, provided that it is what was put there."""
+    if source.blob_id is not None and path.exists():
+        blob_id = git_blob_id(_read_bytes(path))
+        if blob_id != source.blob_id:
+            raise DatasetFormatError(f"its git blob id is {blob_id}, not {source.blob_id}")
+    dataset = _load(path, key, binary=source.blob_id is not None)
+    if source.blob_id is None and array_digest(dataset) != source.digest:
+        raise DatasetFormatError(f"its arrays are not those of {key!r}")
+    return dataset
+
+
+def git_blob_id(content: bytes) -> str:
+    """The id by which git knows a file of this content."""
+    header = f"blob {len(content)}\0".encode()
+    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
+
+
+def _digits() -> Dataset:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    features = check_features(bunch.data / 16.0)
+    labels = bunch.target.astype(np.int64)
+    return Dataset("digits", nearest_neighbor_graph(features, 10), features, labels, 10)
+
+
+# --- download ------------------------------------------------------------------------------------
+
+
+class _DownloadError(Exception):
+    """A download that did not succeed; the message is one line."""
+
+
+def _download_dataset(key: str, source: _Source, cache: Path, tried: list[str]) -> Dataset:
+    """Fetch, verify, cache."""
+    base_url = os.environ.get("FASTCLUST_DATA_URL", BASE_URL).rstrip("/")
+    contents = {}
+    for file in source.files:
+        url = f"{base_url}/{file}"
+        try:
+            contents[Path(file).name] = _fetch(url, source.blob_id)
+        except _DownloadError as error:
+            tried.append(f"{url} ({error})")
+            names = " ".join(Path(f).name for f in source.files)
+            raise DatasetNotFoundError(
+                f"data set {key!r} was not found; tried: {'; '.join(tried)}. Connect to the "
+                f"network, or put {key}.npz (or {names}) in a folder and name it as the data "
+                f"root or in FASTCLUST_DATA"
+            ) from None
+    dataset = source.build(contents, key)
+    if array_digest(dataset) != source.digest:
+        if source.blob_id is None:
+            raise DatasetFormatError(
+                f"{base_url}/{source.files[0]} and its companions do not give the arrays known as "
+                f"{key!r}: they were altered or truncated on the way; try again, or name another "
+                f"mirror in FASTCLUST_DATA_URL"
+            )
+        _log.info("%s: published file verified; its arrays differ from the reference", key)
+    _store(cache / f"{key}.npz", contents, source, dataset)
+    return dataset
+
+
+def _fetch(url: str, blob_id: str | None) -> bytes:
+    """The content behind a URL, with the given git blob id where there is one."""
+    import requests
+
+    _log.info("downloading %s", url)
+    download = pooch.HTTPDownloader(timeout=_TIMEOUT)
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_RETRY_PAUSE * 2 ** (attempt - 1))
+        buffer = io.BytesIO()
+        try:
+            download(url, buffer, None)
+        except requests.exceptions.HTTPError as error:
+            status = 0 if error.response is None else error.response.status_code
+            failure = f"HTTP status {status}"
+            if 400 <= status < 500 and status not in (408, 429):
+                break
+        except requests.exceptions.Timeout:
+            failure = "timed out"
+        except requests.exceptions.ChunkedEncodingError:
+            failure = "the connection broke off before the end of the file"
+        except requests.exceptions.ConnectionError:
+            failure = "no connection"
+        except (requests.exceptions.RequestException, OSError) as error:
+            raise _DownloadError(" ".join(str(error).split())[:120]) from None
+        else:
+            content = buffer.getvalue()
+            if blob_id is None or git_blob_id(content) == blob_id:
+                return content
+            failure = f"checksum does not match: git blob id {git_blob_id(content)}, not {blob_id}"
+    raise _DownloadError(failure)
+
+
+def _store(path: Path, contents: Mapping[str, bytes], source: _Source, dataset: Dataset) -> None:
+    """Put a verified data set into the cache: all of it, or nothing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                if source.blob_id is not None:
+                    file.write(contents[Path(source.files[0]).name])
+                else:
+                    np.savez_compressed(file, **_to_uniform(dataset))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        warnings.warn(
+            f"{path} could not be written ({error.strerror}); the download is not cached",
+            DataWarning,
+            stacklevel=4,
+        )
+
+
+def _to_uniform(dataset: Dataset) -> dict[str, Any]:
+    features = sp.csr_array(dataset.features)
+    return {
+        "adj_indptr": dataset.adjacency.indptr.astype(np.int64),
+        "adj_indices": dataset.adjacency.indices,
+        "x_indptr": features.indptr.astype(np.int64),
+        "x_indices": features.indices,
+        "x_data": features.data,
+        "shape_x": np.asarray(features.shape, np.int64),
+        "labels": dataset.labels,
+    }
 
 
 # --- npz files -----------------------------------------------------------------------------------
@@ -142,6 +482,23 @@ _GNN_BENCHMARK_KEYS = tuple(
 _KNOWN_KEYS = frozenset((*_UNIFORM_KEYS, *_GNN_BENCHMARK_KEYS, "labels"))
 
 
+def _load(path: Path, name: str, *, binary: bool = False) -> Dataset:
+    """Either format from a file; ``binary`` is for :func:`_from_gnn_benchmark`."""
+    return _from_arrays(_read_arrays(path), name, str(path), binary)
+
+
+def _from_arrays(arrays: Mapping[str, Any], name: str, source: str, binary: bool) -> Dataset:
+    if "shape_x" in arrays or "x_indptr" in arrays:
+        return _from_uniform(arrays, name, source)
+    if "adj_shape" in arrays or "attr_indptr" in arrays:
+        return _from_gnn_benchmark(arrays, name, source, binary)
+    raise DatasetFormatError(
+        f"{source} must hold adj_indptr, adj_indices, x_indptr, x_indices, x_data and shape_x "
+        f"(uniform format) or adj_* and attr_* (gnn-benchmark format), got the keys "
+        f"{', '.join(sorted(arrays)) or 'none'}"
+    )
+
+
 def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     """The arrays of an npz file that either format knows; other members are not touched."""
     if not path.exists():
@@ -149,21 +506,42 @@ def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     if not path.is_file():
         raise DatasetFormatError(f"{path} must be a .npz file, got a directory or special file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DatasetFormatError(f"{path} must be a .npz archive, got a single array")
-            return {key: archive[key] for key in archive.files if key in _KNOWN_KEYS}
+        with open(path, "rb") as file:
+            return _unzip(file, str(path))
+    except OSError as error:
+        raise DatasetFormatError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _unzip(file: Any, source: str) -> dict[str, npt.NDArray[Any]]:
+    try:
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise DatasetFormatError(f"{source} must be a .npz archive, got a single array")
+        return {key: archive[key] for key in archive.files if key in _KNOWN_KEYS}
     except DatasetFormatError:
         raise
-    except PermissionError:
-        raise DatasetFormatError(f"{path} cannot be read: permission denied") from None
-    except (OSError, EOFError, ValueError, KeyError, MemoryError, SyntaxError) as error:
-        raise DatasetFormatError(_damage(path, error)) from None
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-        raise DatasetFormatError(_damage(path, error)) from None
+    except _DAMAGE as error:
+        raise DatasetFormatError(_damage(source, error)) from None
 
 
-def _damage(path: Path, error: BaseException) -> str:
+# What reading a damaged archive was seen to raise, from zipfile, zlib and numpy's header parser.
+_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    MemoryError,
+    SyntaxError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def _damage(path: str, error: BaseException) -> str:
     text = " ".join(str(error).split())
     if "pickle" in text.lower():
         return (
@@ -185,14 +563,20 @@ def _from_uniform(arrays: Mapping[str, Any], name: str, source: str) -> Dataset:
     data = arrays.get("adj_data")
     if data is None:
         data = np.ones(arrays["adj_indices"].size, np.float32)
-    adjacency = _csr(data, arrays["adj_indices"], arrays["adj_indptr"], (n, n), source, "adj")
+    adjacency = _csr(
+        data, arrays["adj_indices"], arrays["adj_indptr"], np.array([n, n]), source, "adj"
+    )
     features = _csr(
         arrays["x_data"], arrays["x_indices"], arrays["x_indptr"], arrays["shape_x"], source, "x"
     )
     return _assemble(name, adjacency, features, arrays.get("labels"), source)
 
 
-def _from_gnn_benchmark(arrays: Mapping[str, Any], name: str, source: str) -> Dataset:
+def _from_gnn_benchmark(arrays: Mapping[str, Any], name: str, source: str, binary: bool) -> Dataset:
+    """The gnn-benchmark format; ``binary`` sets positive weights and features to 1.
+
+    The latter is how the Amazon graphs are used in the literature.
+    """
     _require_keys(arrays, _GNN_BENCHMARK_KEYS, source)
     adjacency, features = (
         _csr(
@@ -209,12 +593,13 @@ def _from_gnn_benchmark(arrays: Mapping[str, Any], name: str, source: str) -> Da
         # Directed by definition of the format, so made undirected without a warning.
         adjacency = sp.csr_array(adjacency.maximum(adjacency.T))
         adjacency = _without_diagonal(adjacency)
+    if binary:
+        adjacency, features = ((matrix > 0).astype(np.float32) for matrix in (adjacency, features))
     return _assemble(name, adjacency, features, arrays.get("labels"), source)
 
 
 def _csr(data: Any, indices: Any, indptr: Any, shape: Any, source: str, what: str) -> sp.csr_array:
     """A CSR matrix from arrays that may hold anything."""
-    shape = np.asarray(shape).reshape(-1)
     for part, array in (("indices", indices), ("indptr", indptr), ("shape", shape)):
         if array.dtype.kind not in "iu" or array.ndim != 1:
             raise DatasetFormatError(
@@ -225,28 +610,17 @@ def _csr(data: Any, indices: Any, indptr: Any, shape: Any, source: str, what: st
         raise DatasetFormatError(
             f"{source}: the shape of {what} must be two sizes, got {shape.tolist()}"
         )
-    if data.dtype.kind not in "biuf" or data.shape != indices.shape:
+    if data.dtype.kind not in "biuf" or data.ndim != 1:
         raise DatasetFormatError(
-            f"{source}: {what}_data must be numbers, one per index {indices.shape}, "
+            f"{source}: {what}_data must be 1-dimensional numbers, "
             f"got shape {data.shape} of {data.dtype}"
         )
-    n_rows, n_cols = (int(s) for s in shape)
-    if (
-        indptr.shape != (n_rows + 1,)
-        or indptr[0] != 0
-        or indptr[-1] != indices.size
-        or (indptr[1:] < indptr[:-1]).any()
-    ):
-        raise DatasetFormatError(
-            f"{source}: {what}_indptr must rise from 0 to {indices.size} over {n_rows + 1} values, "
-            f"got {indptr.size} values"
-        )
-    if indices.size and (indices.min() < 0 or indices.max() >= n_cols):
-        raise DatasetFormatError(
-            f"{source}: {what}_indices must be in 0..{n_cols - 1}, "
-            f"got {indices.min()}..{indices.max()}"
-        )
-    return sp.csr_array((data, indices, indptr), shape=(n_rows, n_cols))
+    n_rows, n_columns = (int(size) for size in shape)
+    try:
+        require_valid_csr(data, indices, indptr, n_rows, n_columns, what)
+    except ValueError as error:
+        raise DatasetFormatError(f"{source}: {error}") from None
+    return sp.csr_array((data, indices, indptr), shape=(n_rows, n_columns))
 
 
 def _assemble(name: str, adjacency: Any, features: Any, labels: Any, source: str) -> Dataset:
@@ -277,3 +651,230 @@ def _without_diagonal(matrix: sp.csr_array) -> sp.csr_array:
     coo = matrix.tocoo()
     keep = coo.row != coo.col
     return sp.csr_array((coo.data[keep], (coo.row[keep], coo.col[keep])), shape=matrix.shape)
+
+
+# --- the published files -------------------------------------------------------------------------
+
+
+def _build_gnn_benchmark(contents: Mapping[str, bytes], key: str) -> Dataset:
+    ((file, content),) = contents.items()
+    return _from_arrays(_unzip(io.BytesIO(content), file), key, file, binary=True)
+
+
+def _build_planetoid(contents: Mapping[str, bytes], key: str) -> Dataset:
+    """Rows 0.. are ``allx``; row ``test.index[i]`` is ``tx[i]``.
+
+    The ids missing from ``test.index`` (15 in citeseer) keep an all-zero row and class 0, as in
+    the arrays that the literature uses.
+    """
+    source = f"ind.{key}.*"
+    parts = {file.removeprefix(f"ind.{key}."): data for file, data in contents.items()}
+    allx, tx = (_unpickle_matrix(parts[part], f"ind.{key}.{part}") for part in ("allx", "tx"))
+    ally, ty = (_unpickle_array(parts[part], f"ind.{key}.{part}") for part in ("ally", "ty"))
+    graph = _restricted_unpickle(parts["graph"], f"ind.{key}.graph")
+    test_index = _integer_table(parts["test.index"], f"ind.{key}.test.index", 1)[:, 0]
+    if not isinstance(graph, dict) or not all(isinstance(v, list) for v in graph.values()):
+        raise DatasetFormatError(f"ind.{key}.graph must hold a dictionary of lists")
+    n = int(test_index.max()) + 1
+    rows = np.concatenate([np.arange(allx.shape[0]), test_index])
+    if (
+        allx.shape[1] != tx.shape[1]
+        or allx.shape[0] != ally.shape[0]
+        or tx.shape[0] != ty.shape[0]
+        or ty.shape[0] != test_index.size
+        or ally.shape[1] != ty.shape[1]
+        or test_index.min() < 0
+        or np.unique(rows).size != rows.size
+    ):
+        raise DatasetFormatError(f"{source}: the sizes of its files do not fit together")
+    stacked = sp.coo_array(sp.vstack([allx, tx]))
+    features = sp.csr_array(
+        (stacked.data, (rows[stacked.row], stacked.col)), shape=(n, stacked.shape[1])
+    )
+    labels = np.zeros(n, np.int64)
+    labels[rows] = np.concatenate([ally, ty]).argmax(axis=1)
+    try:
+        pairs = [(int(i), int(j)) for i, neighbors in graph.items() for j in neighbors]
+    except (TypeError, ValueError):
+        raise DatasetFormatError(f"ind.{key}.graph must hold node numbers") from None
+    adjacency = _undirected(np.array(pairs, np.int64).reshape(-1, 2), n, f"ind.{key}.graph")
+    return _assemble(key, _without_diagonal(adjacency), features, labels, source)
+
+
+def _build_airports(contents: Mapping[str, bytes], key: str) -> Dataset:
+    """Nodes in the order of the label file; features are one-hot degrees.
+
+    The degree counts a self loop of the source once, and there are maximum degree + 1 columns:
+    the construction that the literature took over from R-GAE. The adjacency has no self loops.
+    """
+    edge_file, label_file = sorted(contents, key=lambda file: file.endswith(".txt"))
+    table = _integer_table(contents[label_file], label_file, 2)
+    nodes, labels = table[:, 0], table[:, 1]
+    order = np.argsort(nodes, kind="stable")
+    edges = _integer_table(contents[edge_file], edge_file, 2)
+    place = np.searchsorted(nodes, edges, sorter=order).clip(max=nodes.size - 1)
+    edges_by_row = order[place]
+    if np.unique(nodes).size != nodes.size or (nodes[edges_by_row] != edges).any():
+        raise DatasetFormatError(f"{edge_file} must hold nodes of {label_file} only")
+    adjacency = _undirected(edges_by_row, nodes.size, edge_file)
+    degree = adjacency.sum(axis=1).astype(np.int64)
+    features = sp.csr_array(
+        (np.ones(nodes.size, np.float32), degree, np.arange(nodes.size + 1)),
+        shape=(nodes.size, int(degree.max()) + 1),
+    )
+    return _assemble(key, _without_diagonal(adjacency), features, labels, edge_file)
+
+
+def _integer_table(content: bytes, source: str, n_columns: int) -> npt.NDArray[np.int64]:
+    """The leading integers of each line; a first line of words is a header."""
+    lines = [line.split() for line in content.decode("ascii", "replace").splitlines()]
+    lines = [line for line in lines if line]
+    if lines and not lines[0][0].lstrip("-").isdigit():
+        lines = lines[1:]
+    try:
+        rows = [[int(line[column]) for column in range(n_columns)] for line in lines]
+    except (ValueError, IndexError):
+        rows = []
+    if not rows:
+        raise DatasetFormatError(f"{source} must hold {n_columns} integers per line")
+    return np.array(rows, np.int64)
+
+
+def _undirected(edges: npt.NDArray[np.int64], n: int, source: str) -> sp.csr_array:
+    """Edges [E, 2] as a symmetric 0/1 matrix; self loops stay, repeated edges count once."""
+    if edges.size and (edges.min() < 0 or edges.max() >= n):
+        raise DatasetFormatError(
+            f"{source} must hold nodes 0..{n - 1}, got {edges.min()}..{edges.max()}"
+        )
+    rows, cols = np.concatenate([edges, edges[:, ::-1]]).T
+    matrix = sp.csr_array((np.ones(rows.size, np.float32), (rows, cols)), shape=(n, n))
+    matrix.data[:] = 1.0
+    return matrix
+
+
+class _PickledMatrix:
+    """Stands in for scipy's sparse matrix classes while a pickle is read.
+
+    A pickle gets to fill this object's state, never a class that the process goes on using.
+    """
+
+    state: dict[str, Any]
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = dict(state)
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Reads NumPy arrays, scipy sparse matrices and plain containers; refuses all else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("scipy.sparse") and name in ("csr_matrix", "csr_array"):
+            return _PickledMatrix
+        if module in ("copy_reg", "copyreg") and name == "_reconstructor":
+            return _reconstruct_matrix
+        if (module, name) in _UNPICKLED:
+            return _UNPICKLED[module, name]
+        raise DatasetFormatError(f"it asks for {module}.{name}")
+
+
+def _reconstruct_matrix(cls: Any, base: Any, state: Any) -> _PickledMatrix:
+    if cls is not _PickledMatrix or base is not object or state is not None:
+        raise DatasetFormatError("it asks for an object that is not an array")
+    return _PickledMatrix()
+
+
+def _encode_latin1(text: Any, encoding: Any) -> bytes:
+    """How Python 3 writes bytes for pickle protocols below 3."""
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise DatasetFormatError("it asks for a text encoding")
+    return text.encode("latin1")
+
+
+_ndarray_reconstruct = np.empty(0).__reduce__()[0]  # wherever this NumPy keeps it
+_UNPICKLED = {
+    ("numpy.core.multiarray", "_reconstruct"): _ndarray_reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _ndarray_reconstruct,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("collections", "defaultdict"): collections.defaultdict,
+    ("__builtin__", "list"): list,
+    ("builtins", "list"): list,
+    ("__builtin__", "object"): object,
+    ("builtins", "object"): object,
+    ("_codecs", "encode"): _encode_latin1,
+}
+
+
+def _restricted_unpickle(content: bytes, source: str) -> Any:
+    try:
+        return _RestrictedUnpickler(io.BytesIO(content), encoding="latin1").load()
+    except DatasetFormatError as error:
+        raise DatasetFormatError(
+            f"{source} must hold arrays and plain containers only and is not loaded: {error}"
+        ) from None
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise DatasetFormatError(
+            f"{source} is truncated or corrupt ({type(error).__name__})"
+        ) from None
+
+
+def _unpickle_matrix(content: bytes, source: str) -> sp.csr_array:
+    matrix = _restricted_unpickle(content, source)
+    state = getattr(matrix, "state", {}) if isinstance(matrix, _PickledMatrix) else {}
+    data, indices, indptr = (state.get(key) for key in ("data", "indices", "indptr"))
+    arrays_ok = all(isinstance(array, np.ndarray) for array in (data, indices, indptr))
+    shape = state.get("_shape", state.get("shape"))
+    if not arrays_ok or not isinstance(shape, tuple):
+        raise DatasetFormatError(f"{source} must hold a scipy CSR matrix")
+    return _csr(data, indices, indptr, np.array(shape), source, "matrix")
+
+
+def _unpickle_array(content: bytes, source: str) -> npt.NDArray[Any]:
+    array = _restricted_unpickle(content, source)
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "biuf":
+        raise DatasetFormatError(f"{source} must hold a numeric array [n, classes]")
+    return array
+
+
+_SOURCES = {
+    "cora": _Source(
+        _planetoid_files("cora"),
+        _build_planetoid,
+        "c695a0c340354939807124bad76c584be16da4cabfb72fdb5d18e9b47186199e",
+    ),
+    "citeseer": _Source(
+        _planetoid_files("citeseer"),
+        _build_planetoid,
+        "52999914a0be96951a6d31af32ef6e53171a6dea0afa7ae575e28045d98b035d",
+    ),
+    "amap": _Source(
+        ("shchur/gnn-benchmark/master/data/npz/amazon_electronics_photo.npz",),
+        _build_gnn_benchmark,
+        "ca346736a6dfff399c76ea9357d98c183a0ef191ad5cc5f495657831dcb05964",
+        blob_id="97323743cb56aca9dd611f5b4b46862c1c9c6bd9",
+    ),
+    "amac": _Source(
+        ("shchur/gnn-benchmark/master/data/npz/amazon_electronics_computers.npz",),
+        _build_gnn_benchmark,
+        "e4e10f2c3a46099f0c2a33d6161bca0d0b87dc3a02f370e48c8b10b929e89178",
+        blob_id="8120e4148a330b3fafe37c4476823302d9d834b9",
+    ),
+    "eat": _Source(
+        _airport_files("europe"),
+        _build_airports,
+        "3b87bf363e90d37b85aeaf8f04cb0b9c9b7bfc3c15899775bfef61622c3f3c49",
+    ),
+    "uat": _Source(
+        _airport_files("usa"),
+        _build_airports,
+        "5d2d71ecc6d9d2be91a3ceb1e596dd4d57a5142ac993ba808a6a316e715d4c15",
+    ),
+    "bat": _Source(
+        _airport_files("brazil"),
+        _build_airports,
+        "b393c961c166fcb5751faeb7a89c5151b9070f51133f3b63dae1fc3bf22f06af",
+    ),
+}
+
+#: Names that :func:`load_dataset` knows.
+DATASET_NAMES = (*_SOURCES, "digits")

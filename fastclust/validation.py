@@ -422,19 +422,7 @@ def _checked_csr(matrix: Any, name: str) -> sp.csr_array:
         n_major, n_minor = matrix.shape if matrix.format != "csc" else matrix.shape[::-1]
         if matrix.format == "bsr":
             n_major, n_minor = (n // b for n, b in zip(matrix.shape, matrix.blocksize, strict=True))
-        indptr, indices = matrix.indptr, matrix.indices
-        if (
-            indptr.shape != (n_major + 1,)
-            or indptr[0] != 0
-            or indptr[-1] > indices.shape[0]
-            or (indptr[1:] < indptr[:-1]).any()
-            or indices.shape[0] != matrix.data.shape[0]
-        ):
-            raise ValueError(
-                f"{name} must be a valid {matrix.format.upper()} matrix: its row pointer must rise "
-                f"from 0 to the number of stored entries over {n_major + 1} values"
-            )
-        _require_index_range(indices, n_minor, name)
+        require_valid_csr(matrix.data, matrix.indices, matrix.indptr, n_major, n_minor, name)
     elif matrix.format == "coo":
         for axis, index in enumerate(matrix.coords):
             _require_index_range(index, matrix.shape[axis], name)
@@ -445,6 +433,25 @@ def _checked_csr(matrix: Any, name: str) -> sp.csr_array:
         csr = csr.copy()
         csr.sum_duplicates()
     return csr.astype(np.float32) if csr.dtype == bool else csr
+
+
+def require_valid_csr(
+    data: Any, indices: Any, indptr: Any, n_rows: int, n_columns: int, name: str
+) -> None:
+    """Raise ``ValueError`` unless the arrays make a CSR matrix of the given size."""
+    if (
+        indptr.shape != (n_rows + 1,)
+        or indptr[0] != 0
+        or indptr[-1] > indices.shape[0]
+        or (indptr[1:] < indptr[:-1]).any()
+        or indices.shape[0] != data.shape[0]
+    ):
+        raise ValueError(
+            f"{name} must be a valid compressed sparse matrix: one value per index, and a row "
+            f"pointer of {n_rows + 1} values rising from 0 to their number; got {data.shape[0]} "
+            f"values, {indices.shape[0]} indices and a row pointer of {indptr.shape[0]}"
+        )
+    _require_index_range(indices, n_columns, name)
 
 
 def _require_index_range(indices: Any, n: int | None, name: str) -> None:
