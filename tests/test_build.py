@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,21 @@ def test_jobs_respect_max_jobs(toolchain, monkeypatch):
     assert toolchain.parallel_jobs() == 3
     monkeypatch.delenv("MAX_JOBS")
     assert toolchain.parallel_jobs() >= 1
+
+
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-g++") is None, reason="no cross compiler for arm64"
+)
+def test_the_portable_sources_compile_where_x86_does_not_exist(toolchain, tmp_path):
+    torch = toolchain.find_torch()
+    sources = [
+        path
+        for path in sorted((ROOT / "csrc").rglob("*.cpp"))
+        if not toolchain.has_simd_suffix(path) and path.name != "python_module.cpp"
+    ]
+    flags = [*toolchain.CXX_FLAGS, *toolchain.TORCH_DEFINES, "-O0", "-fsyntax-only"]
+    flags += ["-I", str(ROOT / "csrc"), *(f"-isystem{path}" for path in torch.includes)]
+    for source in sources:
+        command = ["aarch64-linux-gnu-g++", *flags, str(source)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, f"{source.name}:\n{result.stderr}"
