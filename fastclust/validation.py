@@ -107,7 +107,7 @@ def check_adjacency(
             f"{name} must have fewer than 2**31 nodes and entries, "
             f"got {n} nodes and {matrix.nnz} entries"
         )
-    _require_finite(matrix.data, name)
+    _require_finite(matrix, name)
     matrix.data = _to_float32(matrix.data, name)
     if matrix.nnz and matrix.data.min() < 0:
         raise ValueError(
@@ -154,7 +154,7 @@ def check_features(
         _require_real(features.dtype, name)
         matrix: Any = _checked_csr(features, name)
         _require_feature_shape(matrix.shape, n_nodes, name)
-        _require_finite(matrix.data, name)
+        _require_finite(matrix, name)
         matrix.data = _to_float32(matrix.data, name)
         return _canonical(matrix)
 
@@ -478,7 +478,9 @@ def _require_real(dtype: Any, name: str) -> None:
         raise TypeError(f"{name} must be numeric, got dtype {dtype}")
 
 
-def _require_finite(values: Any, name: str) -> None:
+def _require_finite(array: Any, name: str) -> None:
+    """Raise ``ValueError`` for NaN or infinite values in an array or CSR matrix."""
+    values = array.data if sp.issparse(array) else array
     if values.dtype.kind != "f":
         return
     with np.errstate(over="ignore", invalid="ignore"):
@@ -488,12 +490,14 @@ def _require_finite(values: Any, name: str) -> None:
     bad = np.argwhere(~np.isfinite(values))
     if not len(bad):
         return
-    first = tuple(int(i) for i in bad[0])
+    first = tuple(bad[0])
     kind = "NaN" if np.isnan(values[first]) else "inf (infinity)"
-    where = f" at row {first[0]}, column {first[1]}" if len(first) == 2 else ""
+    if sp.issparse(array):
+        coo = array.tocoo()
+        first = (coo.row[first], coo.col[first])
     raise ValueError(
-        f"{name} must hold finite values only, got {len(bad)} that are not, the first {kind}"
-        f"{where}; replace or drop them"
+        f"{name} must hold finite values only, got {len(bad)} that are not, the first {kind} at "
+        f"row {first[0]}, column {first[1]}; replace or drop them"
     )
 
 
