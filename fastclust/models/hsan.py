@@ -1,0 +1,314 @@
+"""HSAN, the Hard Sample Aware Network (Liu et al., AAAI 2023), as a torch module.
+
+Two un-shared attribute encoders and two un-shared structure encoders give two views of every node.
+A learnable mix of attribute and structure similarity scores all pairs of the 2N rows (Eq. 6); an
+InfoNCE loss weights every pair by how hard it is (Eqs. 8-11), judged by the pseudo labels of the
+nodes clustered with high confidence (Eq. 9). Nothing here is N x N: the loss and its weights are
+tiled inside :mod:`fastclust.ops`, and the structure encoders are sparse products.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+import torch
+from torch import Tensor, nn
+
+from fastclust import ops
+from fastclust.graph import Graph
+from fastclust.models.inputs import as_tensor, derive_seed, uniform_parameter, unit_rows
+
+__all__ = ["HSANModel", "confident_nodes", "filtered_attributes", "released_kmeans_init"]
+
+_INITIALISE, _CLUSTER, _DRAW = range(3)  # what a derived seed is for
+
+ALPHA_START = 0.99999
+
+
+def filtered_attributes(
+    x: npt.NDArray[np.float32] | sp.csr_array,
+    adjacency: sp.csr_array,
+    *,
+    filter_steps: int,
+    n_input: int | None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """S^t X with S = D1^-1/2 (A + I) D1^-1/2, after an optional PCA (section 3.2 of the paper).
+
+    Parameters
+    ----------
+    x : array or CSR matrix [N, D]
+        Attributes; not normalised.
+    adjacency : CSR matrix [N, N]
+        Symmetric, no self loops.
+    filter_steps : int
+        t, the number of smoothing steps.
+    n_input : int or None
+        Number of principal components (centred, not whitened) to keep first; None keeps X.
+
+    Returns
+    -------
+    Tensor
+        Dense float32 [N, D'], D' = n_input or D.
+    """
+    features = as_tensor(x, device)
+    if n_input is not None:
+        # Seven power iterations bring the components to those of a full decomposition. The
+        # published runs take scikit-learn's PCA, itself randomised, with another seed each time.
+        svd = ops.batched_svd(features, n_input, center=True, n_iter=7, oversample=10, seed=0)
+        features = svd.u[0] * svd.s[0]  # [N, n_input]
+    elif features.layout == torch.sparse_csr:
+        features = features.to_dense()
+    if filter_steps == 0:
+        return features
+    return ops.propagate(Graph(adjacency, norm="sym").to(device), features, steps=filter_steps)
+
+
+def confident_nodes(z: Tensor, centers: Tensor, tau: float, *, released: bool = False) -> Tensor:
+    """The fraction ``tau`` of the nodes that lies most clearly with one centre.
+
+    The score of node i is 1 / sum_k exp(d_ik^2 - min_k d_ik^2), d the distance to the centres:
+    small where one centre is much nearer than the rest.
+
+    Parameters
+    ----------
+    z : Tensor [N, d]
+    centers : Tensor [K, d]
+    tau : float
+        Kept fraction, 0 (no node) to 1 (all).
+    released : bool
+        Keep every node whose score is at most the int(N (1 - tau))-th largest, as the released
+        code does: that node itself and ties included.
+
+    Returns
+    -------
+    Tensor
+        bool [N].
+    """
+    n = z.shape[0]
+    distance = (  # [N, K]
+        z.double().square().sum(1, keepdim=True)
+        - 2.0 * (z @ centers.T).double()
+        + centers.double().square().sum(1)
+    )
+    score = 1.0 / torch.exp(distance - distance.amin(1, keepdim=True)).sum(1)  # [N]
+    if released:
+        n_low = int(n * (1 - tau))
+        if n_low == 0:
+            return torch.ones(n, dtype=torch.bool, device=z.device)
+        return score <= score.sort(descending=True).values[n_low - 1]
+    n_kept = int(np.floor(tau * n + 1e-9))
+    kept = torch.zeros(n, dtype=torch.bool, device=z.device)
+    kept[score.argsort(stable=True)[:n_kept]] = True
+    return kept
+
+
+def released_kmeans_init(z: Tensor, n_clusters: int, seed: int) -> Tensor:
+    """Starting centres as the released code draws them.
+
+    Twenty draws of K distinct rows; kept is the draw with the least *sum of all N K squared
+    distances* (not of the least ones, so that central rows are favoured).
+    """
+    n, total = z.shape[0], z.sum(0)
+    generator = torch.Generator().manual_seed(seed)
+    best, best_cost = z[:n_clusters], float("inf")
+    for _ in range(20):
+        centers = z[torch.randperm(n, generator=generator)[:n_clusters].to(z.device)]  # [K, d]
+        # sum_ik |z_i - c_k|^2 without the part that is the same for every draw
+        cost = float(n * centers.square().sum() - 2.0 * (centers @ total).sum())
+        if cost < best_cost:
+            best, best_cost = centers, cost
+    return best
+
+
+class HSANModel(nn.Module):
+    """Encoders, loss and hard-sample weights of HSAN on one graph.
+
+    Parameters
+    ----------
+    x : Tensor [N, D']
+        Filtered attributes, see :func:`filtered_attributes`.
+    graph : Graph
+        The raw adjacency: ``Graph(adjacency, norm="none", self_loops=False)``.
+    n_clusters : int
+        K.
+    width : int
+        d, columns of every embedding.
+    activation : {"identity", "sigmoid"}
+        Of the attribute encoders.
+    tau : float
+        Fraction of nodes that counts as clustered with high confidence.
+    beta : float
+        Exponent of the hardness weights (Eq. 9).
+    structure : bool
+        Whether the structure encoders take part; without them alpha is 1 and no parameter.
+    weights : {"hard", "none"}
+        ``"none"`` keeps all weights at 1.
+    stale_weights : bool
+        Whether a pair that leaves the confident set keeps its last weight (released code) or
+        returns to 1 (Eq. 9).
+    refresh_every : int
+        Epochs between refreshes of the weights; the first is after the first step.
+    clamp_alpha : bool
+        Keep alpha in [0, 1]; the paper leaves it free.
+    kmeans : {"k-means++", "released"}
+        How pseudo labels and results are clustered: ``n_init`` k-means++ restarts, or one run from
+        :func:`released_kmeans_init`. An empty cluster is repaired either way (in the released code
+        it ends in NaN centres).
+    n_init : int
+        Restarts of k-means++.
+    precision : {"fp32", "tf32", "bf16x3", "bf16"}
+        Of the products inside the loss.
+    seed : int
+        Of the initial weights and of k-means.
+    """
+
+    weights: ops.Hardness | None
+
+    def __init__(
+        self,
+        x: Tensor,
+        graph: Graph,
+        *,
+        n_clusters: int,
+        width: int = 1500,
+        activation: Literal["identity", "sigmoid"] = "identity",
+        tau: float = 0.9,
+        beta: float = 1.0,
+        structure: bool = True,
+        weights: Literal["hard", "none"] = "hard",
+        stale_weights: bool = False,
+        refresh_every: int = 10,
+        clamp_alpha: bool = False,
+        kmeans: Literal["k-means++", "released"] = "k-means++",
+        n_init: int = 10,
+        precision: str = "fp32",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.x, self.graph = x, graph
+        self.n_clusters, self.n_init, self.kmeans = n_clusters, n_init, kmeans
+        self.activation, self.tau, self.beta = activation, tau, beta
+        self.use_weights, self.stale_weights = weights == "hard", stale_weights
+        self.refresh_every, self.clamp_alpha = refresh_every, clamp_alpha
+        self.precision, self.seed = precision, seed
+        self.weights = None
+        self._clustered: tuple[int, ops.KMeansResult, Tensor] | None = None
+
+        # Linear layers in torch's own initialisation: uniform within 1 / sqrt(fan in).
+        generator = torch.Generator().manual_seed(derive_seed(seed, _INITIALISE))
+        n, n_features = x.shape
+        views = range(2)
+        bound = n_features**-0.5
+        shape = (width, n_features)
+        self.w = nn.ParameterList(uniform_parameter(shape, bound, generator) for _ in views)
+        self.b = nn.ParameterList(uniform_parameter((width,), bound, generator) for _ in views)
+        self.structure = structure
+        if structure:
+            bound = n**-0.5
+            shape = (n, width)
+            self.v = nn.ParameterList(uniform_parameter(shape, bound, generator) for _ in views)
+            self.c = nn.ParameterList(uniform_parameter((width,), bound, generator) for _ in views)
+            self.alpha: Tensor = nn.Parameter(torch.tensor(ALPHA_START))
+        else:
+            self.register_buffer("alpha", torch.tensor(1.0), persistent=False)
+        self.to(x.device)
+
+    # --- the network -----------------------------------------------------------------------------
+
+    def attribute_views(self) -> Tensor:
+        """Z [2N, d]: unit rows of act(X~ W_v + b_v), view 1 above view 2."""
+        views = []
+        for w, b in zip(self.w, self.b, strict=True):
+            z = nn.functional.linear(self.x, w, b)  # [N, d]
+            views.append(unit_rows(torch.sigmoid(z) if self.activation == "sigmoid" else z))
+        return torch.cat(views)
+
+    def structure_views(self) -> Tensor | None:
+        """E [2N, d]: unit rows of A V_v + c_v; None without structure encoders."""
+        if not self.structure:
+            return None
+        encoders = zip(self.v, self.c, strict=True)
+        return torch.cat([unit_rows(ops.propagate(self.graph, v) + c) for v, c in encoders])
+
+    def embedding(self) -> Tensor:
+        """Z = (Z^1 + Z^2) / 2 [N, d], not normalised again."""
+        first, second = self.attribute_views().chunk(2)
+        return (first + second) / 2
+
+    # --- what the training loop calls ------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Nothing to prepare: the first epoch trains with all weights 1."""
+
+    def loss(self) -> Tensor:
+        """The weighted InfoNCE loss (Eqs. 8, 10, 11 as trained), a scalar."""
+        self._clustered = None
+        return ops.hard_infonce(
+            self.attribute_views(),
+            self.structure_views(),
+            self.alpha,
+            weights=self.weights,
+            precision=self.precision,
+        )
+
+    @torch.no_grad()
+    def after_step(self, epoch: int) -> None:
+        """After the step of this epoch (from 0): refresh the weights when it is time."""
+        if self.clamp_alpha and self.structure:
+            self.alpha.clamp_(0.0, 1.0)
+        if not self.use_weights or epoch % self.refresh_every != 0:
+            return
+        result, z_mean = self._cluster(epoch)
+        released = self.kmeans == "released"
+        confident = confident_nodes(z_mean, result.centers, self.tau, released=released)
+        previous = self.weights if self.stale_weights else None
+        self.weights = ops.hardness(
+            self.attribute_views(),
+            self.structure_views(),
+            self.alpha,
+            result.labels,
+            confident,
+            self.beta,
+            previous=previous,
+        )
+
+    @torch.no_grad()
+    def assign(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Clusters int64 [N] and embedding [N, d] after this epoch."""
+        result, z_mean = self._cluster(epoch)
+        return result.labels, z_mean
+
+    def diagnostics(self) -> dict[str, float]:
+        """What is worth watching beside the loss."""
+        return {"alpha": float(self.alpha)}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """The weights of the last refresh, for a checkpoint."""
+        return {} if self.weights is None else self.weights.state_dict()
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`extra_state` gave."""
+        self.weights = ops.Hardness.from_state_dict(state) if state else None
+
+    def _cluster(self, epoch: int) -> tuple[ops.KMeansResult, Tensor]:
+        """k-means on the embedding; a refresh and an evaluation of the same epoch share it."""
+        if self._clustered is None or self._clustered[0] != epoch:
+            z = self.embedding()
+            seed = derive_seed(self.seed, _CLUSTER, epoch)
+            if self.kmeans == "released":
+                init = released_kmeans_init(
+                    z, self.n_clusters, derive_seed(self.seed, _DRAW, epoch)
+                )
+                # Stops once (sum_k |moved_k|)^2 < 1e-4; ops.kmeans measures sum_k |moved_k|^2 in
+                # units of the mean column variance.
+                variance = max(float(z.var(0, correction=0).mean()), 1e-12)
+                tol = 1e-4 / (self.n_clusters * variance)
+                result = ops.kmeans(z, self.n_clusters, init=init, max_iter=500, tol=tol, seed=seed)
+            else:
+                result = ops.kmeans(z, self.n_clusters, n_init=self.n_init, seed=seed)
+            self._clustered = (epoch, result, z)
+        return self._clustered[1:]

@@ -1,0 +1,59 @@
+"""What both networks do to their constants: tensors from host arrays, seeds, unit rows."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+__all__ = ["as_tensor", "derive_seed", "kmeans_labels", "uniform_parameter", "unit_rows"]
+
+
+def as_tensor(
+    x: npt.NDArray[np.float32] | sp.csr_array | Tensor, device: torch.device | str = "cpu"
+) -> Tensor:
+    """A host matrix [N, D] as a tensor: dense stays dense, CSR becomes a sparse CSR tensor."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if not sp.issparse(x):
+        return torch.as_tensor(np.ascontiguousarray(x), device=device)
+    parts = (x.indptr.astype(np.int64), x.indices.astype(np.int64), x.data)
+    indptr, indices, values = (torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
+    with warnings.catch_warnings():
+        # torch tells once per process that CSR tensors are in beta
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
+        tensor = torch.sparse_csr_tensor(
+            indptr, indices, values, size=x.shape, check_invariants=False
+        )
+    return tensor.to(device)
+
+
+def derive_seed(seed: int, *path: int) -> int:
+    """A seed for one draw of a run, from the run's seed and the draw's name as numbers.
+
+    Every draw is keyed by what it is for instead of being taken from a stream, so that a resumed
+    run, or one evaluated more often, draws the same numbers.
+    """
+    return int(np.random.SeedSequence((seed, *path)).generate_state(1)[0] >> 1)
+
+
+def uniform_parameter(
+    shape: tuple[int, ...], bound: float, generator: torch.Generator
+) -> torch.nn.Parameter:
+    """A parameter drawn uniformly from [-bound, bound]; float32, on the CPU."""
+    return torch.nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows of x [N, d] divided by their Euclidean norm; zero rows stay zero."""
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+def kmeans_labels(result: Any) -> npt.NDArray[np.int64]:
+    """Labels of an ``ops.kmeans`` result on the host."""
+    return np.asarray(result.labels.cpu(), dtype=np.int64)

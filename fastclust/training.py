@@ -1,0 +1,553 @@
+"""The training loop, one for all models: steps, evaluation, label-free selection, checkpoints.
+
+A model brings its loss and its clustering (:class:`Trainable`); everything else is here. No label
+enters: evaluations are scored from the embedding, the clusters and the graph alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastclust import metrics
+
+__all__ = [
+    "SELECTIONS",
+    "CheckpointError",
+    "CheckpointWarning",
+    "Event",
+    "Trainable",
+    "TrainingDivergedError",
+    "TrainingInterrupted",
+    "TrainingResult",
+    "internal_scores",
+    "make_optimizer",
+    "train",
+]
+
+Optimizer = Literal["adam", "averaged", "accumulated"]
+
+# Rules that choose an epoch without labels, and whether more of their score is better.
+SELECTIONS: dict[str, bool | None] = {
+    "last": None,
+    "inertia": False,
+    "calinski-harabasz": True,
+    "silhouette": True,
+    "davies-bouldin": False,
+    "modularity": True,
+    "loss": False,
+}
+
+CHECKPOINT_NAME = "checkpoint.safetensors"
+_FORMAT = "1"
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM came, the epoch was finished and a checkpoint written."""
+
+
+class TrainingDivergedError(ArithmeticError):
+    """The loss is no longer a finite number."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, or belongs to another configuration or other data."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint could not be written; training goes on and the previous one stays."""
+
+
+class Trainable(Protocol):
+    """What the loop needs of a model: a ``torch.nn.Module`` with these methods.
+
+    Epochs count from 0. All methods must be functions of the parameters, ``extra_state`` and the
+    epoch alone, so that a resumed run repeats an uninterrupted one.
+    """
+
+    def begin(self) -> None:
+        """Prepare the parameters before the first epoch; not called when resuming."""
+
+    def loss(self) -> Tensor:
+        """The loss, a differentiable scalar."""
+
+    def after_step(self, epoch: int) -> None:
+        """Called after the optimizer's step of every epoch."""
+
+    def assign(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Clusters int64 [N] and embedding [N, d]; outside autograd."""
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers for the history."""
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """State beside the parameters."""
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of ``extra_state``."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """As of ``torch.nn.Module``."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As of ``torch.nn.Module``."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
+        """As of ``torch.nn.Module``."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What callbacks are told after every epoch.
+
+    Attributes
+    ----------
+    epoch : int
+        Epochs done, from 1.
+    n_epochs : int
+        Epochs asked for.
+    loss : float
+        Loss at the start of this epoch's step.
+    seconds : float
+        Wall time of this epoch, evaluation included.
+    evaluation : dict or None
+        In evaluated epochs: label-free scores (see :func:`internal_scores`), the model's
+        diagnostics, and ``labels``, int64 [N].
+    """
+
+    epoch: int
+    n_epochs: int
+    loss: float
+    seconds: float
+    evaluation: dict[str, Any] | None
+
+
+Callback = Callable[[Event], None]
+
+
+@dataclass
+class TrainingResult:
+    """What a run leaves: clusters, embedding and parameters of the selected epoch.
+
+    Attributes
+    ----------
+    labels : ndarray int64 [N]
+    embedding : ndarray float32 [N, d]
+    parameters : dict of CPU tensors
+    epoch : int
+        The selected epoch, from 1.
+    history : list of dict
+        One per epoch: ``epoch``, ``loss``, ``seconds``; in evaluated epochs also the scores.
+    """
+
+    labels: npt.NDArray[np.int64]
+    embedding: npt.NDArray[np.float32]
+    parameters: dict[str, Tensor]
+    epoch: int
+    history: list[dict[str, Any]]
+
+
+@dataclass
+class _Best:
+    """The evaluation that the selection rule prefers so far."""
+
+    epoch: int = 0
+    score: float = float("nan")
+    labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    embedding: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+
+def make_optimizer(
+    parameters: Sequence[torch.nn.Parameter], optimizer: Optimizer, lr: float
+) -> torch.optim.Adam:
+    """The optimizer of a training rule.
+
+    ``"adam"`` is plain Adam. ``"accumulated"`` is Adam fed with the running sum of all gradients,
+    as the released HSAN code trains (the loop then never clears them). ``"averaged"`` divides the
+    mean of all gradients so far by the root of the mean of their squares: Adam whose two averages
+    forget nothing over any length of training in use (betas 0.99999).
+    """
+    betas = (0.99999, 0.99999) if optimizer == "averaged" else (0.9, 0.999)
+    return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
+
+
+def internal_scores(
+    embedding: Tensor, labels: npt.NDArray[np.int64], adjacency: sp.csr_array, selection: str
+) -> dict[str, float]:
+    """Scores of a clustering that need no label.
+
+    ``inertia`` (as a share of the total variance, so that epochs compare), ``calinski-harabasz``,
+    ``davies-bouldin`` and ``modularity``; ``silhouette`` costs far more and is taken only when it
+    selects.
+    """
+    z = np.asarray(embedding.detach().float().cpu())
+    scores = {
+        "inertia": metrics.inertia(z, labels, relative=True),
+        "calinski-harabasz": metrics.calinski_harabasz(z, labels),
+        "davies-bouldin": metrics.davies_bouldin(z, labels),
+        "modularity": metrics.modularity(adjacency, labels),
+    }
+    if selection == "silhouette":
+        scores["silhouette"] = metrics.silhouette(z, labels)
+    return scores
+
+
+def train(
+    model: Trainable,
+    *,
+    epochs: int,
+    lr: float,
+    adjacency: sp.csr_array,
+    optimizer: Optimizer = "adam",
+    selection: str = "last",
+    eval_every: int = 10,
+    callbacks: Sequence[Callback] = (),
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | str = "60s",
+    resume: bool = False,
+    identity: Mapping[str, Any] | None = None,
+) -> TrainingResult:
+    """Train a model and return the clustering that the selection rule prefers.
+
+    Parameters
+    ----------
+    model : Trainable
+        The model, with freshly initialised parameters.
+    epochs : int
+        Full-batch steps.
+    lr : float
+        Learning rate.
+    adjacency : CSR matrix [N, N]
+        For modularity.
+    optimizer : {"adam", "averaged", "accumulated"}
+        See :func:`make_optimizer`.
+    selection : str
+        A key of :data:`SELECTIONS`: the last epoch, or the evaluated epoch with the best score.
+    eval_every : int
+        Epochs between evaluations. Evaluated are epochs 1, 1 + eval_every, ... and the last.
+    callbacks : sequence of callable
+        Each is given an :class:`Event` after every epoch.
+    checkpoint_dir : path, optional
+        Where ``checkpoint.safetensors`` is kept; without it there are no checkpoints, and SIGINT
+        acts as usual.
+    checkpoint_every : int or str
+        Epochs (``25``) or seconds (``"60s"``) between checkpoints. One more is written at the end.
+    resume : bool
+        Go on from the checkpoint if there is one. On the CPU the outcome is the same to the bit as
+        that of an uninterrupted run.
+    identity : mapping, optional
+        Configuration and digest of the data, JSON-able. A checkpoint of another one is refused.
+
+    Raises
+    ------
+    TrainingInterrupted
+        After SIGINT or SIGTERM, once the epoch is done and the checkpoint is on disk.
+    TrainingDivergedError
+        The loss became NaN or infinite.
+    CheckpointError
+        Resuming from a checkpoint that is damaged or of another run.
+    ValueError
+        ``checkpoint_dir`` cannot be created.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    adam = make_optimizer(parameters, optimizer, lr)
+    accumulate = optimizer == "accumulated"
+    state = _State(model, adam, parameters, accumulate, dict(identity or {}))
+    checkpoints = None if checkpoint_dir is None else _Checkpoints(checkpoint_dir, checkpoint_every)
+
+    if not (resume and checkpoints and checkpoints.load(state)):
+        model.begin()
+
+    with _deferred_signals(enabled=checkpoints is not None) as caught:
+        for epoch in range(state.epochs_done, epochs):
+            started = time.perf_counter()
+            if not accumulate:
+                adam.zero_grad(set_to_none=True)
+            loss = model.loss()
+            loss.backward()
+            adam.step()
+            model.after_step(epoch)
+            value = float(loss.detach())
+            if not np.isfinite(value):
+                raise TrainingDivergedError(
+                    f"the loss became {value} in epoch {epoch + 1}; lower lr (now {lr:g})"
+                )
+            entry: dict[str, Any] = {"epoch": epoch + 1, "loss": value}
+            evaluation = None
+            if epoch % eval_every == 0 or epoch == epochs - 1:
+                evaluation = _evaluate(state, epoch, value, adjacency, selection)
+                entry |= {key: score for key, score in evaluation.items() if key != "labels"}
+            entry["seconds"] = time.perf_counter() - started
+            state.epochs_done = epoch + 1
+            state.history.append(entry)
+            event = Event(epoch + 1, epochs, value, entry["seconds"], evaluation)
+            for callback in callbacks:
+                callback(event)
+            if checkpoints is not None:
+                if caught or checkpoints.due(epoch + 1) or epoch == epochs - 1:
+                    written = checkpoints.save(state)
+                if caught and epoch < epochs - 1:
+                    where = checkpoints.path if written else "nowhere: it could not be written"
+                    name = signal.Signals(caught[0]).name
+                    raise TrainingInterrupted(f"{name} after epoch {epoch + 1}; checkpoint {where}")
+
+    best = state.best
+    return TrainingResult(
+        labels=np.asarray(best.labels.cpu(), dtype=np.int64),
+        embedding=np.asarray(best.embedding.float().cpu(), dtype=np.float32),
+        parameters=_cpu_state(model) if selection == "last" else best.parameters,
+        epoch=best.epoch,
+        history=state.history,
+    )
+
+
+def _evaluate(
+    state: _State, epoch: int, loss: float, adjacency: sp.csr_array, selection: str
+) -> dict[str, Any]:
+    """Cluster, score, and keep the clustering if the selection rule prefers it."""
+    with torch.no_grad():
+        labels, embedding = state.model.assign(epoch)
+    host_labels = np.asarray(labels.cpu(), dtype=np.int64)
+    scores = internal_scores(embedding, host_labels, adjacency, selection)
+    more_is_better = SELECTIONS[selection]
+    best = state.best
+    if more_is_better is None:
+        score, preferred = float("nan"), True
+    else:
+        score = loss if selection == "loss" else scores[selection]
+        ahead = score > best.score if more_is_better else score < best.score
+        preferred = best.epoch == 0 or ahead or (np.isnan(best.score) and not np.isnan(score))
+    if preferred:
+        kept = {} if more_is_better is None else _cpu_state(state.model)
+        state.best = _Best(epoch + 1, score, labels.cpu(), embedding.cpu(), kept)
+    return {**scores, **state.model.diagnostics(), "labels": host_labels}
+
+
+def _cpu_state(model: Trainable) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+
+# --- interruption --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _deferred_signals(enabled: bool) -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of acting on them; a second one acts at once.
+
+    Python allows handlers in the main thread only; elsewhere nothing is installed.
+    """
+    caught: list[int] = []
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    previous = {
+        number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield caught
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+@dataclass
+class _State:
+    """All that a run consists of between two epochs.
+
+    There is no stream of random numbers to keep: draws are keyed by seed and epoch.
+    """
+
+    model: Trainable
+    optimizer: torch.optim.Adam
+    parameters: list[torch.nn.Parameter]
+    accumulate: bool
+    identity: dict[str, Any]
+    epochs_done: int = 0
+    best: _Best = field(default_factory=_Best)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the run under a flat name."""
+        out = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        out |= {f"extra/{name}": value for name, value in self.model.extra_state().items()}
+        for i, parameter in enumerate(self.parameters):
+            if self.accumulate and parameter.grad is not None:
+                out[f"grad/{i}"] = parameter.grad
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                out[f"adam/{i}/{key}"] = value
+        if self.best.epoch:
+            out["best/labels"], out["best/embedding"] = self.best.labels, self.best.embedding
+            out |= {f"best/model/{name}": value for name, value in self.best.parameters.items()}
+        return {name: value.detach().contiguous() for name, value in out.items()}
+
+    def restore(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Take the run from :meth:`tensors` and its JSON record."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.model.load_state_dict(part("model/"))
+        device = self.parameters[0].device
+        self.model.load_extra_state({k: v.to(device) for k, v in part("extra/").items()})
+        for name, value in part("grad/").items():
+            self.parameters[int(name)].grad = value.to(device)
+        for name, value in part("adam/").items():
+            i, key = name.split("/")
+            self.optimizer.state[self.parameters[int(i)]][key] = value.to(device)
+        self.epochs_done, self.history = record["epochs_done"], record["history"]
+        if record["best_epoch"]:
+            self.best = _Best(
+                record["best_epoch"],
+                record["best_score"],
+                tensors["best/labels"],
+                tensors["best/embedding"],
+                part("best/model/"),
+            )
+
+
+class _Checkpoints:
+    """One checkpoint file, replaced as a whole: a temporary file, flushed to disk and renamed."""
+
+    def __init__(self, directory: str | os.PathLike[str], every: int | str) -> None:
+        self.path = Path(directory) / CHECKPOINT_NAME
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"checkpoint_dir must be a folder that can be created and written, got "
+                f"{os.fspath(directory)!r}: {error.strerror}"
+            ) from None
+        self.epochs, self.seconds = parse_interval(every)
+        self.last_written = time.monotonic()
+
+    def due(self, epochs_done: int) -> bool:
+        """Whether it is time for one."""
+        if self.epochs:
+            return epochs_done % self.epochs == 0
+        return time.monotonic() - self.last_written >= self.seconds
+
+    def save(self, state: _State) -> bool:
+        """Write one; a failure leaves the previous one and is only warned of."""
+        record = {
+            "epochs_done": state.epochs_done,
+            "history": state.history,
+            "best_epoch": state.best.epoch,
+            "best_score": state.best.score,
+        }
+        metadata = {
+            "fastclust": _FORMAT,
+            "identity": json.dumps(state.identity, sort_keys=True),
+            "record": json.dumps(record),
+        }
+        temporary = self.path.with_suffix(".tmp")
+        self.last_written = time.monotonic()
+        try:
+            save_file(state.tensors(), temporary, metadata)
+            _flush_to_disk(temporary)
+            os.replace(temporary, self.path)
+            if os.name == "posix":
+                _flush_to_disk(self.path.parent)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            warnings.warn(
+                f"the checkpoint after epoch {state.epochs_done} could not be written to "
+                f"{self.path} ({error}); training goes on"
+                + (", the previous checkpoint stays" if self.path.exists() else ""),
+                CheckpointWarning,
+                stacklevel=3,
+            )
+            return False
+        return True
+
+    def load(self, state: _State) -> bool:
+        """Restore the run if there is a checkpoint; whether there was one."""
+        if not self.path.exists():
+            return False
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            identity, record = json.loads(metadata["identity"]), json.loads(metadata["record"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path} is damaged or no checkpoint of fastclust ({error}); remove it to "
+                f"start afresh"
+            ) from None
+        wanted = json.loads(json.dumps(state.identity))
+        changed = sorted(k for k in {*identity, *wanted} if identity.get(k) != wanted.get(k))
+        if changed:
+            details = ", ".join(
+                f"{key} was {identity.get(key)!r} and is {wanted.get(key)!r}"[:160]
+                for key in changed[:4]
+            )
+            raise CheckpointError(
+                f"{self.path} belongs to another run ({details}); resume with the same data and "
+                f"settings, or remove it to start afresh"
+            )
+        try:
+            state.restore(tensors, record)
+        except (KeyError, RuntimeError, IndexError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path} does not fit this version's model ({error}); remove it to start anew"
+            ) from None
+        return True
+
+
+def parse_interval(every: int | str) -> tuple[int, float]:
+    """``checkpoint_every`` as (epochs, 0) or (0, seconds)."""
+    if isinstance(every, int) and not isinstance(every, bool) and every > 0:
+        return every, 0.0
+    if isinstance(every, str):
+        with contextlib.suppress(ValueError):
+            if every.endswith("s") and float(every[:-1]) >= 0:
+                return 0, float(every[:-1])
+    raise ValueError(
+        f"checkpoint_every must be a number of epochs (25) or of seconds ('60s'), got {every!r}"
+    )
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def print_progress(event: Event) -> None:
+    """A callback that prints one line per evaluated epoch to stderr."""
+    if event.evaluation is not None:
+        print(
+            f"epoch {event.epoch}/{event.n_epochs}  loss {event.loss:.6g}  {event.seconds:.2f} s",
+            file=sys.stderr,
+        )
