@@ -20,4 +20,17 @@ STABLE_TORCH_LIBRARY(fastclust, m) {
       "bool need_e, bool need_alpha) -> (Tensor grad_z, Tensor grad_e, Tensor grad_alpha)");
   // [2]: least and greatest entry of S over all 2N x 2N pairs, diagonal included.
   m.def("similarity_range(Tensor z, Tensor e, Tensor alpha, int precision) -> Tensor");
+
+  // k-means, R restarts at once; see csrc/kmeans/kmeans.h. x is centred and padded to dp columns by
+  // kmeans_center -> (xc [N, dp], mean float64 [d], mean column variance float64 []).
+  m.def("kmeans_center(Tensor x) -> (Tensor xc, Tensor mean, Tensor variance)");
+  // method: 0 greedy k-means++, 1 random points, 2 the most central of 20 random draws. [R, K, dp]
+  m.def(
+      "kmeans_init(Tensor x, int n_clusters, int n_restarts, int method, int seed) -> Tensor");
+  // (centers [R, K, dp], n_iter int64 [R], converged bool [R])
+  m.def(
+      "kmeans_lloyd(Tensor x, Tensor centers, Tensor tolerance, bool norm_rule, int max_iter) "
+      "-> (Tensor centers, Tensor n_iter, Tensor converged)");
+  // (labels int32 [R, N], inertia float64 [R])
+  m.def("kmeans_assign(Tensor x, Tensor centers) -> (Tensor labels, Tensor inertia)");
 }

@@ -53,3 +53,53 @@ def hardness(
     both = rows_confident[:, None] & rows_confident[None, :]
     outside = torch.ones_like(s) if previous is None else previous
     return torch.where(both, (same - scaled).abs() ** beta, outside)
+
+
+# ---------------------------------------------------------------------------------------------
+# kmeans: Lloyd iterations (IEEE Trans. Inf. Theory 28, 1982)
+# ---------------------------------------------------------------------------------------------
+
+
+def kmeans(
+    x: Tensor, centers: Tensor, *, max_iter: int = 300, tol: float = 1e-4
+) -> tuple[Tensor, Tensor, float, int]:
+    """Lloyd's iterations from given centres.
+
+    label_i = argmin_k |x_i - c_k|^2 (lowest index on ties); c_k = mean of its points; an empty
+    cluster takes the point farthest from its centre; stop once sum_k |dC_k|^2 is at most ``tol``
+    times the mean column variance.
+
+    Parameters
+    ----------
+    x
+        [N, d].
+    centers
+        [K, d], the start.
+
+    Returns
+    -------
+    labels [N], centers [K, d], inertia, iterations.
+    """
+    n_clusters = centers.shape[0]
+    tolerance = tol * x.var(0, correction=0).mean()
+    for n_iter in range(1, max_iter + 1):  # noqa: B007
+        labels = (x[:, None] - centers[None]).square().sum(-1).argmin(1)  # [N]
+        distance = (x - centers[labels]).square().sum(1)  # [N]
+        repaired = False
+        for k in range(n_clusters):
+            counts = torch.bincount(labels, minlength=n_clusters)
+            far = int(torch.where(counts[labels] > 1, distance, 0.0).argmax())
+            if counts[k] > 0 or distance[far] == 0:
+                continue
+            labels[far], repaired = k, True
+            distance = torch.minimum(distance, (x - x[far]).square().sum(1))
+        one_hot = torch.nn.functional.one_hot(labels, n_clusters).to(x)  # [N, K]
+        counts = one_hot.sum(0)[:, None]
+        moved = torch.where(counts > 0, one_hot.T @ x / counts.clamp(min=1), centers)
+        shift = (moved - centers).square().sum()
+        centers = moved
+        if shift <= tolerance and not repaired:
+            break
+    distances = (x[:, None] - centers[None]).square().sum(-1)  # [N, K]
+    least = distances.min(1)
+    return least.indices, centers, least.values.sum().item(), n_iter

@@ -1,5 +1,6 @@
 """The operators: one module per kernel, on CPU and CUDA tensors, differentiable."""
 
 from fastclust.ops.infonce import Hardness, dense_weights, hard_infonce, hardness
+from fastclust.ops.kmeans import KMeansResult, kmeans
 
-__all__ = ["Hardness", "dense_weights", "hard_infonce", "hardness"]
+__all__ = ["Hardness", "KMeansResult", "dense_weights", "hard_infonce", "hardness", "kmeans"]
