@@ -33,4 +33,23 @@ STABLE_TORCH_LIBRARY(fastclust, m) {
       "-> (Tensor centers, Tensor n_iter, Tensor converged)");
   // (labels int32 [R, N], inertia float64 [R])
   m.def("kmeans_assign(Tensor x, Tensor centers) -> (Tensor labels, Tensor inertia)");
+
+  // act(Abar h + residual) over a graph (csrc/propagate/propagate.h): the first ten arguments are
+  // what fastclust.Graph holds. h [N, d] and residual [N, d] may have any row stride; add_input adds
+  // h in place of a residual. Returns out [N, d] and the activation's bit mask, int32
+  // [N, ceil(d / 32)], or [N, 0] without want_mask.
+  m.def(
+      "propagate(Tensor indptr, Tensor indices, Tensor? values, Tensor? row_scale, "
+      "Tensor? col_scale, bool self_loops, Tensor task_rows, Tensor segments, Tensor hubs, "
+      "int hub_edges, Tensor h, Tensor? residual, bool add_input, bool relu, bool want_mask) "
+      "-> (Tensor, Tensor)");
+  // The gradients of h [N, d] and, with want_residual, of residual [N, d] (else [0, d]), in one
+  // pass over grad [N, d], the gradient of out; mask as saved by propagate, absent without relu.
+  m.def(
+      "propagate_backward(Tensor indptr, Tensor indices, Tensor? values, Tensor? row_scale, "
+      "Tensor? col_scale, bool self_loops, Tensor task_rows, Tensor segments, Tensor hubs, "
+      "int hub_edges, Tensor grad, Tensor? mask, bool add_input, bool want_residual) "
+      "-> (Tensor, Tensor)");
+  // grad [N, d] where the bit of mask is set, else 0.
+  m.def("mask_rows(Tensor grad, Tensor mask) -> Tensor");
 }

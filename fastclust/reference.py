@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastclust.graph import Graph
+
 # ---------------------------------------------------------------------------------------------
 # infonce: hard-sample-weighted InfoNCE (HSAN, AAAI 2023)
 # ---------------------------------------------------------------------------------------------
@@ -103,3 +105,45 @@ def kmeans(
     distances = (x[:, None] - centers[None]).square().sum(-1)  # [N, K]
     least = distances.min(1)
     return least.indices, centers, least.values.sum().item(), n_iter
+
+
+# ---------------------------------------------------------------------------------------------
+# propagate: normalised sparse propagation with residual and activation (ECN-MF, Eqs. 10-11)
+# ---------------------------------------------------------------------------------------------
+
+
+def dense_adjacency(graph: Graph) -> Tensor:
+    r"""Return :math:`\bar A = D_r (A + I) D_c` as a dense matrix, float64 [N, N]."""
+    n = graph.n_nodes
+    indptr, columns = graph.indptr.cpu(), graph.indices.cpu().long()
+    rows = torch.repeat_interleave(torch.arange(n), indptr.diff())
+    adjacency = torch.zeros(n, n, dtype=torch.float64)
+    weights = torch.ones(len(columns)) if graph.values is None else graph.values.cpu()
+    adjacency[rows, columns] = weights.double()
+    if graph.self_loops:
+        adjacency += torch.eye(n, dtype=torch.float64)
+    degree = adjacency.sum(dim=1)
+    inverse = torch.where(degree > 0, 1 / degree, torch.zeros_like(degree))
+    if graph.norm == "rw":
+        return inverse[:, None] * adjacency
+    if graph.norm == "sym":
+        return inverse.sqrt()[:, None] * adjacency * inverse.sqrt()[None, :]
+    return adjacency
+
+
+def propagate(
+    graph: Graph,
+    h: Tensor,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    steps: int = 1,
+) -> Tensor:
+    r""":math:`\mathrm{act}(\bar A^{\,t} H + R)`, h and residual [N, d]."""
+    out = h.double()
+    adjacency = dense_adjacency(graph).to(h.device)
+    for _ in range(steps):
+        out = adjacency @ out
+    if residual is not None:
+        out = out + residual.double()
+    return torch.relu(out) if activation == "relu" else out

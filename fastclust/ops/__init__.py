@@ -2,5 +2,14 @@
 
 from fastclust.ops.infonce import Hardness, dense_weights, hard_infonce, hardness
 from fastclust.ops.kmeans import KMeansResult, kmeans
+from fastclust.ops.propagate import propagate
 
-__all__ = ["Hardness", "KMeansResult", "dense_weights", "hard_infonce", "hardness", "kmeans"]
+__all__ = [
+    "Hardness",
+    "KMeansResult",
+    "dense_weights",
+    "hard_infonce",
+    "hardness",
+    "kmeans",
+    "propagate",
+]
