@@ -23,8 +23,10 @@ struct FloatVec {
   static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
-  // max returns its second operand where one is NaN
-  static Reg relu(Reg x) { return _mm512_max_ps(_mm512_setzero_ps(), x); }
+  static Reg relu(Reg x) {
+    return _mm512_maskz_mov_ps(static_cast<Mask>(not_below_or_zero(x)), x);
+  }
+  // NaN passes, as in torch.relu and its gradient
   static uint32_t not_below_or_zero(Reg x) {
     return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ);
   }
@@ -47,7 +49,9 @@ struct DoubleVec {
   static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm512_mul_pd(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
-  static Reg relu(Reg x) { return _mm512_max_pd(_mm512_setzero_pd(), x); }
+  static Reg relu(Reg x) {
+    return _mm512_maskz_mov_pd(static_cast<Mask>(not_below_or_zero(x)), x);
+  }
   static uint32_t not_below_or_zero(Reg x) {
     return _mm512_cmp_pd_mask(x, _mm512_setzero_pd(), _CMP_NLE_UQ);
   }

@@ -1,0 +1,24 @@
+"""The one table of error bounds.
+
+A kernel may err by at most FACTOR times what torch errs in the same dtype on the same input, both
+against the float64 twin, plus the op's rounding allowance: so many units in the last place of the
+largest magnitude in the result.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["FACTOR", "ROUNDING", "bound"]
+
+FACTOR = 2.0
+
+# op -> units in the last place of the largest entry
+ROUNDING = {
+    "propagate": 4.0,
+}
+
+
+def bound(op: str, torch_error: float, largest: float, dtype: torch.dtype) -> float:
+    """Largest error that ``op`` may show where torch shows ``torch_error`` in ``dtype``."""
+    return FACTOR * torch_error + ROUNDING[op] * torch.finfo(dtype).eps * largest
