@@ -1,0 +1,193 @@
+"""The run directory: which file lies where, written so that nothing computed is ever lost.
+
+Layout::
+
+    DIR/config.toml         every setting of the run; --config DIR/config.toml repeats it
+    DIR/result.json         all finished seeds; rewritten as each one finishes
+    DIR/report.html
+    DIR/assignments.csv  DIR/model.safetensors  DIR/model.json  DIR/embedding.npy
+    DIR/history.jsonl    DIR/checkpoint/        the first seed's
+    DIR/seed-<S>/...        the same five and checkpoint/ for every further seed S
+    DIR/previous-<n>/...    what an earlier run, started without --resume, had left in DIR
+
+Files are written beside their place and renamed into it, so each is either the old or the new one,
+whole. A seed counts as finished once ``result.json`` lists it, which happens after its other files
+are in place.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastclust.cli import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["RunDirectory", "read_toml", "write_atomically"]
+
+_SEED_FILES = (
+    "assignments.csv",
+    "model.safetensors",
+    "model.json",
+    "embedding.npy",
+    "history.jsonl",
+    "checkpoint",
+)
+_SHARED_FILES = ("config.toml", "result.json", "report.html")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old content or the new, whole."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+class RunDirectory:
+    """A run directory, opened for a list of seeds.
+
+    Parameters
+    ----------
+    root : path
+        The directory; made if it does not exist.
+
+    Raises
+    ------
+    UsageError
+        It cannot be made or written to.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+        self._first: int | None = None
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            raise UsageError(
+                f"--out must be a directory that can be written to, got {str(self.root)!r}: "
+                f"{error.strerror or error}"
+            ) from None
+
+    def read_config(self) -> dict[str, Any] | None:
+        """The settings of the run that lies here, or None."""
+        path = self.root / "config.toml"
+        return read_toml(path) if path.is_file() else None
+
+    def read_result(self) -> dict[str, Any] | None:
+        """``result.json``, or None where there is none yet."""
+        try:
+            text = (self.root / "result.json").read_text()
+        except FileNotFoundError:
+            return None
+        try:
+            result: dict[str, Any] = json.loads(text)
+            return result
+        except ValueError:
+            raise UsageError(
+                f"{self.root / 'result.json'} is damaged; remove it, and --resume will train its "
+                f"seeds again from their checkpoints"
+            ) from None
+
+    def set_aside(self) -> Path | None:
+        """Move an earlier run out of the way; returns where to, or None if there was none."""
+        old = [self.root / name for name in (*_SHARED_FILES, *_SEED_FILES)]
+        old = [path for path in old if path.exists()] + sorted(self.root.glob("seed-*"))
+        if not old:
+            return None
+        number = 1
+        while (target := self.root / f"previous-{number}").exists():
+            number += 1
+        target.mkdir()
+        for path in old:
+            path.rename(target / path.name)
+        return target
+
+    def begin(self, seeds: Sequence[int], config: Mapping[str, Any]) -> None:
+        """Record the settings; the first seed's files will lie in the directory itself."""
+        self._first = seeds[0]
+        write_atomically(self.root / "config.toml", format_toml(config))
+
+    def folder(self, seed: int) -> Path:
+        """Where the files of one seed lie."""
+        return self.root if seed == self._first else self.root / f"seed-{seed}"
+
+    def write_seed(
+        self, seed: int, labels: npt.NDArray[np.int64], embedding: npt.NDArray[Any]
+    ) -> None:
+        """Write ``assignments.csv`` and ``embedding.npy`` of a seed."""
+        folder = self.folder(seed)
+        lines = [f"{node},{cluster}\n" for node, cluster in enumerate(labels.tolist())]
+        write_atomically(folder / "assignments.csv", "node,cluster\n" + "".join(lines))
+        buffer = io.BytesIO()
+        np.save(buffer, embedding, allow_pickle=False)
+        write_atomically(folder / "embedding.npy", buffer.getvalue())
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Write ``result.json``."""
+        write_atomically(self.root / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+# --- TOML --------------------------------------------------------------------------------------
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises
+    ------
+    UsageError
+        There is no such file, or it is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{str(path)!r} must be a TOML file: {error}") from None
+
+
+def format_toml(settings: Mapping[str, Any]) -> str:
+    """Settings as TOML: text, numbers, booleans, None (as ``"none"``) and lists of them."""
+    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in settings.items())
+
+
+def _toml_value(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return json.dumps(str(value), ensure_ascii=False)
