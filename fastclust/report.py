@@ -254,6 +254,7 @@ def project(
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     n = int(embedding.shape[0])
     nodes = np.arange(n)
@@ -261,13 +262,18 @@ def project(
         nodes = np.sort(np.random.default_rng(0).choice(n, max_nodes, replace=False))
     x = np.nan_to_num(np.asarray(embedding, dtype=np.float64)[nodes])  # [n, d]
     n_components = min(50, *x.shape)
+    if len(x) < 3 or not np.ptp(x, axis=0).any():
+        return nodes, np.column_stack([x[:, 0], np.zeros(len(x))]), "PCA"
     x = PCA(n_components, svd_solver="full").fit_transform(x)
     if n_components < 2:
         x = np.column_stack([x, np.zeros(len(x))])
-    if len(x) < 30 or not x.any():
+    if len(x) < 30:
         return nodes, x[:, :2], "PCA"
     tsne = TSNE(init="pca", perplexity=min(30.0, len(x) / 4), max_iter=500, random_state=0)
-    points = tsne.fit_transform(x.astype(np.float32))
+    # One thread: the picture then is the same anywhere, and a busy machine does not stall on the
+    # barriers of hundreds of short parallel sections.
+    with threadpool_limits(1):
+        points = tsne.fit_transform(x.astype(np.float32))
     return nodes, np.asarray(points, dtype=np.float64), "t-SNE"
 
 

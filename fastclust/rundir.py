@@ -5,9 +5,10 @@ Layout::
     DIR/config.toml         every setting of the run; --config DIR/config.toml repeats it
     DIR/result.json         all finished seeds; rewritten as each one finishes
     DIR/report.html
-    DIR/assignments.csv  DIR/model.safetensors  DIR/model.json  DIR/embedding.npy
-    DIR/history.jsonl    DIR/checkpoint/        the first seed's
-    DIR/seed-<S>/...        the same five and checkpoint/ for every further seed S
+    DIR/assignments.csv  DIR/embedding.npy  DIR/history.jsonl  DIR/checkpoint/
+    DIR/model.safetensors  DIR/config.json
+                            the first seed's; the last two are what the estimator's load() reads
+    DIR/seed-<S>/...        the same files and checkpoint/ for every further seed S
     DIR/previous-<n>/...    what an earlier run, started without --resume, had left in DIR
 
 Files are written beside their place and renamed into it, so each is either the old or the new one,
@@ -41,7 +42,7 @@ __all__ = ["RunDirectory", "read_toml", "write_atomically"]
 _SEED_FILES = (
     "assignments.csv",
     "model.safetensors",
-    "model.json",
+    "config.json",
     "embedding.npy",
     "history.jsonl",
     "checkpoint",
