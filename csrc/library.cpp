@@ -52,4 +52,33 @@ STABLE_TORCH_LIBRARY(fastclust, m) {
       "-> (Tensor, Tensor)");
   // grad [N, d] where the bit of mask is set, else 0.
   m.def("mask_rows(Tensor grad, Tensor mask) -> Tensor");
+  // Batched randomised SVD, see csrc/lowrank/lowrank.h. X [N, D] is either dense `values` [N, D] or
+  // CSR `values` [nnz], indptr int64 [N + 1], indices int32 [nnz]; M = ceil(N / batch_size) batches
+  // of B rows. mean [M, D]: subtracted from the rows of each batch.
+  // [M, D]
+  m.def(
+      "lowrank_mean(Tensor values, Tensor? indptr, Tensor? indices, int n_cols, int batch_size) "
+      "-> Tensor");
+  // [M, D, D]: X_c^T X_c.
+  m.def(
+      "lowrank_gram(Tensor values, Tensor? indptr, Tensor? indices, Tensor? mean, int n_cols, "
+      "int batch_size) -> Tensor");
+  // [M, B, l]: X_c v, v [M, D, l]; rows past a short last batch are zero.
+  m.def(
+      "lowrank_project(Tensor values, Tensor? indptr, Tensor? indices, Tensor? mean, int n_cols, "
+      "int batch_size, Tensor v) -> Tensor");
+  // [M, D, l]: X_c^T q, q [M, B, l].
+  m.def(
+      "lowrank_project_transposed(Tensor values, Tensor? indptr, Tensor? indices, Tensor? mean, "
+      "int n_cols, int batch_size, Tensor q) -> Tensor");
+  // [M, m, n]: a [M, m, k] b [M, k, n].
+  m.def("lowrank_multiply(Tensor a, Tensor b) -> Tensor");
+  // y [M, n, l] = q [M, n, l] r, r float64 [M, l, l] upper triangular; dependent columns become 0.
+  m.def("lowrank_orthonormalize(Tensor y, int passes) -> (Tensor q, Tensor r)");
+  // a float64 [M, l, l] = u diag(s) vt, s [M, l] descending.
+  m.def("lowrank_small_svd(Tensor a) -> (Tensor u, Tensor s, Tensor vt)");
+  // [n_batches, n_rows, width] standard normal, of the dtype of `like`, keyed by (seed, batch, i).
+  m.def(
+      "lowrank_normal(Tensor like, int n_batches, int first_batch, int n_rows, int width, int seed) "
+      "-> Tensor");
 }

@@ -147,3 +147,54 @@ def propagate(
     if residual is not None:
         out = out + residual.double()
     return torch.relu(out) if activation == "relu" else out
+
+
+# ---------------------------------------------------------------------------------------------
+# lowrank: batched truncated SVD (ECN-MF, CMC 2024, Eqs. 2-9)
+# ---------------------------------------------------------------------------------------------
+
+
+def batched_svd(
+    x: Tensor, rank: int, batch_size: int | None = None, center: bool = True
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Exact ``(u [b, r], s [r], vh [r, D], mean [D])`` of every batch of rows of x [N, D]."""
+    result = []
+    for batch in x.split(batch_size or x.shape[0]):
+        mean = batch.mean(0) if center else batch.new_zeros(x.shape[1])
+        u, s, vh = torch.linalg.svd(batch - mean, full_matrices=False)
+        largest = vh.gather(1, vh.abs().argmax(1, keepdim=True))
+        sign = torch.where(largest < 0, -1.0, 1.0)
+        result.append((u[:, :rank] * sign[:rank].T, s[:rank], (sign * vh)[:rank], mean))
+    return result
+
+
+def low_rank(
+    x: Tensor,
+    rank: int,
+    batch_size: int | None = None,
+    recombine: str = "merge",
+    center: bool = True,
+    add_mean: bool = False,
+) -> Tensor:
+    """X_r [N, D] in one of the four readings of Eqs. 5-9."""
+    batches = batched_svd(x, rank, batch_size, center)
+    all_s = torch.cat([s for _, s, _, _ in batches])  # [M r]
+    all_vh = torch.cat([vh for _, _, vh, _ in batches])  # [M r, D]
+    if recombine == "merge":
+        mean = x.mean(0) if center else x.new_zeros(x.shape[1])
+        offsets = [len(u) ** 0.5 * (m - mean) for u, _, _, m in batches]
+        stacked = torch.cat([all_s[:, None] * all_vh, torch.stack(offsets)])
+        v = torch.linalg.svd(stacked, full_matrices=False).Vh[:rank]  # [r, D]
+        return (x - mean) @ v.T @ v + add_mean * mean
+    top = torch.argsort(all_s, descending=True, stable=True)[:rank]
+    parts = []
+    for i, (u, s, vh, mean) in enumerate(batches):
+        if recombine == "per_batch":
+            part = u * s @ vh
+        elif recombine == "block":
+            kept = top[top // rank == i] % rank  # this batch's triplets among the global top r
+            part = u[:, kept] * s[kept] @ vh[kept]
+        else:  # literal
+            part = u * all_s[top] @ all_vh[top]
+        parts.append(part + add_mean * mean)
+    return torch.cat(parts)

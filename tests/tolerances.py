@@ -15,6 +15,7 @@ FACTOR = 2.0
 
 # op -> units in the last place of the largest entry
 ROUNDING = {
+    "lowrank": 32.0,
     "propagate": 4.0,
 }
 

@@ -2,14 +2,19 @@
 
 from fastclust.ops.infonce import Hardness, dense_weights, hard_infonce, hardness
 from fastclust.ops.kmeans import KMeansResult, kmeans
+from fastclust.ops.lowrank import LowRank, LowRankMatrix, batched_svd, low_rank
 from fastclust.ops.propagate import propagate
 
 __all__ = [
     "Hardness",
     "KMeansResult",
+    "LowRank",
+    "LowRankMatrix",
+    "batched_svd",
     "dense_weights",
     "hard_infonce",
     "hardness",
     "kmeans",
+    "low_rank",
     "propagate",
 ]

@@ -1,0 +1,508 @@
+// Batched randomised SVD on the CPU (Halko, Martinsson and Tropp, SIAM Review 53, 2011), in pieces.
+//
+// Work is split by batch, by row chunk, by tile of the Gram matrix or by block of columns of the
+// sketch, always by size, so bits do not depend on the number of threads.
+//
+// Bound by: GEMM flops for dense rows (2 B D l a pass, B D^2 once for the Gram matrix), gathers for
+// sparse rows. Sparse rows denser than 1/8 are scattered into dense panels and take the GEMM path:
+// a sparse axpy runs at about an eighth of the speed of a packed product.
+//
+// Orthonormalisation is CholeskyQR with its Gram matrix in double: with float data the squared
+// condition number then fits (Yamamoto et al., ETNA 44, 2015, on CholeskyQR2). Double data has no
+// wider type to square into and takes Gram-Schmidt, twice.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "common/gemm.h"
+#include "common/parallel.h"
+#include "common/rng.h"
+#include "lowrank/lowrank.h"
+
+namespace fastclust::lowrank {
+namespace {
+
+constexpr int64_t kPanel = 512;       // rows that one task centres or scatters at a time
+constexpr int64_t kSlot = 1024;       // rows summed by one task of a reduction over rows
+constexpr int64_t kMaxSlots = 16;     // partial results of one reduction
+constexpr int64_t kGramTile = 128;
+constexpr int64_t kColumnBlock = 16;  // columns of the sketch that one sparse task owns
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+int64_t batch_rows(const Rows<T>& x, int64_t batch) {
+  return std::min(x.batch_size, x.n_rows - batch * x.batch_size);
+}
+
+template <typename T>
+bool use_panels(const Rows<T>& x) {
+  if (x.indptr == nullptr) return true;
+  return (x.indptr[x.n_rows] - x.indptr[0]) * 8 > x.n_rows * x.n_cols;
+}
+
+// One task per batch when there are enough of them to keep every thread busy; otherwise one after
+// the other, each parallel inside. The bits are the same either way.
+template <typename F>
+void for_batches(int64_t n_batches, const F& f) {
+  if (n_batches >= 4 * num_threads()) {
+    parallel_tasks(n_batches, [&](int64_t batch, int) { f(batch); });
+  } else {
+    for (int64_t batch = 0; batch < n_batches; ++batch) f(batch);
+  }
+}
+
+// panel [rows, D] = rows begin.. of X minus the mean of their batch.
+template <typename T>
+void load_panel(const Rows<T>& x, int64_t begin, int64_t rows, T* panel) {
+  const int64_t d = x.n_cols;
+  const T* mean = x.mean == nullptr ? nullptr : x.mean + begin / x.batch_size * d;
+  for (int64_t i = 0; i < rows; ++i) {
+    T* out = panel + i * d;
+    if (x.indptr == nullptr) {
+      const T* row = x.values + (begin + i) * d;
+      if (mean == nullptr) {
+        std::copy(row, row + d, out);
+      } else {
+        for (int64_t j = 0; j < d; ++j) out[j] = row[j] - mean[j];
+      }
+      continue;
+    }
+    if (mean == nullptr) {
+      std::fill(out, out + d, T(0));
+    } else {
+      for (int64_t j = 0; j < d; ++j) out[j] = -mean[j];
+    }
+    for (int64_t e = x.indptr[begin + i]; e < x.indptr[begin + i + 1]; ++e) {
+      out[x.indices[e]] += x.values[e];
+    }
+  }
+}
+
+// total [l] = mean^T v of one batch.
+template <typename T>
+void mean_product(const T* mean, const T* v, int64_t d, int64_t width, std::vector<double>& total) {
+  total.assign(width, 0.0);
+  for (int64_t j = 0; j < d; ++j) {
+    for (int64_t c = 0; c < width; ++c) total[c] += double(mean[j]) * double(v[j * width + c]);
+  }
+}
+
+// Rows summed by one task of a reduction over n rows; depends on n alone.
+int64_t slot_rows(int64_t n) { return std::max(kSlot, ceil_div(n, kMaxSlots)); }
+
+// out [size] = sum of n_slots partial results, in order.
+template <typename T>
+void add_slots(const std::vector<T>& partial, int64_t n_slots, int64_t size, T* out) {
+  parallel_for(size, 4096, [&](int64_t begin, int64_t end) {
+    std::copy(partial.data() + begin, partial.data() + end, out + begin);
+    for (int64_t s = 1; s < n_slots; ++s) {
+      const T* p = partial.data() + s * size;
+      for (int64_t i = begin; i < end; ++i) out[i] += p[i];
+    }
+  });
+}
+
+}  // namespace
+
+template <typename T>
+void column_means(const Rows<T>& x, T* out) {
+  const int64_t d = x.n_cols;
+  if (x.indptr != nullptr) {
+    parallel_tasks(x.n_batches(), [&](int64_t batch, int) {
+      const int64_t begin = batch * x.batch_size, rows = batch_rows(x, batch);
+      std::vector<double> sum(d, 0.0);
+      for (int64_t e = x.indptr[begin]; e < x.indptr[begin + rows]; ++e) {
+        sum[x.indices[e]] += x.values[e];
+      }
+      for (int64_t j = 0; j < d; ++j) out[batch * d + j] = static_cast<T>(sum[j] / double(rows));
+    });
+    return;
+  }
+  constexpr int64_t kColumns = 256;
+  const int64_t blocks = ceil_div(d, kColumns);
+  parallel_tasks(x.n_batches() * blocks, [&](int64_t task, int) {
+    const int64_t batch = task / blocks, j0 = task % blocks * kColumns;
+    const int64_t n = std::min(kColumns, d - j0), rows = batch_rows(x, batch);
+    const T* first = x.values + batch * x.batch_size * d + j0;
+    double sum[kColumns] = {};
+    for (int64_t i = 1; i < rows; ++i) {
+      const T* row = first + i * d;
+      for (int64_t j = 0; j < n; ++j) sum[j] += double(row[j]) - double(first[j]);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      out[batch * d + j0 + j] = static_cast<T>(double(first[j]) + sum[j] / double(rows));
+    }
+  });
+}
+
+template <typename T>
+void gram(const Rows<T>& x, T* out) {
+  const int64_t d = x.n_cols, tiles = ceil_div(d, kGramTile);
+  constexpr int64_t kRows = 2048;
+  for_batches(x.n_batches(), [&](int64_t batch) {
+    T* c = out + batch * d * d;
+    const int64_t begin = batch * x.batch_size, n = batch_rows(x, batch);
+    std::vector<T> panel(std::min(kRows, n) * d);
+    for (int64_t row = 0; row < n; row += kRows) {
+      const int64_t rows = std::min(kRows, n - row);
+      parallel_for(rows, 64, [&](int64_t i, int64_t end) {
+        load_panel(x, begin + row + i, end - i, panel.data() + i * d);
+      });
+      const T beta = row == 0 ? T(0) : T(1);
+      parallel_tasks(tiles * (tiles + 1) / 2, [&](int64_t task, int) {
+        // task = j (j + 1) / 2 + i, i <= j
+        int64_t j = static_cast<int64_t>((std::sqrt(8.0 * double(task) + 1.0) - 1.0) / 2.0);
+        while (j * (j + 1) / 2 > task) --j;
+        while ((j + 1) * (j + 2) / 2 <= task) ++j;
+        const int64_t i0 = (task - j * (j + 1) / 2) * kGramTile, j0 = j * kGramTile;
+        gemm<T>(std::min(kGramTile, d - i0), std::min(kGramTile, d - j0), rows, T(1),
+                transposed(row_major(panel.data() + i0, d)), row_major(panel.data() + j0, d), beta,
+                c + i0 * d + j0, d);
+      });
+    }
+    // The tiles below the diagonal.
+    parallel_for(d, kGramTile, [&](int64_t i0, int64_t end) {
+      for (int64_t i = i0; i < end; ++i) {
+        for (int64_t j = 0; j < i0; ++j) c[i * d + j] = c[j * d + i];
+      }
+    });
+  });
+}
+
+template <typename T>
+void multiply(int64_t n_batches, int64_t m, int64_t k, int64_t n, const T* a, const T* b, T* out) {
+  for_batches(n_batches, [&](int64_t batch) {
+    parallel_gemm<T>(m, n, k, T(1), row_major(a + batch * m * k, k),
+                     row_major(b + batch * k * n, n), T(0), out + batch * m * n, n);
+  });
+}
+
+template <typename T>
+void project(const Rows<T>& x, int64_t width, const T* v, T* out) {
+  const int64_t d = x.n_cols, chunks = ceil_div(x.batch_size, kPanel);
+  const bool panels = use_panels(x);
+  const bool direct = x.indptr == nullptr && x.mean == nullptr;
+  parallel_tasks(x.n_batches() * chunks, [&](int64_t task, int) {
+    const int64_t batch = task / chunks, row = task % chunks * kPanel;
+    const int64_t begin = batch * x.batch_size + row;
+    const int64_t all = std::min(kPanel, x.batch_size - row);  // rows of the output
+    const int64_t rows = std::clamp<int64_t>(batch_rows(x, batch) - row, 0, all);
+    const T* vb = v + batch * d * width;
+    T* w = out + (batch * x.batch_size + row) * width;
+    std::fill(w + rows * width, w + all * width, T(0));
+    if (rows == 0) return;
+    if (panels) {
+      std::vector<T> panel(direct ? 0 : rows * d);
+      if (!direct) load_panel(x, begin, rows, panel.data());
+      const T* a = direct ? x.values + begin * d : panel.data();
+      gemm<T>(rows, width, d, T(1), row_major(a, d), row_major(vb, width), T(0), w, width);
+      return;
+    }
+    std::vector<double> shift(width, 0.0);
+    if (x.mean != nullptr) mean_product(x.mean + batch * d, vb, d, width, shift);
+    for (int64_t i = 0; i < rows; ++i) {
+      T* row_out = w + i * width;
+      for (int64_t c = 0; c < width; ++c) row_out[c] = static_cast<T>(-shift[c]);
+      for (int64_t e = x.indptr[begin + i]; e < x.indptr[begin + i + 1]; ++e) {
+        const T value = x.values[e];
+        const T* v_row = vb + int64_t{x.indices[e]} * width;
+        for (int64_t c = 0; c < width; ++c) row_out[c] += value * v_row[c];
+      }
+    }
+  });
+}
+
+template <typename T>
+void project_transposed(const Rows<T>& x, int64_t width, const T* q, T* out) {
+  const int64_t d = x.n_cols, n_batches = x.n_batches(), size = d * width;
+  if (!use_panels(x)) {
+    const int64_t blocks = ceil_div(width, kColumnBlock);
+    parallel_tasks(n_batches * blocks, [&](int64_t task, int) {
+      const int64_t batch = task / blocks, c0 = task % blocks * kColumnBlock;
+      const int64_t n = std::min(kColumnBlock, width - c0);
+      const int64_t begin = batch * x.batch_size, rows = batch_rows(x, batch);
+      std::vector<T> z(d * kColumnBlock, T(0));
+      double total[kColumnBlock] = {};
+      for (int64_t i = 0; i < rows; ++i) {
+        T block[kColumnBlock] = {};  // always full width: the loops below stay branch free
+        const T* q_row = q + (begin + i) * width + c0;
+        for (int64_t c = 0; c < n; ++c) block[c] = q_row[c];
+        for (int64_t c = 0; c < kColumnBlock; ++c) total[c] += block[c];
+        for (int64_t e = x.indptr[begin + i]; e < x.indptr[begin + i + 1]; ++e) {
+          const T value = x.values[e];
+          T* z_row = z.data() + int64_t{x.indices[e]} * kColumnBlock;
+          for (int64_t c = 0; c < kColumnBlock; ++c) z_row[c] += value * block[c];
+        }
+      }
+      for (int64_t j = 0; j < d; ++j) {
+        const double mean = x.mean == nullptr ? 0.0 : double(x.mean[batch * d + j]);
+        for (int64_t c = 0; c < n; ++c) {
+          out[batch * size + j * width + c0 + c] =
+              static_cast<T>(double(z[j * kColumnBlock + c]) - mean * total[c]);
+        }
+      }
+    });
+    return;
+  }
+  const int64_t slot = slot_rows(x.batch_size), n_slots = ceil_div(x.batch_size, slot);
+  std::vector<T> partial(n_slots > 1 ? n_batches * n_slots * size : 0);
+  parallel_tasks(n_batches * n_slots, [&](int64_t task, int) {
+    const int64_t batch = task / n_slots, s = task % n_slots;
+    T* z = n_slots > 1 ? partial.data() + task * size : out + batch * size;
+    const int64_t stop = std::min(batch_rows(x, batch), (s + 1) * slot);
+    if (s * slot >= stop) std::fill(z, z + size, T(0));
+    std::vector<T> panel(kPanel * d);
+    for (int64_t row = s * slot; row < stop; row += kPanel) {
+      const int64_t rows = std::min(kPanel, stop - row), begin = batch * x.batch_size + row;
+      load_panel(x, begin, rows, panel.data());
+      gemm<T>(d, width, rows, T(1), transposed(row_major(panel.data(), d)),
+              row_major(q + begin * width, width), row == s * slot ? T(0) : T(1), z, width);
+    }
+  });
+  if (n_slots == 1) return;
+  for (int64_t batch = 0; batch < n_batches; ++batch) {
+    const auto begin = partial.begin() + batch * n_slots * size;
+    add_slots(std::vector<T>(begin, begin + n_slots * size), n_slots, size, out + batch * size);
+  }
+}
+
+namespace {
+
+// Upper Cholesky factor r of g [l, l] and its inverse. A column whose pivot is rounding noise of its
+// own length depends on earlier ones: its row of r and its column of the inverse become zero.
+void cholesky(int64_t l, double tolerance, std::vector<double>& g, std::vector<double>& r,
+              std::vector<double>& inverse) {
+  std::fill(r.begin(), r.end(), 0.0);
+  std::fill(inverse.begin(), inverse.end(), 0.0);
+  double largest = 0.0;
+  for (int64_t j = 0; j < l; ++j) largest = std::max(largest, g[j * l + j]);
+  for (int64_t k = 0; k < l; ++k) {
+    const double pivot = g[k * l + k];
+    if (!(pivot > tolerance * largest)) continue;
+    double* r_row = &r[k * l];
+    const double root = std::sqrt(pivot);
+    for (int64_t j = k; j < l; ++j) r_row[j] = g[k * l + j] / root;
+    for (int64_t i = k + 1; i < l; ++i) {
+      const double factor = r_row[i];
+      for (int64_t j = i; j < l; ++j) g[i * l + j] -= factor * r_row[j];
+    }
+  }
+  // Back substitution by rows: inverse[k, :] = (e_k - sum_{i > k} r[k, i] inverse[i, :]) / r[k, k].
+  for (int64_t k = l - 1; k >= 0; --k) {
+    const double pivot = r[k * l + k];
+    if (pivot == 0.0) continue;
+    double* row = &inverse[k * l];
+    row[k] = 1.0;
+    for (int64_t i = k + 1; i < l; ++i) {
+      const double factor = r[k * l + i];
+      const double* other = &inverse[i * l];
+      for (int64_t j = i; j < l; ++j) row[j] -= factor * other[j];
+    }
+    for (int64_t j = k; j < l; ++j) row[j] /= pivot;
+  }
+  for (int64_t j = 0; j < l; ++j) {
+    if (r[j * l + j] != 0.0) continue;
+    for (int64_t i = 0; i < l; ++i) inverse[i * l + j] = 0.0;
+  }
+}
+
+// One batch, float: CholeskyQR, `passes` times.
+void orthonormalize_one(int64_t n, int64_t l, int passes, const float* y, float* q, double* r) {
+  constexpr int64_t kChunk = 256;
+  const int64_t slot = slot_rows(n), n_slots = ceil_div(n, slot);
+  std::vector<double> partial(n_slots * l * l), g(l * l), factor(l * l), inverse(l * l);
+  for (int pass = 0; pass < passes; ++pass) {
+    const float* from = pass == 0 ? y : q;
+    parallel_tasks(n_slots, [&](int64_t s, int) {
+      std::vector<double> wide(kChunk * l);
+      const int64_t stop = std::min(n, (s + 1) * slot);
+      for (int64_t row = s * slot; row < stop; row += kChunk) {
+        const int64_t rows = std::min(kChunk, stop - row);
+        std::copy(from + row * l, from + (row + rows) * l, wide.begin());
+        gemm<double>(l, l, rows, 1.0, transposed(row_major(wide.data(), l)),
+                     row_major(wide.data(), l), row == s * slot ? 0.0 : 1.0,
+                     partial.data() + s * l * l, l);
+      }
+    });
+    add_slots(partial, n_slots, l * l, g.data());
+    // Half a unit of float rounding, squared: shorter than that, a column is noise.
+    cholesky(l, 3.6e-15, g, factor, inverse);
+    parallel_for(n, kChunk, [&](int64_t begin, int64_t end) {
+      const int64_t rows = end - begin;
+      std::vector<double> wide(from + begin * l, from + end * l), result(rows * l);
+      gemm<double>(rows, l, l, 1.0, row_major(wide.data(), l), row_major(inverse.data(), l), 0.0,
+                   result.data(), l);
+      std::copy(result.begin(), result.end(), q + begin * l);
+    });
+    if (pass == 0) {
+      std::copy(factor.begin(), factor.end(), r);
+    } else {  // r = factor r, both upper triangular
+      const std::vector<double> first(r, r + l * l);
+      gemm<double>(l, l, l, 1.0, row_major(factor.data(), l), row_major(first.data(), l), 0.0, r,
+                   l);
+    }
+  }
+}
+
+// One batch, double: Gram-Schmidt twice over, column by column, on the transpose.
+void orthonormalize_one(int64_t n, int64_t l, int /*passes*/, const double* y, double* q,
+                        double* r) {
+  std::vector<double> columns(l * n);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < l; ++j) columns[j * n + i] = y[i * l + j];
+  }
+  std::fill(r, r + l * l, 0.0);
+  const auto dot = [n](const double* a, const double* b) {
+    double sum[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+      for (int k = 0; k < 8; ++k) sum[k] += a[i + k] * b[i + k];
+    }
+    for (; i < n; ++i) sum[0] += a[i] * b[i];
+    return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+  };
+  std::vector<double> projection(l);
+  for (int64_t j = 0; j < l; ++j) {
+    double* column = &columns[j * n];
+    const double before = std::sqrt(dot(column, column));
+    for (int pass = 0; pass < 2; ++pass) {
+      parallel_for(j, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) projection[i] = dot(&columns[i * n], column);
+      });
+      parallel_for(n, 2048, [&](int64_t begin, int64_t end) {
+        for (int64_t i = 0; i < j; ++i) {
+          const double* other = &columns[i * n];
+          for (int64_t k = begin; k < end; ++k) column[k] -= projection[i] * other[k];
+        }
+      });
+      for (int64_t i = 0; i < j; ++i) r[i * l + j] += projection[i];
+    }
+    const double after = std::sqrt(dot(column, column));
+    const bool dependent = !(after > 8 * std::numeric_limits<double>::epsilon() * before);
+    r[j * l + j] = dependent ? 0.0 : after;
+    const double scale = dependent ? 0.0 : 1.0 / after;
+    for (int64_t k = 0; k < n; ++k) column[k] *= scale;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < l; ++j) q[i * l + j] = columns[j * n + i];
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void orthonormalize(const Orthonormalize<T>& p) {
+  const int64_t size = p.n_rows * p.width, square = p.width * p.width;
+  for_batches(p.n_batches, [&](int64_t batch) {
+    orthonormalize_one(p.n_rows, p.width, p.passes, p.y + batch * size, p.q + batch * size,
+                       p.r + batch * square);
+  });
+}
+
+namespace {
+
+double dot(const double* a, const double* b, int64_t n) {
+  double sum[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int k = 0; k < 8; ++k) sum[k] += a[i + k] * b[i + k];
+  }
+  for (; i < n; ++i) sum[0] += a[i] * b[i];
+  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+}
+
+void rotate_rows(double* a, double* b, int64_t n, double c, double s) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = a[i], y = b[i];
+    a[i] = c * x - s * y;
+    b[i] = s * x + c * y;
+  }
+}
+
+// Rows of `a` are made orthogonal by plane rotations, which are collected in `j` (j a_0 = a).
+void jacobi(int64_t l, double* a, double* j) {
+  constexpr int kMaxSweeps = 40;
+  constexpr double kTolerance = 1e-15;
+  std::fill(j, j + l * l, 0.0);
+  for (int64_t i = 0; i < l; ++i) j[i * l + i] = 1.0;
+  std::vector<double> norm(l);  // squared
+  for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
+    for (int64_t i = 0; i < l; ++i) norm[i] = dot(a + i * l, a + i * l, l);
+    const double largest = *std::max_element(norm.begin(), norm.end());
+    bool rotated = false;
+    for (int64_t p = 0; p + 1 < l; ++p) {
+      for (int64_t q = p + 1; q < l; ++q) {
+        // Nothing to gain between rows that are both rounding noise of the largest.
+        if (std::max(norm[p], norm[q]) <= 1e-32 * largest) continue;
+        const double cross = dot(a + p * l, a + q * l, l);
+        if (std::abs(cross) <= kTolerance * std::sqrt(norm[p] * norm[q])) continue;
+        rotated = true;
+        const double zeta = (norm[q] - norm[p]) / (2.0 * cross);
+        const double t = std::copysign(1.0, zeta) / (std::abs(zeta) + std::sqrt(1.0 + zeta * zeta));
+        const double c = 1.0 / std::sqrt(1.0 + t * t), s = c * t;
+        rotate_rows(a + p * l, a + q * l, l, c, s);
+        rotate_rows(j + p * l, j + q * l, l, c, s);
+        norm[p] = std::max(0.0, norm[p] - t * cross);
+        norm[q] += t * cross;
+      }
+    }
+    if (!rotated) break;
+  }
+}
+
+}  // namespace
+
+void small_svd(const SmallSvd& p) {
+  const int64_t l = p.width;
+  parallel_tasks(p.n_batches, [&](int64_t batch, int) {
+    std::vector<double> a(p.a + batch * l * l, p.a + (batch + 1) * l * l), j(l * l), s(l);
+    jacobi(l, a.data(), j.data());
+    for (int64_t i = 0; i < l; ++i) s[i] = std::sqrt(dot(&a[i * l], &a[i * l], l));
+    std::vector<int64_t> order(l);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return s[x] > s[y]; });
+    double* u = p.u + batch * l * l;
+    double* vt = p.vt + batch * l * l;
+    for (int64_t k = 0; k < l; ++k) {
+      const int64_t row = order[k];
+      const double scale = s[row] > 0.0 ? 1.0 / s[row] : 0.0;
+      p.s[batch * l + k] = s[row];
+      for (int64_t i = 0; i < l; ++i) {
+        vt[k * l + i] = a[row * l + i] * scale;
+        u[i * l + k] = j[row * l + i];  // a_0 = j^T diag(s) vt
+      }
+    }
+  });
+}
+
+template <typename T>
+void normal(int64_t n_batches, int64_t first_batch, int64_t n, int64_t width, uint64_t seed,
+            T* out) {
+  const int64_t size = n * width;
+  constexpr int64_t kGrain = 4096;
+  const int64_t chunks = ceil_div(size, kGrain);
+  parallel_tasks(n_batches * chunks, [&](int64_t task, int) {
+    const int64_t batch = task / chunks, begin = task % chunks * kGrain;
+    for (int64_t i = begin; i < std::min(size, begin + kGrain); ++i) {
+      out[batch * size + i] = static_cast<T>(philox_normal(seed, first_batch + batch, i));
+    }
+  });
+}
+
+#define FASTCLUST_INSTANTIATE(T)                                                                 \
+  template void column_means<T>(const Rows<T>&, T*);                                             \
+  template void gram<T>(const Rows<T>&, T*);                                                     \
+  template void multiply<T>(int64_t, int64_t, int64_t, int64_t, const T*, const T*, T*);         \
+  template void project<T>(const Rows<T>&, int64_t, const T*, T*);                               \
+  template void project_transposed<T>(const Rows<T>&, int64_t, const T*, T*);                    \
+  template void orthonormalize<T>(const Orthonormalize<T>&);                                     \
+  template void normal<T>(int64_t, int64_t, int64_t, int64_t, uint64_t, T*);
+FASTCLUST_INSTANTIATE(float)
+FASTCLUST_INSTANTIATE(double)
+#undef FASTCLUST_INSTANTIATE
+
+}  // namespace fastclust::lowrank

@@ -1,0 +1,158 @@
+// Registers the CPU operators of the batched randomised SVD; schemas in csrc/library.cpp.
+#include <optional>
+#include <tuple>
+
+#include "common/tensor.h"
+#include "lowrank/lowrank.h"
+
+namespace fastclust::lowrank {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+template <typename F>
+auto dispatch(const Tensor& t, const F& f) {
+  if (t.scalar_type() == ScalarType::Double) return f(double{});
+  check_dtype(t, "values", ScalarType::Float);
+  return f(float{});
+}
+
+// values [N, D] (dense), or values [nnz] with indptr [N + 1] int64 and indices [nnz] int32;
+// mean [M, D].
+template <typename T>
+Rows<T> rows_of(const Tensor& values, const OptionalTensor& indptr, const OptionalTensor& indices,
+                const OptionalTensor& mean, int64_t n_cols, int64_t batch_size) {
+  STD_TORCH_CHECK(batch_size > 0 && n_cols > 0, "batch_size and n_cols must be positive");
+  STD_TORCH_CHECK(indptr.has_value() == indices.has_value(),
+                  "indptr and indices must be given together");
+  int64_t n_rows;
+  if (indptr.has_value()) {
+    check_shape(values, "values", {-1});
+    check_shape(*indptr, "indptr", {-1});
+    check_shape(*indices, "indices", {values.size(0)});
+    check_dtype(*indptr, "indptr", ScalarType::Long);
+    check_dtype(*indices, "indices", ScalarType::Int);
+    n_rows = indptr->size(0) - 1;
+  } else {
+    check_shape(values, "values", {-1, n_cols});
+    n_rows = values.size(0);
+  }
+  STD_TORCH_CHECK(n_rows > 0, "x must have rows");
+  const Rows<T> x{read_ptr<T>(values), read_ptr<int64_t>(indptr), read_ptr<int32_t>(indices),
+                  read_ptr<T>(mean), n_rows, n_cols, batch_size};
+  if (mean.has_value()) {
+    check_shape(*mean, "mean", {x.n_batches(), n_cols});
+    check_dtype(*mean, "mean", values.scalar_type());
+  }
+  return x;
+}
+
+Tensor mean_op(Tensor values, OptionalTensor indptr, OptionalTensor indices, int64_t n_cols,
+               int64_t batch_size) {
+  return dispatch(values, [&](auto zero) {
+    using T = decltype(zero);
+    const auto x = rows_of<T>(values, indptr, indices, std::nullopt, n_cols, batch_size);
+    Tensor out = new_empty(values, {x.n_batches(), n_cols});
+    column_means(x, write_ptr<T>(out));
+    return out;
+  });
+}
+
+Tensor gram_op(Tensor values, OptionalTensor indptr, OptionalTensor indices, OptionalTensor mean,
+               int64_t n_cols, int64_t batch_size) {
+  return dispatch(values, [&](auto zero) {
+    using T = decltype(zero);
+    const auto x = rows_of<T>(values, indptr, indices, mean, n_cols, batch_size);
+    Tensor out = new_empty(values, {x.n_batches(), n_cols, n_cols});
+    gram(x, write_ptr<T>(out));
+    return out;
+  });
+}
+
+Tensor project_op(Tensor values, OptionalTensor indptr, OptionalTensor indices, OptionalTensor mean,
+                  int64_t n_cols, int64_t batch_size, Tensor v) {
+  return dispatch(values, [&](auto zero) {
+    using T = decltype(zero);
+    const auto x = rows_of<T>(values, indptr, indices, mean, n_cols, batch_size);
+    check_shape(v, "v", {x.n_batches(), n_cols, -1});
+    check_dtype(v, "v", values.scalar_type());
+    Tensor out = new_empty(values, {x.n_batches(), batch_size, v.size(2)});
+    project(x, v.size(2), read_ptr<T>(v), write_ptr<T>(out));
+    return out;
+  });
+}
+
+Tensor project_transposed_op(Tensor values, OptionalTensor indptr, OptionalTensor indices,
+                             OptionalTensor mean, int64_t n_cols, int64_t batch_size, Tensor q) {
+  return dispatch(values, [&](auto zero) {
+    using T = decltype(zero);
+    const auto x = rows_of<T>(values, indptr, indices, mean, n_cols, batch_size);
+    check_shape(q, "q", {x.n_batches(), batch_size, -1});
+    check_dtype(q, "q", values.scalar_type());
+    Tensor out = new_empty(values, {x.n_batches(), n_cols, q.size(2)});
+    project_transposed(x, q.size(2), read_ptr<T>(q), write_ptr<T>(out));
+    return out;
+  });
+}
+
+Tensor multiply_op(Tensor a, Tensor b) {
+  return dispatch(a, [&](auto zero) {
+    using T = decltype(zero);
+    check_shape(a, "a", {-1, -1, -1});
+    check_shape(b, "b", {a.size(0), a.size(2), -1});
+    check_dtype(b, "b", a.scalar_type());
+    Tensor out = new_empty(a, {a.size(0), a.size(1), b.size(2)});
+    multiply(a.size(0), a.size(1), a.size(2), b.size(2), read_ptr<T>(a), read_ptr<T>(b),
+             write_ptr<T>(out));
+    return out;
+  });
+}
+
+std::tuple<Tensor, Tensor> orthonormalize_op(Tensor y, int64_t passes) {
+  return dispatch(y, [&](auto zero) {
+    using T = decltype(zero);
+    check_shape(y, "y", {-1, -1, -1});
+    STD_TORCH_CHECK(passes == 1 || passes == 2, "passes must be 1 or 2, got ", passes);
+    const int64_t m = y.size(0), n = y.size(1), l = y.size(2);
+    Tensor q = new_empty(y, {m, n, l});
+    Tensor r = new_empty(y, {m, l, l}, ScalarType::Double);
+    orthonormalize(Orthonormalize<T>{m, n, l, static_cast<int>(passes), read_ptr<T>(y),
+                                     write_ptr<T>(q), write_ptr<double>(r)});
+    return std::make_tuple(q, r);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> small_svd_op(Tensor a) {
+  check_shape(a, "a", {-1, -1, -1});
+  check_dtype(a, "a", ScalarType::Double);
+  const int64_t m = a.size(0), l = a.size(1);
+  STD_TORCH_CHECK(a.size(2) == l, "a must hold square matrices");
+  Tensor u = new_empty(a, {m, l, l}), s = new_empty(a, {m, l}), vt = new_empty(a, {m, l, l});
+  small_svd({m, l, read_ptr<double>(a), write_ptr<double>(u), write_ptr<double>(s),
+             write_ptr<double>(vt)});
+  return {u, s, vt};
+}
+
+Tensor normal_op(Tensor like, int64_t n_batches, int64_t first_batch, int64_t n_rows, int64_t width,
+                 int64_t seed) {
+  return dispatch(like, [&](auto zero) {
+    using T = decltype(zero);
+    Tensor out = new_empty(like, {n_batches, n_rows, width});
+    normal(n_batches, first_batch, n_rows, width, static_cast<uint64_t>(seed), write_ptr<T>(out));
+    return out;
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastclust, CPU, m) {
+  m.impl("lowrank_mean", TORCH_BOX(&mean_op));
+  m.impl("lowrank_gram", TORCH_BOX(&gram_op));
+  m.impl("lowrank_project", TORCH_BOX(&project_op));
+  m.impl("lowrank_project_transposed", TORCH_BOX(&project_transposed_op));
+  m.impl("lowrank_multiply", TORCH_BOX(&multiply_op));
+  m.impl("lowrank_orthonormalize", TORCH_BOX(&orthonormalize_op));
+  m.impl("lowrank_small_svd", TORCH_BOX(&small_svd_op));
+  m.impl("lowrank_normal", TORCH_BOX(&normal_op));
+}
+
+}  // namespace
+}  // namespace fastclust::lowrank

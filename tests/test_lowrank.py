@@ -1,0 +1,513 @@
+"""Batched randomised SVD and low-rank reconstruction against exact float64 decompositions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from tolerances import bound
+
+from fastclust import _C, ops, reference
+from fastclust.datasets import load_dataset
+
+READINGS = ("merge", "block", "per_batch", "literal")
+fastclust_ops = torch.ops.fastclust
+
+
+def decaying(n: int, d: int, decay: float = 0.9, seed: int = 0) -> torch.Tensor:
+    """Random matrix float64 [n, d] with singular values decay^i, plus a mean."""
+    g = torch.Generator().manual_seed(seed)
+    k = min(n, d)
+    u = torch.linalg.qr(torch.randn(n, k, generator=g, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(d, k, generator=g, dtype=torch.float64)).Q
+    s = 10 * decay ** torch.arange(k, dtype=torch.float64)
+    return u * s @ v.T + torch.randn(d, generator=g, dtype=torch.float64)
+
+
+def sparse_binary(n: int, d: int, density: float = 0.05, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return (torch.rand(n, d, generator=g) < density).float()
+
+
+def csr(x: torch.Tensor) -> torch.Tensor:
+    return x.to_sparse_csr()
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-300))
+
+
+# ----------------------------------------------------------------------------- against the twin
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("n", "d", "batch_size", "rank"),
+    [(60, 20, None, 5), (60, 20, 16, 5), (61, 20, 20, 1), (130, 33, 64, 2), (40, 90, None, 12),
+     (700, 24, 150, 24), (3, 5, None, 3), (2100, 17, None, 4)],
+)  # fmt: skip
+def test_matches_exact_svd(n, d, batch_size, rank, dtype):
+    x = decaying(n, d, 0.5)
+    got = ops.batched_svd(x.to(dtype), rank, batch_size=batch_size)
+    eps = torch.finfo(dtype).eps
+    for b, (u, s, vh, mean) in enumerate(reference.batched_svd(x, rank, batch_size)):
+        torch_s = torch.linalg.svdvals((x.split(batch_size or n)[b] - mean).to(dtype))[:rank]
+        allowed = bound("lowrank", float((torch_s - s).abs().max()), float(s.max()), dtype)
+        solid = s > 64 * eps * s.max()
+        assert (got.s[b][: len(s)] - s).abs().max() <= max(allowed, 1e-7 * float(s.max()))
+        assert got.mean[b].double() == pytest.approx(mean, rel=4 * eps, abs=4 * eps)
+        # Vectors are as well determined as their gap to the next singular value.
+        wanted = u[:, solid] * s[solid] @ vh[solid]
+        product = (got.u[b][: len(u)] * got.s[b] @ got.vh[b]).double()
+        assert (product - wanted).abs().max() <= 2e-6 * float(s.max()) + 512 * eps * float(s.max())
+
+
+def test_offsets_and_padding_of_a_ragged_batch():
+    x = decaying(50, 12).float()
+    svd = ops.batched_svd(x, 3, batch_size=20)
+    assert svd.batch_offsets.tolist() == [0, 20, 40, 50]
+    assert svd.u.shape == (3, 20, 3)
+    assert svd.u[2, 10:].abs().max() == 0
+    alone = ops.batched_svd(x[40:], 3)
+    assert torch.allclose(svd.s[2], alone.s[0], rtol=1e-5)
+    assert torch.allclose(svd.vh[2], alone.vh[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch_size", [None, 100])
+@pytest.mark.parametrize("density", [0.02, 0.4])  # gathers; dense panels
+def test_sparse_equals_dense(batch_size, density, dtype):
+    x = sparse_binary(250, 60, density).to(dtype)
+    dense = ops.batched_svd(x, 6, batch_size=batch_size, n_iter=6)
+    sparse = ops.batched_svd(csr(x), 6, batch_size=batch_size, n_iter=6)
+    scipy_csr = ops.batched_svd(sp.csr_array(x.numpy()), 6, batch_size=batch_size, n_iter=6)
+    eps = torch.finfo(dtype).eps
+    assert relative(sparse.s, dense.s) < 20 * eps
+    assert relative(sparse.u * sparse.s[:, None] @ sparse.vh,
+                    dense.u * dense.s[:, None] @ dense.vh) < 2000 * eps  # fmt: skip
+    assert torch.equal(sparse.s, scipy_csr.s)
+    assert torch.equal(sparse.u, scipy_csr.u)
+
+
+@pytest.mark.parametrize("rank", [5, 20])
+def test_error_is_near_the_eckart_young_bound(rank):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 120, generator=g)  # flat spectrum: the hard case
+    centred = (x - x.mean(0)).double()
+    best = torch.linalg.svdvals(centred)[rank:].norm()
+    for source in (x, csr(x)):
+        error = (centred - ops.low_rank(source, rank).to_dense().double()).norm()
+        assert 1 - 1e-6 <= error / best < 1.005
+
+
+@pytest.mark.parametrize("name", ["cora", "citeseer", "amap", "amac", "eat", "uat", "bat"])
+@pytest.mark.slow
+def test_error_on_the_graphs(name, data_root):
+    x = load_dataset(name, root=data_root).features
+    dense = torch.from_numpy(np.asarray(x.todense() if sp.issparse(x) else x)).double()
+    centred = dense - dense.mean(0)
+    energy = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0).flip(0)
+    for rank in (20, 40, 70, 95):
+        if rank > min(x.shape):
+            continue
+        best = energy[rank:].sum().sqrt()
+        error = (centred - ops.low_rank(x, rank).to_dense().double()).norm()
+        assert error <= 1.005 * best + 1e-5 * energy[0].sqrt(), (rank, float(error / best - 1))
+
+
+def test_signs_and_order():
+    svd = ops.batched_svd(decaying(80, 15).float(), 6, batch_size=30)
+    assert (svd.s.diff(dim=1) <= 0).all()
+    assert (svd.vh.gather(2, svd.vh.abs().argmax(2, keepdim=True)) > 0).all()
+
+
+def test_without_centring_means_are_zero():
+    x = decaying(40, 10)
+    svd = ops.batched_svd(x, 10, center=False)
+    assert svd.mean.abs().max() == 0
+    assert torch.allclose(svd.s[0], torch.linalg.svdvals(x), rtol=1e-10)
+
+
+def test_large_means_cost_no_accuracy():
+    x = decaying(200, 20)
+    moved = (x + 1000).float()
+    exact = torch.linalg.svdvals(moved.double() - moved.double().mean(0))[:5]
+    got = ops.batched_svd(moved, 5).s[0]
+    assert relative(got, exact) < 1e-6
+
+
+# --------------------------------------------------------------------------------- recombination
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("add_mean", [False, True])
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("recombine", READINGS)
+def test_readings_match_their_definitions(recombine, center, add_mean, dtype):
+    x = decaying(70, 18, 0.6)
+    x[20:40] *= 3
+    kwargs = {"batch_size": 20, "recombine": recombine, "center": center, "add_mean": add_mean}
+    wanted = reference.low_rank(x, 4, **kwargs)
+    got = ops.low_rank(x.to(dtype), 4, **kwargs, n_iter=6)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+    assert relative(got.to_dense(), wanted) < tolerance
+    weight = torch.randn(18, 3, dtype=dtype)
+    assert relative(got.matmul(weight), wanted @ weight.double()) < tolerance
+    product = got.left @ got.right
+    if add_mean and got.mean is not None:
+        mean = got.mean
+        product += mean if mean.dim() == 1 else mean.repeat_interleave(20, 0)[:70]
+    assert relative(product, wanted) < tolerance
+    if recombine != "per_batch":
+        assert got.left.shape == (70, 4)
+
+
+@pytest.mark.parametrize("recombine", READINGS)
+def test_one_batch_makes_all_readings_equal(recombine):
+    x = decaying(50, 12).float()
+    plain = ops.low_rank(x, 5).to_dense()
+    assert torch.equal(ops.low_rank(x, 5, recombine=recombine, batch_size=50).to_dense(), plain)
+    assert relative(plain, reference.low_rank(x.double(), 5)) < 1e-4
+
+
+def test_literal_mixes_batches_and_merge_does_not():
+    x = decaying(90, 20, 0.95)
+    centred = x - x.mean(0)
+    error = {
+        m: (centred - ops.low_rank(x, 6, batch_size=30, recombine=m).to_dense()).norm()
+        for m in ("merge", "literal")
+    }
+    assert error["merge"] < centred.norm() < 2 * error["literal"]
+    assert error["merge"] < error["literal"]
+
+
+def test_matmul_is_differentiable_in_the_weight():
+    for recombine in READINGS:
+        factors = ops.low_rank(
+            decaying(30, 8), 3, batch_size=12, recombine=recombine, add_mean=True
+        )
+        weight = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(factors.matmul, (weight,))
+
+
+@pytest.mark.parametrize("recombine", READINGS)
+def test_matmul_compiles(recombine):
+    factors = ops.low_rank(decaying(30, 8).float(), 3, batch_size=12, recombine=recombine)
+    weight = torch.randn(8, 2, requires_grad=True)
+    compiled = torch.compile(lambda w: factors.matmul(w).square().sum(), backend="aot_eager")
+    compiled(weight).backward()
+    grad, weight.grad = weight.grad, None
+    factors.matmul(weight).square().sum().backward()
+    assert torch.allclose(grad, weight.grad, rtol=1e-5)
+
+
+def test_matmul_checks_its_argument():
+    factors = ops.low_rank(decaying(30, 8).float(), 3)
+    with pytest.raises(ValueError, match=r"weight must have shape \[D, k\] with D = 8"):
+        factors.matmul(torch.zeros(7, 2))
+    with pytest.raises(TypeError, match=r"weight must be torch\.float32"):
+        factors.matmul(torch.zeros(8, 2, dtype=torch.float64))
+
+
+# ------------------------------------------------------------------------------- degenerate data
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, csr])
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e4])
+def test_constant_data_give_exact_zeros(value, layout, dtype):
+    x = layout(torch.full((50, 7), value, dtype=dtype))
+    for batch_size in (None, 16):
+        svd = ops.batched_svd(x, 2, batch_size=batch_size)
+        assert not svd.s.any() and not svd.u.any() and not svd.vh.any()
+    for recombine in READINGS:
+        factors = ops.low_rank(x, 2, batch_size=16, recombine=recombine)
+        assert not factors.to_dense().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, csr])
+def test_rank_deficient_data_end_in_exact_zeros(layout, dtype):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(80, 3, generator=g, dtype=dtype) @ torch.randn(3, 30, generator=g, dtype=dtype)
+    x = x - x.mean(0)
+    svd = ops.batched_svd(layout(x), 8, batch_size=40)
+    assert (svd.s[:, :3] > 0).all()
+    assert not svd.s[:, 3:].any() and not svd.u[:, :, 3:].any() and not svd.vh[:, 3:].any()
+    assert torch.isfinite(svd.u).all() and torch.isfinite(svd.vh).all()
+    dense = ops.low_rank(layout(x), 8).to_dense()
+    assert relative(dense, x) < 40 * torch.finfo(dtype).eps
+
+
+def test_single_rows_and_single_columns():
+    assert not ops.low_rank(torch.randn(1, 5), 1).to_dense().any()
+    x = torch.randn(1, 5)
+    whole = ops.low_rank(x, 1, center=False).to_dense()
+    assert torch.allclose(whole, x, atol=1e-6)
+    assert torch.allclose(ops.low_rank(x, 1, add_mean=True).to_dense(), x)
+    column = torch.randn(20, 1)
+    assert torch.allclose(ops.low_rank(column, 1, add_mean=True).to_dense(), column, atol=1e-6)
+    every_row_alone = ops.batched_svd(torch.randn(4, 3), 1, batch_size=1)
+    assert not every_row_alone.s.any()
+
+
+def test_constant_columns_stay_out_of_the_vectors():
+    x = decaying(60, 9).float()
+    x[:, 4] = 3.7
+    svd = ops.batched_svd(x, 4)
+    assert svd.vh[0, :, 4].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("condition", [1e2, 1e5, 1e7])
+def test_orthonormality_at_any_condition(condition, dtype):
+    n, width = 1024, 105
+    g = torch.Generator().manual_seed(0)
+    u = torch.linalg.qr(torch.randn(2, n, width, generator=g, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(2, width, width, generator=g, dtype=torch.float64)).Q
+    s = condition ** -torch.linspace(0, 1, width, dtype=torch.float64)
+    y = (u * s @ v.mT).to(dtype)
+    q, r = fastclust_ops.lowrank_orthonormalize(y, 2)
+    defect = (q.double().mT @ q.double() - torch.eye(width, dtype=torch.float64)).abs().max()
+    assert defect < 16 * torch.finfo(dtype).eps
+    assert torch.equal(r, r.triu())
+    assert relative(q.double() @ r, y) < 4 * torch.finfo(dtype).eps
+
+
+def test_small_svd():
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(3, 21, 21, generator=g, dtype=torch.float64).triu()
+    a[1, :, 5] = a[1, :, 6]
+    a[2] = 0
+    u, s, vt = fastclust_ops.lowrank_small_svd(a)
+    assert (s - torch.linalg.svdvals(a)).abs().max() < 1e-13
+    assert ((u * s[:, None]) @ vt - a).abs().max() < 1e-13
+    eye = torch.eye(21, dtype=torch.float64)
+    assert (u.mT @ u - eye).abs().max() < 1e-13
+    assert (vt[0] @ vt[0].T - eye).abs().max() < 1e-13
+    assert not vt[2].any()
+
+
+# ----------------------------------------------------------------------------------- determinism
+
+
+def everything(x: torch.Tensor, **kwargs) -> list[torch.Tensor]:
+    svd = ops.batched_svd(x, 9, **kwargs)
+    return [svd.u, svd.s, svd.vh, svd.mean]
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, csr])
+@pytest.mark.parametrize(("density", "n", "batch_size"), [(0.05, 2500, None), (0.3, 900, 90)])
+def test_same_bits_for_any_number_of_threads(layout, density, n, batch_size):
+    x = layout(sparse_binary(n, 70, density))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(everything(x, batch_size=batch_size))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_seeds_and_batches_have_numbers_of_their_own():
+    like = torch.empty(0)
+    numbers = fastclust_ops.lowrank_normal(like, 2, 0, 300, 40, 7)
+    assert torch.equal(numbers[1:], fastclust_ops.lowrank_normal(like, 1, 1, 300, 40, 7))
+    assert not torch.equal(numbers[0], numbers[1])
+    assert not torch.equal(numbers, fastclust_ops.lowrank_normal(like, 2, 0, 300, 40, 8))
+    assert abs(float(numbers.mean())) < 0.03 and abs(float(numbers.std()) - 1) < 0.03
+    x = sparse_binary(200, 40)
+    assert all(map(torch.equal, everything(x, seed=3), everything(x, seed=3)))
+    assert not torch.equal(everything(x, seed=3)[0], everything(x, seed=4)[0])
+
+
+def test_a_batch_does_not_depend_on_its_company(monkeypatch):
+    import fastclust.ops.lowrank as module
+
+    x = sparse_binary(600, 30)
+    for layout in (x, csr(x)):
+        together = everything(layout, batch_size=100)
+        monkeypatch.setattr(module, "_GRAM_BYTES", 2 * 30 * 30 * 4)  # groups of two batches
+        apart = everything(layout, batch_size=100)
+        monkeypatch.undo()
+        assert all(map(torch.equal, together, apart))
+
+
+def test_omega_replaces_the_random_sketch():
+    x = sparse_binary(100, 30)
+    omega = fastclust_ops.lowrank_normal(x, 1, 0, 30, 19, 0)
+    assert all(map(torch.equal, everything(x), everything(x, omega=omega)))
+    assert all(map(torch.equal, everything(x), everything(x, omega=omega[0], seed=5)))
+    with pytest.raises(ValueError, match="omega must have shape"):
+        ops.batched_svd(x, 9, omega=omega[:, :, :5])
+    with pytest.raises(TypeError, match=r"omega must be torch\.float32"):
+        ops.batched_svd(x, 9, omega=omega.double())
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+def test_dispatch_levels_agree(level):
+    x = sparse_binary(300, 50)
+    wanted = ops.low_rank(x, 6, n_iter=6).to_dense()
+    before = _C.cpu_level()
+    try:
+        if _C.set_cpu_level(level) != level:
+            pytest.skip(f"this processor has no {level}")
+        for source in (x, csr(x)):
+            assert relative(ops.low_rank(source, 6, n_iter=6).to_dense(), wanted) < 1e-4
+    finally:
+        _C.set_cpu_level(before)
+
+
+# -------------------------------------------------------------------------------------- interface
+
+
+def test_non_contiguous_and_other_inputs():
+    x = decaying(40, 16).float()
+    wanted = ops.batched_svd(x, 3)
+    spread = torch.zeros(40, 32)
+    spread[:, ::2] = x
+    others = [spread[:, ::2], x.T.contiguous().T, x.numpy(), x.to_sparse_coo()]
+    for other in others:
+        got = ops.batched_svd(other, 3)
+        assert torch.allclose(got.s, wanted.s, rtol=1e-5)
+    whole = torch.randint(0, 2, (40, 16))
+    assert torch.equal(ops.batched_svd(whole, 3).s, ops.batched_svd(whole.float(), 3).s)
+    assert torch.equal(ops.batched_svd(whole.bool().numpy(), 3).s, ops.batched_svd(whole, 3).s)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"rank": 9}, ValueError, "rank must not exceed the 8 columns"),
+        ({"rank": 4, "batch_size": 9}, ValueError, "the 3 rows of its shortest batch"),
+        ({"rank": 0}, ValueError, "rank must be at least 1"),
+        ({"rank": 1.5}, ValueError, r"fractional rank must lie in \(0, 1\)"),
+        ({"rank": "elbow"}, ValueError, "'gavish-donoho'"),
+        ({"rank": None}, TypeError, "rank must be an integer"),
+        ({"rank": True}, TypeError, "rank must be an integer"),
+        ({"rank": 2, "batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"rank": 2, "n_iter": -1}, ValueError, "n_iter must be at least 0"),
+        ({"rank": 2, "oversample": 1.5}, TypeError, "oversample must be an integer"),
+        ({"rank": 2, "seed": -1}, ValueError, "seed must be at least 0"),
+    ],
+)
+def test_bad_arguments(kwargs, error, message):
+    for function in (ops.batched_svd, ops.low_rank):
+        with pytest.raises(error, match=message):
+            function(torch.randn(30, 8), **kwargs)
+
+
+def test_bad_data():
+    x = torch.randn(30, 8)
+    x[3, 4] = float("nan")
+    for bad in (x, csr(x), x.numpy(), sp.csr_array(x.numpy())):
+        with pytest.raises(ValueError, match="x must be finite, got 1 NaN"):
+            ops.low_rank(bad, 2)
+    with pytest.raises(ValueError, match="must not require grad"):
+        ops.low_rank(torch.randn(5, 4, requires_grad=True), 2)
+    with pytest.raises(ValueError, match="non-empty matrix"):
+        ops.low_rank(torch.randn(5), 2)
+    with pytest.raises(ValueError, match="non-empty matrix"):
+        ops.low_rank(torch.randn(0, 5), 2)
+    with pytest.raises(TypeError, match=r"float32 or float64, got torch\.bfloat16"):
+        ops.low_rank(torch.randn(5, 4).bfloat16(), 2)
+    with pytest.raises(TypeError, match="got str"):
+        ops.low_rank("x", 2)
+    with pytest.raises(ValueError, match="recombine must be"):
+        ops.low_rank(torch.randn(5, 4), 2, recombine="mean")
+
+
+# ----------------------------------------------------------------------------------- adaptive rank
+
+
+@pytest.mark.parametrize("recombine", ["merge", "per_batch"])
+def test_rank_from_a_relative_residual(recombine):
+    x = decaying(120, 30, 0.8)
+    for fraction in (0.5, 0.1):
+        got = ops.low_rank(x, fraction, n_iter=8, recombine=recombine)
+        centred = x - x.mean(0)
+        residual = float((centred - got.to_dense()).norm() / centred.norm())
+        values = torch.linalg.svdvals(centred)
+        r = got.right.shape[0]
+        assert residual < fraction * (1 + 1e-6)
+        assert values[r - 1 :].norm() / values.norm() >= fraction
+    batched = ops.batched_svd(x, 0.3, batch_size=50)
+    parts = [b - b.mean(0) for b in x.split(50)]
+    total = sum(p.norm() ** 2 for p in parts)
+    r = batched.s.shape[1]
+    tail = [sum(torch.linalg.svdvals(p)[k:].norm() ** 2 for p in parts) / total for k in (r - 1, r)]
+    assert tail[1] < 0.09 <= tail[0]
+
+
+def test_rank_from_the_optimal_hard_threshold():
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(400, 100, generator=g)
+    signal = torch.randn(400, 5, generator=g) @ torch.randn(5, 100, generator=g) * 2
+    assert ops.batched_svd(noise + signal, "gavish-donoho").s.shape[1] == 5
+    # omega(1) = 2.858 in the paper's table; the threshold scales the median.
+    from fastclust.ops.lowrank import _rank_by_threshold
+
+    spectrum = torch.tensor([[4.0, 2.87, 2.84] + [1.0] * 97], dtype=torch.float64)
+    assert _rank_by_threshold(spectrum, 100, 100) == 2
+
+
+# ---------------------------------------------------------------------------- the operators proper
+
+
+def test_opcheck():
+    x = sparse_binary(20, 9)
+    compressed = csr(x)
+    parts = (
+        compressed.values().clone(),
+        torch.tensor(compressed.crow_indices().tolist()),
+        torch.tensor(compressed.col_indices().tolist(), dtype=torch.int32),
+    )
+    mean = fastclust_ops.lowrank_mean(x, None, None, 9, 8)
+    v = torch.randn(3, 9, 4)
+    for rows in ((x, None, None), parts):
+        torch.library.opcheck(fastclust_ops.lowrank_mean, (*rows, 9, 8))
+        torch.library.opcheck(fastclust_ops.lowrank_gram, (*rows, mean, 9, 8))
+        torch.library.opcheck(fastclust_ops.lowrank_project, (*rows, mean, 9, 8, v))
+        q = torch.randn(3, 8, 4)
+        torch.library.opcheck(fastclust_ops.lowrank_project_transposed, (*rows, mean, 9, 8, q))
+    torch.library.opcheck(fastclust_ops.lowrank_multiply, (v, torch.randn(3, 4, 2)))
+    torch.library.opcheck(fastclust_ops.lowrank_orthonormalize, (v, 2))
+    torch.library.opcheck(fastclust_ops.lowrank_small_svd, (torch.randn(2, 4, 4).double(),))
+    torch.library.opcheck(fastclust_ops.lowrank_normal, (x, 2, 0, 5, 3, 1))
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, csr])
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize(("n", "d", "batch"), [(1100, 13, 600), (1500, 5, 1500), (7, 130, 3)])
+def test_products_of_the_centred_rows(n, d, batch, center, layout):
+    for density in (0.05, 0.5):
+        x = sparse_binary(n, d, density)
+        x[0, 0] = 1.0
+        source = layout(x)
+        if source.layout == torch.strided:
+            rows = (source, None, None)
+        else:
+            rows = (source.values(), source.crow_indices().long(), source.col_indices().int())
+        m = -(-n // batch)
+        padded = torch.zeros(m * batch, d, dtype=torch.float64)
+        padded[:n] = x
+        mean = fastclust_ops.lowrank_mean(*rows, d, batch) if center else None
+        for b in range(m):
+            part = padded[b * batch : min(n, (b + 1) * batch)]
+            if center:
+                assert torch.allclose(mean[b].double(), part.mean(0), atol=1e-7)
+                part -= part.mean(0)
+        padded = padded.view(m, batch, d)
+        v = torch.randn(m, d, 21)
+        w = fastclust_ops.lowrank_project(*rows, mean, d, batch, v)
+        assert (w - padded @ v.double()).abs().max() < 1e-4
+        q = torch.randn(m, batch, 21)
+        z = fastclust_ops.lowrank_project_transposed(*rows, mean, d, batch, q)
+        assert (z - padded.mT @ q.double()).abs().max() < 5e-4
+        c = fastclust_ops.lowrank_gram(*rows, mean, d, batch)
+        assert (c - padded.mT @ padded).abs().max() < 1e-5 * c.abs().max()
+        assert torch.equal(c, c.mT)
