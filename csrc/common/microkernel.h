@@ -28,13 +28,19 @@ struct Accumulator {
   typename Vec<T>::Reg v[kMr][NV];
 };
 
-// kUnitRows: row_stride is 1, which leaves one address register for all of A.
+// out += A B over k terms. kUnitRows: row_stride is 1, which leaves one address register for all
+// of A. Inlined calls in a row keep `out` in registers.
 template <typename T, int NV, bool kUnitRows>
-FASTCLUST_INLINE void multiply(int64_t k, const T* __restrict a, int64_t row_stride,
-                               int64_t k_stride, const T* __restrict b, int64_t b_stride,
-                               Accumulator<T, NV>& out) {
+FASTCLUST_INLINE void multiply_add(int64_t k, const T* __restrict a, int64_t row_stride,
+                                   int64_t k_stride, const T* __restrict b, int64_t b_stride,
+                                   Accumulator<T, NV>& out) {
   using Reg = typename Vec<T>::Reg;
-  Reg acc[kMr][NV] = {};
+  Reg acc[kMr][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < kMr; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) acc[i][j] = out.v[i][j];
+  }
   const T* rows[kMr];
   for (int i = 0; i < kMr; ++i) rows[i] = kUnitRows ? a + i : a + i * row_stride;
   for (int64_t p = 0; p < k; ++p) {
@@ -55,6 +61,14 @@ FASTCLUST_INLINE void multiply(int64_t k, const T* __restrict a, int64_t row_str
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) out.v[i][j] = acc[i][j];
   }
+}
+
+// out = A B.
+template <typename T, int NV, bool kUnitRows>
+FASTCLUST_INLINE void multiply(int64_t k, const T* a, int64_t row_stride, int64_t k_stride,
+                               const T* b, int64_t b_stride, Accumulator<T, NV>& out) {
+  out = {};
+  multiply_add<T, NV, kUnitRows>(k, a, row_stride, k_stride, b, b_stride, out);
 }
 
 }  // namespace

@@ -1,0 +1,114 @@
+// What the CPU driver (infonce_cpu.cpp) asks of an instruction set: products and epilogues of one
+// strip, the part of a tile that lies in one sliver of columns. See infonce_tile_impl.h.
+#pragma once
+
+#include <cstdint>
+
+namespace fastclust::infonce {
+
+constexpr int64_t kTile = 192;    // rows and columns of a tile of S; a multiple of every sliver
+constexpr int64_t kMaxSliver = 48;
+constexpr int64_t kTileLd = 208;  // row stride of a stored tile of T: spreads columns over L1 sets
+
+// Labels and lane masks have the width of the element.
+template <typename T>
+struct LaneInt;
+template <>
+struct LaneInt<float> {
+  using type = int32_t;
+};
+template <>
+struct LaneInt<double> {
+  using type = int64_t;
+};
+
+// Where a strip lies and what is known of its rows and columns. Positions count from the first row
+// of the tile; column j stands in the sliver.
+template <typename T>
+struct Strip {
+  int64_t rows;         // rows that exist, at most kTile
+  int64_t columns;      // columns that exist, at most nr
+  int64_t first;        // position of column 0 among the rows of a diagonal tile; -1 off the diagonal
+  T alpha, rest;        // S = alpha gz + rest ge, rest = 1 - alpha
+  const T* gz;          // [rows, nr] Z Z^T
+  const T* ge;          // [rows, nr] E E^T or nullptr
+  const T* w;           // [rows, nr] weights or nullptr: 1
+};
+
+// One snapshot's weights in a strip: w is overwritten where row and column are both members.
+template <typename T>
+struct WeightStrip {
+  using Int = typename LaneInt<T>::type;
+  int64_t rows;
+  T alpha, rest;
+  const T* gz;               // [rows, nr] products of the snapshot
+  const T* ge;               // [rows, nr] or nullptr
+  T least, per_width;        // scaled similarity (s - least) * per_width
+  double beta;
+  const Int* row_labels;     // [rows]
+  const Int* column_labels;  // [nr]
+  const Int* row_member;     // [rows] 0 or -1
+  const Int* column_member;  // [nr] 0 or -1
+  T* w;                      // [rows, nr]
+};
+
+// Terms of one product that adds to a block of gradient rows: T[rows, k] F[k, columns].
+template <typename T>
+struct Segment {
+  const T* t;
+  int64_t k;
+  const T* f;  // [k, nr]
+};
+
+// Where the columns of a sliver of [dZ | dE] go: one or two runs of columns.
+template <typename T>
+struct Target {
+  T* base;         // element of the gradient at row 0 and the run's first column
+  int64_t ld;      // row stride of the gradient
+  int64_t offset;  // first column of the run within the sliver
+  int64_t count;   // columns of the run; 0: there is none
+};
+
+template <typename T>
+struct TileKernels {
+  int64_t nr;     // columns of a sliver, at most kMaxSliver
+  int64_t lanes;  // of a vector
+
+  // [d, nr] sliver of nr rows of a matrix; a null row is zeros.
+  void (*pack_rows)(const T* const* rows, int64_t d, T* sliver);
+
+  // out[rows, nr] = A B^T: A the slivers [rows / nr][d, nr] of a tile, B one sliver [d, nr].
+  void (*similarity)(int64_t rows, int64_t d, const T* a, const T* b, T* out);
+
+  void (*weigh)(const WeightStrip<T>& strip);
+
+  // P = exp(w S), 0 on the diagonal: row sums by lane (row_sums [kTile, nr], added to) and column
+  // sums [nr] (set). `positive` [rows] gets w S of each row's other view on diagonal tiles.
+  void (*forward)(const Strip<T>& strip, T* row_sums, T* column_sums, T* positive);
+
+  // P w (per_row + per_column), T without its positive pairs, into out (rows kTileLd apart, nr
+  // columns; columns that do not exist are 0). On diagonal tiles positive[i] is the weight of row
+  // i's other view. Returns sum T (gz - ge), positive pairs included, each -2 c w. The reciprocals
+  // carry c = g / M.
+  double (*gradient)(const Strip<T>& strip, const T* per_row, const T* per_column, T c, T* out,
+                     T* positive);
+
+  void (*range)(const Strip<T>& strip, T* least, T* greatest);  // widens [least, greatest]
+
+  // Adds sum over segments to rows of the gradient; `fresh` overwrites them instead. T is read
+  // with row stride 1 and k stride kTileLd if `transposed`, the other way round if not.
+  void (*accumulate)(int64_t rows, const int64_t* row_of, int64_t n_segments,
+                     const Segment<T>* segments, bool transposed, const Target<T>* targets,
+                     bool fresh);
+
+  // Adds scale[i] f[i ^ 1, :] to row i of the gradient: the positive pairs.
+  void (*add_partners)(int64_t rows, const int64_t* row_of, const T* scale, const T* f,
+                       const Target<T>* targets);
+};
+
+const TileKernels<float>& tile_kernels_avx2(float);
+const TileKernels<double>& tile_kernels_avx2(double);
+const TileKernels<float>& tile_kernels_avx512(float);
+const TileKernels<double>& tile_kernels_avx512(double);
+
+}  // namespace fastclust::infonce
