@@ -332,7 +332,7 @@ class HSAN(_TrainedClusterer):
         most of them with all weights 1 and without structure encoders, one to three seeds).
     stale_weights : bool, optional
         Whether pairs that leave the confident set keep their weight (paper-code) or go back to 1.
-    kmeans : {"k-means++", "released"}, optional
+    kmeans : {"k-means++", "paper-code"}, optional
         See ``protocol``.
     random_state : int, RandomState or None, default 0
         Seed of weights and k-means.
@@ -393,7 +393,7 @@ class HSAN(_TrainedClusterer):
         "weights": [StrOptions({"hard", "none"})],
         "refresh_every": [_COUNT],
         "stale_weights": ["boolean", None],
-        "kmeans": [StrOptions({"k-means++", "released"}), None],
+        "kmeans": [StrOptions({"k-means++", "paper-code"}), None],
     }
 
     def __init__(
@@ -414,7 +414,7 @@ class HSAN(_TrainedClusterer):
         protocol: Literal["standard", "paper-code"] = "standard",
         optimizer: Literal["adam", "averaged", "accumulated"] | None = None,
         stale_weights: bool | None = None,
-        kmeans: Literal["k-means++", "released"] | None = None,
+        kmeans: Literal["k-means++", "paper-code"] | None = None,
         random_state: Any = 0,
         device: str | torch.device = "auto",
         precision: Literal["fp32", "tf32", "bf16x3", "bf16"] = "fp32",
@@ -503,7 +503,7 @@ class HSAN(_TrainedClusterer):
             stale_weights=released if self.stale_weights is None else self.stale_weights,
             refresh_every=self.refresh_every,
             clamp_alpha=optimizer == "averaged",
-            kmeans=self.kmeans or ("released" if released else "k-means++"),
+            kmeans=self.kmeans or ("paper-code" if released else "k-means++"),
             n_init=self.n_init,
             precision=self.precision,
             seed=self.seed_,

@@ -48,6 +48,14 @@ def target_distribution(q: Tensor) -> Tensor:
     return weight / weight.sum(1, keepdim=True).clamp_min(EPSILON)
 
 
+def _product(a: Tensor, b: Tensor, bf16: bool, bias: Tensor | None = None) -> Tensor:
+    """a b + bias in float32, or with the factors rounded to bfloat16."""
+    if bf16:
+        product = (a.bfloat16() @ b.bfloat16()).float()
+        return product if bias is None else product + bias
+    return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
 class _SparseProduct(torch.autograd.Function):
     """x w for a constant sparse CSR x [N, D]; its transpose is kept for the gradient."""
 
@@ -68,8 +76,8 @@ class _DenseInput:
         self.n_features = x.shape[1]
         self.propagated = ops.propagate(graph, x)  # [N, D]
 
-    def __call__(self, w: Tensor) -> Tensor:
-        return self.propagated @ w
+    def __call__(self, w: Tensor, bf16: bool) -> Tensor:
+        return _product(self.propagated, w, bf16)
 
 
 class _SparseInput:
@@ -80,7 +88,7 @@ class _SparseInput:
         self.graph, self.x = graph, x
         self.x_transposed = x.t().to_sparse_csr()  # [D, N]
 
-    def __call__(self, w: Tensor) -> Tensor:
+    def __call__(self, w: Tensor, bf16: bool) -> Tensor:
         return ops.propagate(self.graph, _SparseProduct.apply(self.x, self.x_transposed, w))
 
 
@@ -96,8 +104,8 @@ class _LowRankInput:
         self.left = ops.propagate(graph, left.contiguous())  # [N, R]
         self.right = right.contiguous()  # [R, D]
 
-    def __call__(self, w: Tensor) -> Tensor:
-        return self.left @ (self.right @ w)
+    def __call__(self, w: Tensor, bf16: bool) -> Tensor:
+        return _product(self.left, _product(self.right, w, bf16), bf16)
 
 
 class ECNMFModel(nn.Module):
@@ -152,7 +160,8 @@ class ECNMFModel(nn.Module):
     n_init : int
         k-means restarts for the head.
     precision : {"fp32", "tf32", "bf16x3", "bf16"}
-        ``"bf16"`` runs the matrix products in bfloat16; the others run in float32.
+        ``"bf16"`` rounds the factors of the encoders' dense products to bfloat16; the others run in
+        float32. A sparse X and the head are float32 in any case.
     seed : int
         Of the initial weights and of k-means.
     """
@@ -233,13 +242,12 @@ class ECNMFModel(nn.Module):
         return first, second
 
     def _encode(self, view: Any, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-        z = view(weights[0]) + biases[0]
+        z = view(weights[0], self.bf16) + biases[0]
         if self.activation == "relu":
             z = torch.relu(z)
         for w, b in zip(weights[1:], biases[1:], strict=True):
-            z = ops.propagate(
-                self.graph, torch.addmm(b, z, w), residual=z, activation=self.activation
-            )
+            h = _product(z, w, self.bf16, b)
+            z = ops.propagate(self.graph, h, residual=z, activation=self.activation)
         return z
 
     def head_input(self, first: Tensor, second: Tensor) -> Tensor:
@@ -249,7 +257,7 @@ class ECNMFModel(nn.Module):
 
     def assignment(self, z: Tensor) -> Tensor:
         """log Q [N, K], Q = softmax(Z W_c + b_c) (Eq. 14)."""
-        return torch.log_softmax(torch.addmm(self.head_b, z, self.head_w).float(), dim=1)
+        return torch.log_softmax(torch.addmm(self.head_b, z, self.head_w), dim=1)
 
     # --- what the training loop calls ------------------------------------------------------------
 
@@ -269,9 +277,8 @@ class ECNMFModel(nn.Module):
 
     def loss(self) -> Tensor:
         """alpha MSE + beta KL + BCE (Eq. 19), a scalar."""
-        with torch.autocast(self.head_w.device.type, torch.bfloat16, enabled=self.bf16):
-            first, second = self.views()
-            log_q = self.assignment(self.head_input(first, second))
+        first, second = self.views()
+        log_q = self.assignment(self.head_input(first, second))
         q = log_q.exp()
         if self.target is None or self.epoch % self.target_every == 0:
             self.target = target_distribution(q)

@@ -21,9 +21,9 @@ from fastclust import ops
 from fastclust.graph import Graph
 from fastclust.models.inputs import as_tensor, derive_seed, uniform_parameter, unit_rows
 
-__all__ = ["HSANModel", "confident_nodes", "filtered_attributes", "released_kmeans_init"]
+__all__ = ["HSANModel", "confident_nodes", "filtered_attributes"]
 
-_INITIALISE, _CLUSTER, _DRAW = range(3)  # what a derived seed is for
+_INITIALISE, _CLUSTER = range(2)  # what a derived seed is for
 
 ALPHA_START = 0.99999
 
@@ -106,24 +106,6 @@ def confident_nodes(z: Tensor, centers: Tensor, tau: float, *, released: bool = 
     return kept
 
 
-def released_kmeans_init(z: Tensor, n_clusters: int, seed: int) -> Tensor:
-    """Starting centres as the released code draws them.
-
-    Twenty draws of K distinct rows; kept is the draw with the least *sum of all N K squared
-    distances* (not of the least ones, so that central rows are favoured).
-    """
-    n, total = z.shape[0], z.sum(0)
-    generator = torch.Generator().manual_seed(seed)
-    best, best_cost = z[:n_clusters], float("inf")
-    for _ in range(20):
-        centers = z[torch.randperm(n, generator=generator)[:n_clusters].to(z.device)]  # [K, d]
-        # sum_ik |z_i - c_k|^2 without the part that is the same for every draw
-        cost = float(n * centers.square().sum() - 2.0 * (centers @ total).sum())
-        if cost < best_cost:
-            best, best_cost = centers, cost
-    return best
-
-
 class HSANModel(nn.Module):
     """Encoders, loss and hard-sample weights of HSAN on one graph.
 
@@ -154,10 +136,10 @@ class HSANModel(nn.Module):
         Epochs between refreshes of the weights; the first is after the first step.
     clamp_alpha : bool
         Keep alpha in [0, 1]; the paper leaves it free.
-    kmeans : {"k-means++", "released"}
+    kmeans : {"k-means++", "paper-code"}
         How pseudo labels and results are clustered: ``n_init`` k-means++ restarts, or one run from
-        :func:`released_kmeans_init`. An empty cluster is repaired either way (in the released code
-        it ends in NaN centres).
+        the released code's draw of centres, see :func:`fastclust.ops.kmeans`. An empty cluster is
+        repaired either way (in the released code it ends in NaN centres).
     n_init : int
         Restarts of k-means++.
     precision : {"fp32", "tf32", "bf16x3", "bf16"}
@@ -183,7 +165,7 @@ class HSANModel(nn.Module):
         stale_weights: bool = False,
         refresh_every: int = 10,
         clamp_alpha: bool = False,
-        kmeans: Literal["k-means++", "released"] = "k-means++",
+        kmeans: Literal["k-means++", "paper-code"] = "k-means++",
         n_init: int = 10,
         precision: str = "fp32",
         seed: int = 0,
@@ -263,7 +245,7 @@ class HSANModel(nn.Module):
         if not self.use_weights or epoch % self.refresh_every != 0:
             return
         result, z_mean = self._cluster(epoch)
-        released = self.kmeans == "released"
+        released = self.kmeans == "paper-code"
         confident = confident_nodes(z_mean, result.centers, self.tau, released=released)
         previous = self.weights if self.stale_weights else None
         self.weights = ops.hardness(
@@ -284,7 +266,7 @@ class HSANModel(nn.Module):
 
     def diagnostics(self) -> dict[str, float]:
         """What is worth watching beside the loss."""
-        return {"alpha": float(self.alpha)}
+        return {"alpha": float(self.alpha.detach())}
 
     def extra_state(self) -> dict[str, Tensor]:
         """The weights of the last refresh, for a checkpoint."""
@@ -299,16 +281,7 @@ class HSANModel(nn.Module):
         if self._clustered is None or self._clustered[0] != epoch:
             z = self.embedding()
             seed = derive_seed(self.seed, _CLUSTER, epoch)
-            if self.kmeans == "released":
-                init = released_kmeans_init(
-                    z, self.n_clusters, derive_seed(self.seed, _DRAW, epoch)
-                )
-                # Stops once (sum_k |moved_k|)^2 < 1e-4; ops.kmeans measures sum_k |moved_k|^2 in
-                # units of the mean column variance.
-                variance = max(float(z.var(0, correction=0).mean()), 1e-12)
-                tol = 1e-4 / (self.n_clusters * variance)
-                result = ops.kmeans(z, self.n_clusters, init=init, max_iter=500, tol=tol, seed=seed)
-            else:
-                result = ops.kmeans(z, self.n_clusters, n_init=self.n_init, seed=seed)
+            init = "paper-code" if self.kmeans == "paper-code" else None
+            result = ops.kmeans(z, self.n_clusters, n_init=self.n_init, init=init, seed=seed)
             self._clustered = (epoch, result, z)
         return self._clustered[1:]
