@@ -1,7 +1,19 @@
 """fastclust: clustering of attributed graphs with fused CPU and CUDA kernels."""
 
-from fastclust import ops
+from fastclust import metrics, ops
 from fastclust._version import __version__
+from fastclust.datasets import load_dataset, load_npz
+from fastclust.estimators import ECNMF, HSAN, SSGC
 from fastclust.graph import Graph
 
-__all__ = ["Graph", "__version__", "ops"]
+__all__ = [
+    "ECNMF",
+    "HSAN",
+    "SSGC",
+    "Graph",
+    "__version__",
+    "load_dataset",
+    "load_npz",
+    "metrics",
+    "ops",
+]

@@ -1,0 +1,350 @@
+"""The loop: what it reports, which epoch it keeps, and that a run survives being cut off."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fastclust import ECNMF, HSAN, training
+from fastclust.training import (
+    SELECTIONS,
+    CheckpointError,
+    CheckpointWarning,
+    Event,
+    TrainingDivergedError,
+    TrainingInterrupted,
+    parse_interval,
+    train,
+)
+
+CHECKPOINT = training.CHECKPOINT_NAME
+
+# One estimator per kind of state that a checkpoint has to carry.
+RUNS: dict[str, Any] = {
+    "hsan": lambda **kw: HSAN(2, epochs=13, width=8, n_init=2, refresh_every=3, **kw),
+    "hsan-paper-code": lambda **kw: HSAN(
+        2, epochs=13, width=8, refresh_every=3, tau=0.5, protocol="paper-code", lr=1e-2, **kw
+    ),
+    "hsan-inertia": lambda **kw: HSAN(
+        2, epochs=13, width=8, n_init=2, selection="inertia", eval_every=2, **kw
+    ),
+    "ecnmf": lambda **kw: ECNMF(
+        2, epochs=13, width=8, n_init=2, update_every=4, target_every=3, lr=1e-2, **kw
+    ),
+    "ecnmf-loss": lambda **kw: ECNMF(
+        2, epochs=13, width=8, n_init=2, selection="loss", eval_every=3, lr=1e-2, **kw
+    ),
+}
+
+
+def assert_same_bits(a: Any, b: Any) -> None:
+    assert np.array_equal(a.labels_, b.labels_)
+    assert a.embedding_.tobytes() == b.embedding_.tobytes()
+    assert a.selected_epoch_ == b.selected_epoch_
+    assert a.parameters_.keys() == b.parameters_.keys()
+    for name, value in a.parameters_.items():
+        assert value.numpy().tobytes() == b.parameters_[name].numpy().tobytes(), name
+    drop = {"seconds"}
+    for x, y in zip(a.history_, b.history_, strict=True):
+        assert {k: v for k, v in x.items() if k not in drop} == {
+            k: v for k, v in y.items() if k not in drop
+        }
+
+
+class Cut(Exception):
+    """Stands for whatever ends a process between two epochs."""
+
+
+def cut_after(epoch: int) -> Any:
+    def callback(event: Event) -> None:
+        if event.epoch == epoch:
+            raise Cut
+
+    return callback
+
+
+class Walk(nn.Module):
+    """A model whose loss and clusters follow a script; one parameter that moves by lr an epoch."""
+
+    def __init__(self, losses: list[float], labels: list[list[int]]) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(()))
+        self.losses, self.labels, self.epoch = losses, labels, 0
+
+    def begin(self) -> None:
+        pass
+
+    def loss(self) -> Tensor:
+        return self.position - self.position.detach() + self.losses[self.epoch]
+
+    def after_step(self, epoch: int) -> None:
+        assert not torch.is_inference_mode_enabled()
+        self.epoch = epoch + 1
+
+    def assign(self, epoch: int) -> tuple[Tensor, Tensor]:
+        assert not torch.is_grad_enabled()
+        points = torch.tensor([[0.0, 0.1], [0.1, 0.0], [5.0, 5.1], [5.1, 5.0]])
+        return torch.tensor(self.labels[epoch]), points + epoch
+
+    def diagnostics(self) -> dict[str, float]:
+        return {"position": float(self.position.detach())}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+TWO_PAIRS = sp.csr_array(np.kron(np.eye(2), [[0, 1], [1, 0]]).astype(np.float32))
+GOOD, MIXED, POOR = [0, 0, 1, 1], [0, 1, 1, 1], [0, 1, 0, 1]
+
+
+def test_events_and_history():
+    events: list[Event] = []
+    model = Walk([3.0, 2.0, 1.0, 0.5, 0.25, 0.2], [GOOD] * 6)
+    result = train(
+        model, epochs=6, lr=0.1, adjacency=TWO_PAIRS, eval_every=3, callbacks=[events.append]
+    )
+    assert [e.epoch for e in events] == [1, 2, 3, 4, 5, 6]
+    assert all(e.n_epochs == 6 and e.seconds > 0 for e in events)
+    assert [e.loss for e in events] == pytest.approx(model.losses)
+    assert [e.epoch for e in events if e.evaluation is not None] == [1, 4, 6]
+    evaluation = events[0].evaluation
+    assert evaluation is not None
+    assert evaluation["labels"].dtype == np.int64
+    assert {"inertia", "calinski-harabasz", "davies-bouldin", "modularity"} <= set(evaluation)
+    assert [h["epoch"] for h in result.history] == [1, 2, 3, 4, 5, 6]
+    assert "inertia" in result.history[3] and "inertia" not in result.history[4]
+    assert "labels" not in result.history[0]
+
+
+@pytest.mark.parametrize("selection", sorted(SELECTIONS))
+def test_selection_keeps_the_epoch_that_its_rule_prefers(selection):
+    labels = [POOR, MIXED, GOOD, POOR, MIXED]
+    model = Walk([3.0, 0.1, 1.0, 2.0, 1.5], labels)
+    result = train(model, epochs=5, lr=0.1, adjacency=TWO_PAIRS, eval_every=1, selection=selection)
+    expected = {"last": 5, "loss": 2}.get(selection, 3)
+    assert result.epoch == expected
+    assert result.labels.tolist() == labels[expected - 1]
+    assert result.embedding[0, 0] == expected - 1
+    # The parameters are of the same epoch: one step of Adam on a constant gradient moves by lr.
+    assert float(result.parameters["position"]) == pytest.approx(-0.1 * expected, rel=1e-4)
+
+
+def test_of_equal_scores_the_first_is_kept():
+    model = Walk([1.0] * 3, [GOOD] * 3)
+    result = train(
+        model, epochs=3, lr=0.1, adjacency=TWO_PAIRS, eval_every=1, selection="modularity"
+    )
+    assert result.epoch == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    model = Walk([1.0, float("nan")], [GOOD] * 2)
+    with pytest.raises(TrainingDivergedError, match=r"nan in epoch 2; lower lr \(now 0.1\)"):
+        train(model, epochs=2, lr=0.1, adjacency=TWO_PAIRS)
+
+
+def test_intervals():
+    assert parse_interval(25) == (25, 0.0)
+    assert parse_interval("90s") == (0, 90.0)
+    for bad in (0, -1, True, "25", "xs", "-3s", None, 2.5):
+        with pytest.raises(ValueError, match="checkpoint_every must be a number of epochs"):
+            parse_interval(bad)  # type: ignore[arg-type]
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted(RUNS))
+def test_a_resumed_run_ends_in_the_same_bits(kind, two_blocks, tmp_path):
+    adjacency, x, _ = two_blocks
+    whole = RUNS[kind]().fit(x, adjacency=adjacency)
+    cuts = np.random.default_rng(sorted(RUNS).index(kind)).permutation(np.arange(1, 13))[:3]
+    keep = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
+    with pytest.raises(Cut):
+        RUNS[kind](callbacks=cut_after(1), **keep).fit(x, adjacency=adjacency)
+    assert not (tmp_path / CHECKPOINT).exists()  # the callback came before the first checkpoint
+    for epoch in sorted(int(c) for c in cuts):
+        if epoch > 1:
+            with pytest.raises(Cut):
+                RUNS[kind](callbacks=cut_after(epoch), resume=True, **keep).fit(
+                    x, adjacency=adjacency
+                )
+    resumed = RUNS[kind](resume=True, **keep).fit(x, adjacency=adjacency)
+    assert_same_bits(whole, resumed)
+    # and once more from the checkpoint of the finished run
+    assert_same_bits(whole, RUNS[kind](resume=True, **keep).fit(x, adjacency=adjacency))
+
+
+def test_checkpoints_do_not_change_the_run(two_blocks, tmp_path):
+    adjacency, x, _ = two_blocks
+    plain = RUNS["hsan"]().fit(x, adjacency=adjacency)
+    kept = RUNS["hsan"](checkpoint_dir=tmp_path, checkpoint_every="0s").fit(x, adjacency=adjacency)
+    assert_same_bits(plain, kept)
+
+
+def test_evaluating_more_often_does_not_change_the_run(two_blocks):
+    adjacency, x, _ = two_blocks
+    a = RUNS["hsan"]().fit(x, adjacency=adjacency)
+    b = RUNS["hsan"](eval_every=1).fit(x, adjacency=adjacency)
+    assert np.array_equal(a.labels_, b.labels_)
+    assert a.embedding_.tobytes() == b.embedding_.tobytes()
+
+
+KILLED = textwrap.dedent(
+    """
+    import sys, time
+    import numpy as np
+    import scipy.sparse as sp
+    import fastclust as fc
+
+    folder, out = sys.argv[1:]
+    data = np.load(folder + "/data.npz")
+    adjacency, x = sp.csr_array(data["a"]), data["x"]
+    def report(event):
+        print(event.epoch, flush=True)
+        time.sleep(0.02)
+    model = fc.HSAN(2, epochs=60, width=8, n_init=2, tau=0.5, lr=1e-2, protocol="paper-code",
+                    callbacks=report, checkpoint_dir=folder, checkpoint_every=1, resume=True)
+    model.fit(x, adjacency=adjacency).save(out)
+    """
+)
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_then_resume(two_blocks, tmp_path):
+    adjacency, x, _ = two_blocks
+    np.savez(tmp_path / "data.npz", a=adjacency.toarray(), x=x)
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    rng = np.random.default_rng()
+    for _ in range(3):
+        resumable = (tmp_path / CHECKPOINT).exists()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert process.stdout is not None
+        first = int(process.stdout.readline())
+        assert first > 1 or not resumable, "the run started anew: its checkpoint was lost"
+        time.sleep(float(rng.uniform(0, 0.4)))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (tmp_path / CHECKPOINT).exists():
+            with safe_open(tmp_path / CHECKPOINT, "pt") as file:  # loads, whatever moment it was
+                assert file.metadata()["fastclust"]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    whole = HSAN(2, epochs=60, width=8, n_init=2, tau=0.5, lr=1e-2, protocol="paper-code")
+    assert_same_bits(whole.fit(x, adjacency=adjacency), HSAN.load(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_epoch_and_leaves_a_checkpoint(number, two_blocks, tmp_path):
+    adjacency, x, _ = two_blocks
+
+    def interrupt(event: Event) -> None:
+        if event.epoch == 4:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    keep = {"checkpoint_dir": tmp_path, "checkpoint_every": "1000s"}
+    with pytest.raises(TrainingInterrupted, match=f"{number.name} after epoch 4; checkpoint"):
+        RUNS["ecnmf"](callbacks=interrupt, **keep).fit(x, adjacency=adjacency)
+    assert signal.getsignal(number) is before
+    resumed = RUNS["ecnmf"](resume=True, **keep).fit(x, adjacency=adjacency)
+    assert_same_bits(RUNS["ecnmf"]().fit(x, adjacency=adjacency), resumed)
+
+
+def test_without_checkpoints_a_signal_acts_at_once(two_blocks):
+    adjacency, x, _ = two_blocks
+
+    def interrupt(event: Event) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        RUNS["ecnmf"](callbacks=interrupt).fit(x, adjacency=adjacency)
+    assert not isinstance(caught.value, TrainingInterrupted)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(
+    two_blocks, tmp_path, monkeypatch
+):
+    adjacency, x, _ = two_blocks
+    keep = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
+    with pytest.raises(Cut):
+        RUNS["hsan"](callbacks=cut_after(5), **keep).fit(x, adjacency=adjacency)
+    old = (tmp_path / CHECKPOINT).read_bytes()
+
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half a file")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(training, "save_file", full)
+    with pytest.warns(CheckpointWarning, match="No space left.*the previous checkpoint stays"):
+        resumed = RUNS["hsan"](resume=True, **keep).fit(x, adjacency=adjacency)
+    assert (tmp_path / CHECKPOINT).read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
+    assert_same_bits(RUNS["hsan"]().fit(x, adjacency=adjacency), resumed)
+
+
+def test_checkpoints_hold_plain_tensors_only(two_blocks, tmp_path):
+    adjacency, x, _ = two_blocks
+    RUNS["hsan-paper-code"](checkpoint_dir=tmp_path).fit(x, adjacency=adjacency)
+    with safe_open(tmp_path / CHECKPOINT, "pt") as file:
+        names = set(file.keys())
+    for prefix in ("model/", "adam/", "grad/", "extra/", "best/"):
+        assert any(name.startswith(prefix) for name in names), prefix
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"tau": 0.8}, "tau"), ({"random_state": 3}, "random_state"), ({"epochs": 20}, "epochs")],
+)
+def test_a_checkpoint_of_other_settings_is_refused(change, named, two_blocks, tmp_path):
+    adjacency, x, _ = two_blocks
+    keep = {"checkpoint_dir": tmp_path, "resume": True}
+    RUNS["hsan"](**keep).fit(x, adjacency=adjacency)
+    with pytest.raises(CheckpointError, match=rf"belongs to another run \({named} was"):
+        RUNS["hsan"](**keep).set_params(**change).fit(x, adjacency=adjacency)
+
+
+def test_a_checkpoint_of_other_data_is_refused(two_blocks, tmp_path):
+    adjacency, x, _ = two_blocks
+    keep = {"checkpoint_dir": tmp_path, "resume": True}
+    RUNS["ecnmf"](**keep).fit(x, adjacency=adjacency)
+    other = x.copy()
+    other[0, 0] += 1
+    with pytest.raises(CheckpointError, match="data was"):
+        RUNS["ecnmf"](**keep).fit(other, adjacency=adjacency)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
+def test_a_damaged_checkpoint_is_refused(damage, two_blocks, tmp_path):
+    adjacency, x, _ = two_blocks
+    keep = {"checkpoint_dir": tmp_path, "resume": True}
+    RUNS["ecnmf"](**keep).fit(x, adjacency=adjacency)
+    path = tmp_path / CHECKPOINT
+    content = {"truncated": path.read_bytes()[:-100], "text": b"no checkpoint", "empty": b""}
+    path.write_bytes(content[damage])
+    with pytest.raises(CheckpointError, match="is damaged or no checkpoint"):
+        RUNS["ecnmf"](**keep).fit(x, adjacency=adjacency)
+
+
+def test_a_checkpoint_folder_that_cannot_be_made(two_blocks, tmp_path):
+    adjacency, x, _ = two_blocks
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="checkpoint_dir must be a folder that can be created"):
+        RUNS["ecnmf"](checkpoint_dir=tmp_path / "file" / "run").fit(x, adjacency=adjacency)
