@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from fastclust.graph import Graph
 from torch import Tensor
 
 from fastclust import ops
+from fastclust.graph import Graph
 from fastclust.models.ecnmf import ECNMFModel, target_distribution
 from fastclust.models.hsan import (
     HSANModel,
@@ -245,7 +245,7 @@ def test_averaged_step_uses_means_over_all_gradients(graph_data):
     for p, q in zip(model.parameters(), parameters, strict=True):
         # betas of 0.99999 are means up to about epochs x 1e-5
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-    assert 0 <= float(model.alpha) <= 1
+    assert 0 <= model.alpha.item() <= 1
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.3, 0.7, 0.9, 1.0])

@@ -93,11 +93,11 @@ class _SparseInput:
 
 
 class _LowRankInput:
-    """Abar X_r W = (Abar L)(R W) + (Abar 1)(mean W) for X_r = L R + 1 mean^T."""
+    """Abar X_r W = (Abar L)(R W) for X_r = L R; a mean to add back is one more column and row."""
 
     def __init__(self, graph: Graph, x: ops.LowRankMatrix) -> None:
         left, right = x.left, x.right
-        if x.mean is not None:
+        if x.add_mean and x.mean is not None:
             left = torch.cat([left, left.new_ones(left.shape[0], 1)], dim=1)
             right = torch.cat([right, x.mean[None]])
         self.n_features = right.shape[1]
@@ -106,6 +106,16 @@ class _LowRankInput:
 
     def __call__(self, w: Tensor, bf16: bool) -> Tensor:
         return _product(self.left, _product(self.right, w, bf16), bf16)
+
+
+def _second_view(graph: Graph, x: ops.LowRankMatrix) -> _LowRankInput | _DenseInput:
+    """X_r in factors, or dense where these are no smaller or every batch has its own mean."""
+    n, n_features = x.shape
+    rank = x.right.shape[0]
+    batch_means = x.add_mean and x.mean is not None and x.mean.dim() == 2
+    if batch_means or rank * (n + n_features) >= n * n_features:
+        return _DenseInput(graph, x.to_dense())
+    return _LowRankInput(graph, x)
 
 
 class ECNMFModel(nn.Module):
@@ -213,7 +223,7 @@ class ECNMFModel(nn.Module):
         sparse = x.layout == torch.sparse_csr
         self.inputs = (
             _SparseInput(graph, x) if sparse else _DenseInput(graph, x),
-            _LowRankInput(graph, x_low_rank),
+            _second_view(graph, x_low_rank),
         )
         # Glorot's uniform initialisation for every matrix, zero for every bias.
         generator = torch.Generator().manual_seed(derive_seed(seed, _INITIALISE))
