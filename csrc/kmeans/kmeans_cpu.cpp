@@ -430,8 +430,12 @@ struct Run {
     const int64_t n_blocks = (p.width + kColumns - 1) / kColumns;
     for_each_change([&](int32_t row, int32_t old) {
       const T* x = p.x + row * p.width + begin;
-      if (old >= 0) kernel.subtract(sums.data() + old * p.width + begin, x, width);
-      kernel.add(sums.data() + labels[row] * p.width + begin, x, width);
+      double* to = sums.data() + labels[row] * p.width + begin;
+      if (old < 0) {
+        kernel.add(to, x, width);
+      } else {
+        kernel.move(sums.data() + old * p.width + begin, to, x, width);
+      }
     });
     for (int64_t k = 0; k < p.n_clusters; ++k) {
       double moved = 0.0;

@@ -12,7 +12,7 @@ inline constexpr int64_t kTile = 64;  // rows whose products with the centres ar
 template <typename T>
 struct Kernels {
   // out[k * kTile + i] = x[rows[i]] . c[k] for i < n_rows <= kTile, k < n_centers; the sum runs in
-  // the same order for every i and k.
+  // the same order for every i and k. Columns up to the next multiple of 4 are overwritten too.
   void (*dots)(const T* x, const int32_t* rows, int64_t n_rows, const T* c, int64_t n_centers,
                int64_t width, T* out);
   // Over k, the least and the second least of score[i] = norms[k] - 2 dots[k * kTile + i] and the
@@ -21,9 +21,10 @@ struct Kernels {
                 int32_t* arg);
   // sum_j (a[j] - b[j])^2 in float64.
   double (*square_distance)(const T* a, const T* b, int64_t width);
-  // sum[j] += x[j], sum[j] -= x[j].
+  // sum[j] += x[j].
   void (*add)(double* sum, const T* x, int64_t width);
-  void (*subtract)(double* sum, const T* x, int64_t width);
+  // from[j] -= x[j], to[j] += x[j].
+  void (*move)(double* from, double* to, const T* x, int64_t width);
   int lanes;  // of one vector of T: the number of partial sums in `dots`
 };
 

@@ -1,10 +1,10 @@
 // Body of the inner loops, compiled once per instruction set: the including file defines
-// FASTCLUST_KMEANS_BYTES (bytes of a vector), FASTCLUST_KMEANS_ROWS(n) (rows of a register block of
-// n centres) and FASTCLUST_KMEANS_CENTERS (most centres in a block). Everything is in an anonymous
-// namespace, so no instruction of one level can be linked into another.
+// FASTCLUST_KMEANS_BYTES (bytes of a vector) and FASTCLUST_KMEANS_CENTERS (most centres in a register
+// block). Everything is in an anonymous namespace, so no instruction of one level can be linked into
+// another.
 //
 // `dots` is a matrix product without packing: rows of x and centres are both contiguous along the
-// summed index, so a register block of ROWS x CENTERS vector accumulators reads both as they lie
+// summed index, so a register block of 4 rows x CENTERS vector accumulators reads both as they lie
 // (rows may be any subset) and sums each accumulator's lanes at the end.
 
 #include <cstdint>
@@ -23,59 +23,123 @@ struct Simd {
   typedef T Loose __attribute__((vector_size(FASTCLUST_KMEANS_BYTES), may_alias, aligned(16)));
 };
 
-template <typename T>
-inline T lane_sum(typename Simd<T>::Vec v) {
-  T s[Simd<T>::kLanes];
-  __builtin_memcpy(s, &v, sizeof(v));
-#pragma GCC unroll 4
-  for (int half = Simd<T>::kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) s[i] += s[i + half];
-  }
-  return s[0];
+// Index vectors for __builtin_shuffle: lane j of the result is lane f(j) of the concatenation.
+template <typename T, typename F>
+constexpr auto shuffle_mask(F f) {
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Index Mask __attribute__((vector_size(FASTCLUST_KMEANS_BYTES)));
+  Mask mask{};
+  for (int j = 0; j < Simd<T>::kLanes; ++j) mask[j] = static_cast<Index>(f(j));
+  return mask;
 }
 
-template <typename T, int kRows, int kCenters>
+// out[0..3] = the lane sums of a, b, c, d: halves of 128-bit blocks are interleaved and added until
+// each block holds parts of all four, then the blocks are added.
+template <typename T>
+inline void four_sums(typename Simd<T>::Vec a, typename Simd<T>::Vec b, typename Simd<T>::Vec c,
+                      typename Simd<T>::Vec d, T* out) {
+  constexpr int kLanes = Simd<T>::kLanes, kBlock = 16 / static_cast<int>(sizeof(T));
+  const auto low = shuffle_mask<T>([](int j) {  // unpack low halves of blocks
+    return j / kBlock * kBlock + j % kBlock / 2 + j % 2 * kLanes;
+  });
+  const auto high = shuffle_mask<T>([](int j) {
+    return j / kBlock * kBlock + kBlock / 2 + j % kBlock / 2 + j % 2 * kLanes;
+  });
+  const auto ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+  const auto cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
+  T block[kLanes];
+  if constexpr (kBlock == 2) {  // double: every block of ab is (a, b)
+    T other[kLanes];
+    __builtin_memcpy(block, &ab, sizeof(ab));
+    __builtin_memcpy(other, &cd, sizeof(cd));
+#pragma GCC unroll 4
+    for (int half = kLanes / 2; half >= kBlock; half /= 2) {
+#pragma GCC unroll 8
+      for (int j = 0; j < half; ++j) {
+        block[j] += block[j + half];
+        other[j] += other[j + half];
+      }
+    }
+    for (int j = 0; j < 2; ++j) {
+      out[j] = block[j];
+      out[2 + j] = other[j];
+    }
+  } else {  // float: blocks of ab are (a, b, a, b)
+    const auto first = shuffle_mask<T>([](int j) {
+      return j / 4 * 4 + j % 2 + (j % 4 / 2) * kLanes;
+    });
+    const auto last = shuffle_mask<T>([](int j) {
+      return j / 4 * 4 + 2 + j % 2 + (j % 4 / 2) * kLanes;
+    });
+    const auto all = __builtin_shuffle(ab, cd, first) + __builtin_shuffle(ab, cd, last);
+    __builtin_memcpy(block, &all, sizeof(all));
+#pragma GCC unroll 4
+    for (int half = kLanes / 2; half >= kBlock; half /= 2) {
+#pragma GCC unroll 8
+      for (int j = 0; j < half; ++j) block[j] += block[j + half];
+    }
+    for (int j = 0; j < 4; ++j) out[j] = block[j];
+  }
+}
+
+// kRows = 4 rows (fewer are padded by repeating one) against kCenters centres.
+template <typename T, int kCenters>
 inline void dots_block(const T* const* x, const T* c, int64_t width, T* out) {
   using Vec = typename Simd<T>::Vec;
   using Loose = typename Simd<T>::Loose;
-  Vec acc[kRows][kCenters];
+  Vec acc[kCenters][4];
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-    for (int k = 0; k < kCenters; ++k) acc[i][k] = Vec{};
+  for (int k = 0; k < kCenters; ++k) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) acc[k][i] = Vec{};
   }
+  const T *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
   for (int64_t j = 0; j < width; j += Simd<T>::kLanes) {
-    Vec row[kRows];
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) row[i] = *reinterpret_cast<const Loose*>(x[i] + j);
+#if FASTCLUST_KMEANS_CENTERS > 4
+    // Registers for four rows; the centres pass through one more. Rows mostly lie one after the
+    // other, so the next four can be called into the first-level cache.
+    __builtin_prefetch(x0 + j + 4 * width);
+    __builtin_prefetch(x1 + j + 4 * width);
+    __builtin_prefetch(x2 + j + 4 * width);
+    __builtin_prefetch(x3 + j + 4 * width);
+    const Vec row[4] = {*reinterpret_cast<const Loose*>(x0 + j),
+                        *reinterpret_cast<const Loose*>(x1 + j),
+                        *reinterpret_cast<const Loose*>(x2 + j),
+                        *reinterpret_cast<const Loose*>(x3 + j)};
 #pragma GCC unroll 8
     for (int k = 0; k < kCenters; ++k) {
       const Vec center = *reinterpret_cast<const Loose*>(c + k * width + j);
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) acc[i][k] += row[i] * center;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) acc[k][i] += row[i] * center;
     }
+#else
+    Vec center[kCenters];
+#pragma GCC unroll 8
+    for (int k = 0; k < kCenters; ++k) center[k] = *reinterpret_cast<const Loose*>(c + k * width + j);
+    const T* const rows[4] = {x0, x1, x2, x3};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Vec row = *reinterpret_cast<const Loose*>(rows[i] + j);
+#pragma GCC unroll 8
+      for (int k = 0; k < kCenters; ++k) acc[k][i] += row * center[k];
+    }
+#endif
   }
 #pragma GCC unroll 8
   for (int k = 0; k < kCenters; ++k) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) out[k * kTile + i] = lane_sum<T>(acc[i][k]);
+    four_sums<T>(acc[k][0], acc[k][1], acc[k][2], acc[k][3], out + k * kTile);
   }
 }
 
 template <typename T, int kCenters>
 void dots_columns(const T* x, const int32_t* rows, int64_t n_rows, const T* c, int64_t width,
                   T* out) {
-  constexpr int kRows = FASTCLUST_KMEANS_ROWS(kCenters);
-  int64_t i = 0;
-  for (; i + kRows <= n_rows; i += kRows) {
-    const T* x_rows[kRows];
-    for (int r = 0; r < kRows; ++r) x_rows[r] = x + rows[i + r] * width;
-    dots_block<T, kRows, kCenters>(x_rows, c, width, out + i);
-  }
-  for (; i < n_rows; ++i) {
-    const T* x_row = x + rows[i] * width;
-    dots_block<T, 1, kCenters>(&x_row, c, width, out + i);
+  for (int64_t i = 0; i < n_rows; i += 4) {
+    const T* x_rows[4];
+    for (int64_t r = 0; r < 4; ++r) {
+      x_rows[r] = x + rows[i + r < n_rows ? i + r : n_rows - 1] * width;
+    }
+    dots_block<T, kCenters>(x_rows, c, width, out + i);
   }
 }
 
@@ -96,9 +160,11 @@ void dots(const T* x, const int32_t* rows, int64_t n_rows, const T* c, int64_t n
     break;
       FASTCLUST_CASE(1)
       FASTCLUST_CASE(2)
+#if FASTCLUST_KMEANS_CENTERS > 2
       FASTCLUST_CASE(3)
-      FASTCLUST_CASE(4)
+#endif
 #if FASTCLUST_KMEANS_CENTERS > 4
+      FASTCLUST_CASE(4)
       FASTCLUST_CASE(5)
       FASTCLUST_CASE(6)
 #endif
@@ -155,16 +221,20 @@ double square_distance(const T* a, const T* b, int64_t width) {
 }
 
 template <typename T>
-void add(double* sum, const T* x, int64_t width) {
+void add(double* __restrict sum, const T* __restrict x, int64_t width) {
   for (int64_t j = 0; j < width; ++j) sum[j] += static_cast<double>(x[j]);
 }
 template <typename T>
-void subtract(double* sum, const T* x, int64_t width) {
-  for (int64_t j = 0; j < width; ++j) sum[j] -= static_cast<double>(x[j]);
+void move(double* __restrict from, double* __restrict to, const T* __restrict x, int64_t width) {
+  for (int64_t j = 0; j < width; ++j) {
+    const auto value = static_cast<double>(x[j]);
+    from[j] -= value;
+    to[j] += value;
+  }
 }
 
 template <typename T>
-constexpr Kernels<T> kTable{&dots<T>, &least<T>, &square_distance<T>, &add<T>, &subtract<T>,
+constexpr Kernels<T> kTable{&dots<T>, &least<T>, &square_distance<T>, &add<T>, &move<T>,
                             Simd<T>::kLanes};
 
 }  // namespace

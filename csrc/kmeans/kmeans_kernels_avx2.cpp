@@ -1,7 +1,6 @@
-// 16 registers: 3 x 4 accumulators, three rows, one centre.
+// 16 registers: 4 x 3 accumulators, three centres, one row.
 #define FASTCLUST_KMEANS_BYTES 32
-#define FASTCLUST_KMEANS_ROWS(n) 3
-#define FASTCLUST_KMEANS_CENTERS 4
+#define FASTCLUST_KMEANS_CENTERS 3
 #include "kmeans/kmeans_kernels.inl"
 
 namespace fastclust::kmeans {

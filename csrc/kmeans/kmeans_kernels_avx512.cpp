@@ -1,6 +1,5 @@
 // 32 registers: up to 4 x 6 accumulators, four rows, one centre.
 #define FASTCLUST_KMEANS_BYTES 64
-#define FASTCLUST_KMEANS_ROWS(n) 4
 #define FASTCLUST_KMEANS_CENTERS 6
 #include "kmeans/kmeans_kernels.inl"
 

@@ -1,6 +1,6 @@
+// 16 registers: 4 x 2 accumulators, two centres, one row, one product.
 #define FASTCLUST_KMEANS_BYTES 16
-#define FASTCLUST_KMEANS_ROWS(n) 2
-#define FASTCLUST_KMEANS_CENTERS 4
+#define FASTCLUST_KMEANS_CENTERS 2
 #include "kmeans/kmeans_kernels.inl"
 
 namespace fastclust::kmeans {
