@@ -1,0 +1,29 @@
+// Registers the InfoNCE operators on CUDA.
+#include "common/cuda.cuh"
+#include "infonce/infonce_args.h"
+#include "infonce/infonce_cuda.h"
+
+namespace fastclust::infonce {
+namespace {
+
+struct Cuda {
+  template <typename Params>
+  static void run(const Params& params, const Tensor& z) {
+    STD_TORCH_CHECK(z.size(0) < int64_t{1} << 30, "z must have fewer than 2^30 rows, got ",
+                    z.size(0));
+    const CudaScope scope(z);
+    Tensor workspace =
+        new_empty(z, {static_cast<int64_t>(workspace_bytes(params))}, ScalarType::Byte);
+    STD_CUDA_CHECK(launch_cuda(params, workspace.mutable_data_ptr(), scope.stream()));
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastclust, CUDA, m) {
+  m.impl("hard_infonce", TORCH_BOX(&hard_infonce<Cuda>));
+  m.impl("hard_infonce_backward", TORCH_BOX(&hard_infonce_backward<Cuda>));
+  m.impl("similarity_range", TORCH_BOX(&similarity_range<Cuda>));
+}
+
+}  // namespace fastclust::infonce

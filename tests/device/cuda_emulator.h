@@ -1,0 +1,407 @@
+// A CUDA block on the CPU, for tests: kernel sources compiled as ordinary C++ against this header
+// run thread by thread, so that their index arithmetic, barriers and pipeline are executed and
+// checked where there is no GPU. Written from the PTX manual, independent of the kernels' maps.
+//
+// Every thread of a block is a fiber. A fiber runs until it meets a barrier or a warp-wide
+// instruction; the scheduler takes warps in an order the test chooses and runs each as far as it
+// gets, the most uneven progress that barriers allow. Asynchronous copies happen either at once or
+// as late as their wait permits. A result that depends on either choice is a race.
+// Found and counted in emulator::report(): divergent warp instructions, barriers that not all
+// threads reach, shared memory out of bounds or misaligned, copies never waited for, and bank
+// conflicts of ldmatrix.
+#pragma once
+
+#include <math.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define FASTCLUST_DYNAMIC_SHARED(name) unsigned char* const name = emulator::state().shared
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct float2 {
+  float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+
+namespace emulator {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 64 * 1024;
+
+struct Report {
+  int64_t launches = 0, blocks = 0, matrix_instructions = 0;
+  int64_t ldmatrix_phases = 0, bank_conflicts = 0;
+};
+
+enum class Operation { kNone, kBarrier, kShuffle, kLoad, kLoadTransposed, kMmaBf16, kMmaTf32 };
+
+struct Copy {
+  unsigned char* to;
+  const void* from;
+};
+
+struct Thread {
+  ucontext_t start;  // first entry; later switches go by setjmp, without a system call
+  jmp_buf resume;
+  bool started = false;
+  Operation waiting = Operation::kNone;
+  bool done = false;
+  int warp_argument = 0;         // lane mask of a shuffle
+  const void* in[2] = {};        // operands, on this fiber's stack
+  void* out = nullptr;
+  size_t bytes = 0;
+  std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  std::vector<Copy> open;
+};
+
+struct State {
+  dim3 thread_index, block_index, block_dim, grid_dim;
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+  std::vector<Thread> threads;
+  std::vector<std::unique_ptr<unsigned char[]>> stacks;
+  ucontext_t scheduler_start;
+  jmp_buf scheduler;
+  int running = 0;
+  void (*body)(const void*) = nullptr;
+  const void* arguments = nullptr;
+  int warp_order = 0;     // 0 ascending, 1 descending, 2 a new permutation each round
+  bool late_copies = true;
+  uint64_t random = 1;
+  Report report;
+};
+inline State& state() {
+  static State s;
+  return s;
+}
+
+[[noreturn]] inline void fail(const char* what) {
+  const State& s = state();
+  std::fprintf(stderr, "device emulator: %s (block %u, %u, %u, thread %d)\n", what,
+               s.block_index.x, s.block_index.y, s.block_index.z, s.running);
+  std::abort();
+}
+
+inline Thread& self() { return state().threads[state().running]; }
+
+inline void wait_for(Operation operation) {
+  State& s = state();
+  Thread& thread = self();
+  thread.waiting = operation;
+  if (_setjmp(thread.resume) == 0) _longjmp(s.scheduler, 1);
+}
+
+inline void run_thread(int index) {
+  State& s = state();
+  Thread& thread = s.threads[index];
+  s.running = index;
+  s.thread_index = dim3(static_cast<unsigned>(index), 0, 0);
+  if (_setjmp(s.scheduler) != 0) return;
+  if (thread.started) _longjmp(thread.resume, 1);
+  thread.started = true;
+  swapcontext(&s.scheduler_start, &thread.start);
+}
+
+inline void check_shared(const void* address, size_t bytes) {
+  const State& s = state();
+  const auto* p = static_cast<const unsigned char*>(address);
+  if (p < s.shared || p + bytes > s.shared + s.shared_bytes) fail("shared memory out of bounds");
+  if ((p - s.shared) % bytes) fail("misaligned shared memory access");
+}
+
+// ---- warp-wide instructions: the whole warp has arrived ------------------------------------------
+
+inline float bf16(uint32_t word, int half) {
+  const uint32_t bits = (half ? word >> 16 : word & 0xffffu) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline float tf32(uint32_t word) {
+  const uint32_t bits = word & 0xffffe000u;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline void execute_load(Thread* lanes, bool transposed) {
+  State& s = state();
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const unsigned char* rows[8];
+    unsigned banks = 0;
+    for (int r = 0; r < 8; ++r) {
+      rows[r] = static_cast<const unsigned char*>(lanes[8 * matrix + r].in[0]);
+      check_shared(rows[r], 16);
+      const unsigned bank = 1u << ((rows[r] - s.shared) / 16 % 8);
+      s.report.bank_conflicts += (banks & bank) != 0;
+      banks |= bank;
+    }
+    ++s.report.ldmatrix_phases;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      uint32_t& out = static_cast<uint32_t*>(lanes[lane].out)[matrix];
+      if (!transposed) {
+        std::memcpy(&out, rows[lane / 4] + lane % 4 * 4, 4);
+      } else {
+        uint16_t low, high;
+        std::memcpy(&low, rows[lane % 4 * 2] + lane / 4 * 2, 2);
+        std::memcpy(&high, rows[lane % 4 * 2 + 1] + lane / 4 * 2, 2);
+        out = low | uint32_t{high} << 16;
+      }
+    }
+  }
+}
+
+inline void execute_mma(Thread* lanes, bool is_bf16) {
+  ++state().report.matrix_instructions;
+  float a[16][16] = {}, b[16][8] = {};
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto* ra = static_cast<const uint32_t*>(lanes[lane].in[0]);
+    const auto* rb = static_cast<const uint32_t*>(lanes[lane].in[1]);
+    const int g = lane / 4, t = lane % 4;
+    for (int r = 0; r < 4; ++r) {
+      const int row = g + 8 * (r & 1);
+      if (is_bf16) {
+        for (int h = 0; h < 2; ++h) a[row][2 * t + h + 8 * (r >> 1)] = bf16(ra[r], h);
+      } else {
+        a[row][t + 4 * (r >> 1)] = tf32(ra[r]);
+      }
+    }
+    for (int r = 0; r < 2; ++r) {
+      if (is_bf16) {
+        for (int h = 0; h < 2; ++h) b[2 * t + h + 8 * r][g] = bf16(rb[r], h);
+      } else {
+        b[t + 4 * r][g] = tf32(rb[r]);
+      }
+    }
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    auto* c = static_cast<float*>(lanes[lane].out);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + 8 * (i >> 1), column = lane % 4 * 2 + (i & 1);
+      double sum = c[i];
+      for (int k = 0; k < (is_bf16 ? 16 : 8); ++k) sum += double{a[row][k]} * b[k][column];
+      c[i] = static_cast<float>(sum);
+    }
+  }
+}
+
+inline void execute_warp(Thread* lanes) {
+  switch (lanes[0].waiting) {
+    case Operation::kShuffle:
+      for (int lane = 0; lane < kWarp; ++lane) {
+        std::memcpy(lanes[lane].out, lanes[lane ^ lanes[lane].warp_argument].in[0],
+                    lanes[lane].bytes);
+      }
+      break;
+    case Operation::kLoad: execute_load(lanes, false); break;
+    case Operation::kLoadTransposed: execute_load(lanes, true); break;
+    case Operation::kMmaBf16: execute_mma(lanes, true); break;
+    case Operation::kMmaTf32: execute_mma(lanes, false); break;
+    default: fail("unexpected warp operation");
+  }
+  for (int lane = 0; lane < kWarp; ++lane) lanes[lane].waiting = Operation::kNone;
+}
+
+// ---- scheduler ----------------------------------------------------------------------------------
+
+inline void fiber_main() {
+  State& s = state();
+  s.body(s.arguments);
+  Thread& thread = self();
+  for (const auto& group : thread.groups) {
+    if (!group.empty()) fail("asynchronous copies never waited for");
+  }
+  thread.done = true;
+  _longjmp(s.scheduler, 1);
+}
+
+// Runs a warp until every lane is done or at the barrier; false when it could not move.
+inline bool run_warp(int first) {
+  State& s = state();
+  bool moved = false;
+  for (;;) {
+    bool ran = false;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      Thread& thread = s.threads[first + lane];
+      if (thread.done || thread.waiting != Operation::kNone) continue;
+      run_thread(first + lane);
+      ran = moved = true;
+    }
+    if (!ran) return moved;
+    const Operation operation = s.threads[first].waiting;
+    if (operation == Operation::kBarrier || operation == Operation::kNone) continue;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if (s.threads[first + lane].waiting != operation) fail("divergent warp instruction");
+    }
+    execute_warp(&s.threads[first]);
+  }
+}
+
+inline void run_block(int n_threads) {
+  State& s = state();
+  if (n_threads % kWarp) fail("block size must be whole warps");
+  s.threads.clear();
+  s.threads.resize(n_threads);
+  if (s.stacks.size() < static_cast<size_t>(n_threads)) s.stacks.resize(n_threads);
+  for (int i = 0; i < n_threads; ++i) {
+    if (!s.stacks[i]) s.stacks[i].reset(new unsigned char[kStack]);
+    getcontext(&s.threads[i].start);
+    s.threads[i].start.uc_stack.ss_sp = s.stacks[i].get();
+    s.threads[i].start.uc_stack.ss_size = kStack;
+    s.threads[i].start.uc_link = nullptr;
+    makecontext(&s.threads[i].start, fiber_main, 0);
+  }
+  const int warps = n_threads / kWarp;
+  std::vector<int> order(warps);
+  for (;;) {
+    for (int w = 0; w < warps; ++w) order[w] = s.warp_order == 1 ? warps - 1 - w : w;
+    if (s.warp_order == 2) {
+      for (int w = warps - 1; w > 0; --w) {
+        s.random = s.random * 6364136223846793005ull + 1442695040888963407ull;
+        std::swap(order[w], order[(s.random >> 33) % (w + 1)]);
+      }
+    }
+    for (const int w : order) run_warp(w * kWarp);
+    int done = 0, at_barrier = 0;
+    for (const Thread& thread : s.threads) {
+      done += thread.done;
+      at_barrier += thread.waiting == Operation::kBarrier;
+    }
+    if (done == n_threads) return;
+    if (at_barrier != n_threads) fail("a barrier that not all threads reach");
+    for (Thread& thread : s.threads) thread.waiting = Operation::kNone;
+  }
+}
+
+inline void shuffle(const void* in, void* out, size_t bytes, int mask) {
+  Thread& thread = self();
+  thread.in[0] = in;
+  thread.out = out;
+  thread.bytes = bytes;
+  thread.warp_argument = mask;
+  wait_for(Operation::kShuffle);
+}
+
+inline void perform(const std::vector<Copy>& copies) {
+  for (const Copy& copy : copies) std::memcpy(copy.to, copy.from, 16);
+}
+
+}  // namespace emulator
+
+#define threadIdx (emulator::state().thread_index)
+#define blockIdx (emulator::state().block_index)
+#define blockDim (emulator::state().block_dim)
+#define gridDim (emulator::state().grid_dim)
+
+inline void __syncthreads() { emulator::wait_for(emulator::Operation::kBarrier); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int lane_mask) {
+  T out;
+  emulator::shuffle(&value, &out, sizeof(T), lane_mask);
+  return out;
+}
+
+namespace fastclust {
+
+inline void cp_async16(void* shared, const void* global) {
+  emulator::check_shared(shared, 16);
+  if (reinterpret_cast<uintptr_t>(global) % 16) emulator::fail("misaligned asynchronous copy");
+  auto* to = static_cast<unsigned char*>(shared);
+  if (emulator::state().late_copies) {
+    emulator::self().open.push_back({to, global});
+  } else {
+    std::memcpy(to, global, 16);
+  }
+}
+inline void cp_async_commit() {
+  auto& thread = emulator::self();
+  thread.groups.push_back(std::move(thread.open));
+  thread.open.clear();
+}
+template <int kPending>
+void cp_async_wait() {
+  auto& groups = emulator::self().groups;
+  while (groups.size() > static_cast<size_t>(kPending)) {
+    emulator::perform(groups.front());
+    groups.erase(groups.begin());
+  }
+}
+
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared) {
+  emulator::self().in[0] = shared;
+  emulator::self().out = r;
+  emulator::wait_for(emulator::Operation::kLoad);
+}
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared) {
+  emulator::self().in[0] = shared;
+  emulator::self().out = r;
+  emulator::wait_for(emulator::Operation::kLoadTransposed);
+}
+inline void mma(emulator::Operation operation, float (&c)[4], const uint32_t (&a)[4],
+                const uint32_t (&b)[2]) {
+  auto& thread = emulator::self();
+  thread.in[0] = a;
+  thread.in[1] = b;
+  thread.out = c;
+  emulator::wait_for(operation);
+}
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma(emulator::Operation::kMmaBf16, c, a, b);
+}
+inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma(emulator::Operation::kMmaTf32, c, a, b);
+}
+
+template <typename Args>
+cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_bytes, cudaStream_t,
+                   const Args& args) {
+  using namespace emulator;
+  struct Call {
+    void (*kernel)(Args);
+    const Args* args;
+  } call{kernel, &args};
+  State& s = state();
+  // Shared memory starts as NaN in every format, so that what was never written shows.
+  std::vector<unsigned char> memory(shared_bytes + 128);
+  s.shared = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
+  s.shared_bytes = shared_bytes;
+  s.body = [](const void* p) {
+    const Call& c = *static_cast<const Call*>(p);
+    c.kernel(*c.args);
+  };
+  s.arguments = &call;
+  s.grid_dim = grid;
+  s.block_dim = dim3(static_cast<unsigned>(threads));
+  ++s.report.launches;
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        std::memset(s.shared, 0xff, shared_bytes);
+        s.block_index = dim3(x, y, z);
+        ++s.report.blocks;
+        run_block(threads);
+      }
+  return cudaSuccess;
+}
+
+}  // namespace fastclust

@@ -1,0 +1,171 @@
+"""Registers, spills and matrix instructions of the CUDA kernels against a table.
+
+Read from the assembler's report that the build leaves beside each object, and from the object's
+disassembly where ``cuobjdump`` and ``nvdisasm`` are at hand (on PATH, beside nvcc, or from the
+packages ``nvidia-cuda-cuobjdump`` and ``nvidia-cuda-nvdisasm``). No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Blocks have 256 threads: 128 registers let two of them share a multiprocessor, 255 one.
+TWO_BLOCKS, ONE_BLOCK = 128, 255
+LOOP_GAP = 64  # instructions; matrix instructions of one loop follow each other more closely
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper bounds per kernel; ``hmma`` is exact, per precision of the operands.
+
+    Some epilogues keep a few words in local memory, once per tile; the k loops must not.
+    """
+
+    registers: int
+    hmma: dict[str, int]
+    spill_bytes: int = 24
+
+
+# One k step of a tile is 2 x 4 x 4 matrix instructions per warp and product, and nothing unrolls
+# further; a kernel with weights holds the loop twice, the snapshot's in bf16 with three products.
+BUDGETS = {
+    r"forward_kernel<MmaPath<bf16, 1>, MmaPath<bf16, 3>, false>": Budget(TWO_BLOCKS, {"BF16": 32}),
+    r"forward_kernel<MmaPath<bf16, 1>, MmaPath<bf16, 3>, true>": Budget(ONE_BLOCK, {"BF16": 128}),
+    r"forward_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, false>": Budget(TWO_BLOCKS, {"BF16": 96}),
+    r"forward_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, true>": Budget(ONE_BLOCK, {"BF16": 192}),
+    r"forward_kernel<MmaPath<float, 1>, MmaPath<bf16, 3>, false>": Budget(TWO_BLOCKS, {"TF32": 32}),
+    r"forward_kernel<MmaPath<float, 1>, MmaPath<bf16, 3>, true>": Budget(
+        ONE_BLOCK, {"TF32": 32, "BF16": 96}
+    ),
+    r"tile_kernel<MmaPath<bf16, 1>, MmaPath<bf16, 3>, false>": Budget(TWO_BLOCKS, {"BF16": 32}),
+    r"tile_kernel<MmaPath<bf16, 1>, MmaPath<bf16, 3>, true>": Budget(ONE_BLOCK, {"BF16": 128}),
+    r"tile_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, false>": Budget(TWO_BLOCKS, {"BF16": 96}),
+    r"tile_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, true>": Budget(ONE_BLOCK, {"BF16": 192}),
+    r"tile_kernel<MmaPath<float, 1>, MmaPath<bf16, 3>, false>": Budget(TWO_BLOCKS, {"TF32": 32}),
+    r"tile_kernel<MmaPath<float, 1>, MmaPath<bf16, 3>, true>": Budget(
+        ONE_BLOCK, {"TF32": 32, "BF16": 96}
+    ),
+    r"product_kernel<MmaPath<bf16, 1>>": Budget(TWO_BLOCKS, {"BF16": 32}),
+    r"product_kernel<MmaPath<bf16, 3>>": Budget(TWO_BLOCKS, {"BF16": 96}),
+    r"product_kernel<MmaPath<float, 1>>": Budget(TWO_BLOCKS, {"TF32": 32}),
+    r"range_kernel<MmaPath<bf16, 4>>": Budget(TWO_BLOCKS, {"BF16": 128}),
+    # float64 and the small kernels around: bounded by memory or by plain arithmetic.
+    r"(forward|tile|product|range)_kernel<PlainPath<double>.*>": Budget(ONE_BLOCK, {}),
+    r"(pack|sum|loss|inverse|finish|alpha|range_finish|rank)_kernel(<.*>)?": Budget(64, {}),
+}
+
+
+def objects() -> list[Path]:
+    """CUDA objects of the last build in this checkout."""
+    return sorted(ROOT.glob("build/**/infonce/*.cu.o"))
+
+
+needs_build = pytest.mark.skipif(
+    not objects(), reason="no CUDA build here: FASTCLUST_CUDA=1 python setup.py build_ext --inplace"
+)
+
+
+def demangle(names: list[str]) -> dict[str, str]:
+    """Short readable names of kernels, by mangled name."""
+    tool = shutil.which("c++filt")
+    if tool is None:
+        pytest.skip("needs c++filt (binutils)")
+    text = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True).stdout
+    short = {}
+    for name, full in zip(names, text.splitlines(), strict=True):
+        full = full.replace("fastclust::infonce::", "").replace("unsigned short", "bf16")
+        full = full.removeprefix("void ").partition("(")[0].replace(" >", ">")
+        short[name] = full
+    return short
+
+
+def budget_of(kernel: str) -> Budget:
+    found = [budget for pattern, budget in BUDGETS.items() if re.fullmatch(pattern, kernel)]
+    assert len(found) == 1, f"{kernel} needs exactly one row of the budget table, has {len(found)}"
+    return found[0]
+
+
+@needs_build
+def test_registers_and_spills() -> None:
+    entry = re.compile(
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers",
+        re.DOTALL,
+    )
+    rows = []
+    for obj in objects():
+        rows += entry.findall(Path(f"{obj}.ptxas").read_text())
+    assert rows, "the assembler's reports are empty: build anew"
+    names = demangle([row[0] for row in rows])
+    seen = set()
+    for mangled, arch, stack, stores, loads, registers in rows:
+        kernel = names[mangled]
+        budget = budget_of(kernel)
+        seen.add(kernel)
+        assert int(registers) <= budget.registers, f"{kernel} on {arch}: {registers} registers"
+        spilled = max(int(stack), int(stores), int(loads))
+        assert spilled <= budget.spill_bytes, f"{kernel} on {arch}: {spilled} bytes spilled"
+    assert {name for name in BUDGETS if "MmaPath" in name} <= seen, "a main kernel is missing"
+
+
+def tool(name: str) -> str | None:
+    nvcc = shutil.which("nvcc")
+    places = [
+        Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin",
+        *([Path(nvcc).resolve().parent] if nvcc else []),
+        Path("/usr/local/cuda/bin"),
+    ]
+    found = shutil.which(name) or next(
+        (str(p / name) for p in places if os.access(p / name, os.X_OK)), None
+    )
+    return found
+
+
+@needs_build
+def test_matrix_instructions_in_the_disassembly() -> None:
+    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
+    if cuobjdump is None or nvdisasm is None:
+        pytest.skip("needs cuobjdump and nvdisasm")
+    path = os.pathsep.join([str(Path(nvdisasm).parent), os.environ.get("PATH", "")])
+    counts: dict[tuple[str, str], dict[str, int]] = {}
+    spills_in_loop = []
+    for obj in objects():
+        text = subprocess.run(
+            [cuobjdump, "-sass", str(obj)],
+            capture_output=True, text=True, check=True, env={**os.environ, "PATH": path},
+        ).stdout  # fmt: skip
+        arch, current = "", {}
+        since_matrix, spill = LOOP_GAP, ""  # instructions since the last HMMA; spill seen in them
+        for line in text.splitlines():
+            if match := re.search(r"arch = (\w+)", line):
+                arch = match[1]
+            elif match := re.search(r"Function : (\w+)", line):
+                current = counts.setdefault((match[1], arch), {})
+                since_matrix, spill = LOOP_GAP, ""
+            elif match := re.search(r"\bHMMA\.\d+\.F32\.(\w+)", line):
+                current[match[1]] = current.get(match[1], 0) + 1
+                if spill and since_matrix < LOOP_GAP:
+                    spills_in_loop.append(spill)
+                since_matrix, spill = 0, ""
+            elif re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", line):
+                since_matrix += 1
+                if re.search(r"\b(LDL|STL)\b", line):
+                    spill = f"{next(reversed(counts))}: {line.strip()}"
+    if not counts:
+        pytest.skip("the object could not be disassembled")
+    assert not spills_in_loop
+    names = demangle([name for name, _ in counts])
+    for (mangled, arch), found in counts.items():
+        kernel = names[mangled]
+        assert found == budget_of(kernel).hmma, f"{kernel} on {arch}: {found}"
