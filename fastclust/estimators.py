@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
@@ -32,6 +33,7 @@ from fastclust.models.inputs import as_tensor, kmeans_labels
 from fastclust.presets import preset
 from fastclust.training import SELECTIONS, Trainable, print_progress, train
 from fastclust.validation import (
+    DataWarning,
     check_adjacency,
     check_features,
     check_n_clusters,
@@ -93,7 +95,7 @@ class _GraphClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
 
     def _checked_input(self, X: Any, adjacency: Any) -> tuple[Features, sp.csr_array]:
         """Features and canonical adjacency from anything :meth:`fit` accepts."""
-        check_n_clusters(self.n_clusters)
+        check_n_clusters(self.n_clusters, minimum=1)
         self._validate_params()
         if is_graph_data(X):
             if adjacency is not None:
@@ -105,7 +107,15 @@ class _GraphClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             graph = None
         validate_data(self, X if hasattr(X, "columns") else features, skip_check_array=True)
         n = int(features.shape[0])
-        check_n_clusters(self.n_clusters, n)
+        if n == 1:
+            raise ValueError("X must have at least 2 rows, one per node, got n_samples=1")
+        if check_n_clusters(self.n_clusters, n, minimum=1) == 1:
+            # scikit-learn's contract wants one cluster to work; it is hardly what anyone wants.
+            warnings.warn(
+                "n_clusters should be at least 2, got 1: all nodes are one cluster",
+                DataWarning,
+                stacklevel=3,
+            )
         if graph is None:
             if adjacency is None:
                 graph = nearest_neighbor_graph(features, min(self.n_neighbors, n - 1))

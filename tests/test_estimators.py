@@ -208,6 +208,8 @@ def test_unusual_but_usable_data(model, two_blocks):
     assert np.isfinite(QUICK[model]().fit(rows, adjacency=adjacency).embedding_).all()
     same = np.ones_like(x)  # constant attributes
     assert np.isfinite(QUICK[model]().fit(same, adjacency=adjacency).embedding_).all()
+    with pytest.warns(DataWarning, match="n_clusters should be at least 2, got 1"):
+        assert not QUICK[model](1).fit(x, adjacency=adjacency).labels_.any()
     tiny = QUICK[model]().fit(x[:2], adjacency=adjacency[:2][:, :2])  # N = K = 2
     assert tiny.labels_.shape == (2,)
 
@@ -216,7 +218,7 @@ def test_unusual_but_usable_data(model, two_blocks):
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     [
-        ({"n_clusters": 1}, ValueError, "n_clusters must be at least 2, got 1"),
+        ({"n_clusters": 0}, ValueError, "n_clusters must be at least 1, got 0"),
         ({"n_clusters": 61}, ValueError, "n_clusters must be at most the number of nodes"),
         ({"n_clusters": 2.5}, TypeError, "n_clusters must be an integer, got 2.5"),
         ({"n_init": 0}, ValueError, "n_init"),
