@@ -27,6 +27,7 @@ every_model = pytest.mark.parametrize("model", sorted(QUICK))
 trained_model = pytest.mark.parametrize("model", ["ecnmf", "hsan"])
 
 
+@pytest.mark.filterwarnings("ignore:n_clusters should be at least 2")
 @parametrize_with_checks([fc.HSAN(epochs=3, width=16), fc.ECNMF(epochs=3, width=16), fc.SSGC()])
 def test_scikit_learn_contract(estimator, check):
     check(estimator)
