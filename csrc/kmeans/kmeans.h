@@ -25,8 +25,8 @@ struct Problem {
 // xc[i] = x[i] - mean, zero in the padding; variance is the mean over columns of the (population)
 // variance, in float64.
 template <typename T>
-void center(const T* x /* [N, d], rows ld apart */, int64_t n, int64_t d, int64_t ld,
-            T* xc /* [N, dp] */, int64_t dp, double* mean /* [d] */, double* variance /* [1] */);
+void center(const T* x /* [N, d] */, int64_t n, int64_t d, T* xc /* [N, dp] */, int64_t dp,
+            double* mean /* [d] */, double* variance /* [1] */);
 
 // Initial centres, each a row of x. Random numbers are philox(seed, restart, draw).
 //   kPlusPlus  greedy k-means++ with 2 + floor(log K) trials a step (Arthur and Vassilvitskii 2007)

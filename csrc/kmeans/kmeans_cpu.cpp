@@ -18,24 +18,21 @@
 #include <vector>
 
 #include "common/parallel.h"
-#include "common/rng.h"
 #include "kmeans/kmeans_kernels.h"
+#include "kmeans/kmeans_shared.h"
 
 namespace fastclust::kmeans {
 namespace {
 
 constexpr int64_t kColumns = 64;      // columns of a task that updates centres
 constexpr int64_t kInitColumns = 32;  // candidates whose distances k-means++ keeps at once
-constexpr int kCentralDraws = 20;
 
 int64_t n_tiles(int64_t n) { return (n + kTile - 1) / kTile; }
 
-// Rounding error to expect in |x|^2 - 2 x.c + |c|^2, relative to |x|^2 + |c|^2: sums of width /
-// lanes terms in T, their errors adding up like a random walk, with a margin of eight.
 template <typename T>
 T rounding(const Problem<T>& p) {
-  const double terms = static_cast<double>(p.width) / kernels<T>().lanes;
-  return static_cast<T>(8.0 * std::numeric_limits<T>::epsilon() * std::sqrt(4.0 + terms));
+  return static_cast<T>(rounding_error(std::numeric_limits<T>::epsilon(),
+                                       static_cast<double>(p.width) / kernels<T>().lanes));
 }
 
 template <typename T>
@@ -104,22 +101,6 @@ void nearest(const Problem<T>& p, const T* x_norms, const T* centers, const T* n
   }
 }
 
-// K distinct indices below n (R. W. Floyd's sampling); the draws of restart r are
-// philox(seed, r, first + j). `taken` is all zero before and after.
-void sample_distinct(int64_t n, int64_t k, int64_t seed, int64_t restart, int64_t first,
-                     std::vector<uint8_t>& taken, int64_t* out) {
-  for (int64_t j = 0; j < k; ++j) {
-    const int64_t bound = n - k + j;
-    const double u = philox_uniform(static_cast<uint64_t>(seed), static_cast<uint64_t>(restart),
-                                    static_cast<uint64_t>(first + j));
-    int64_t pick = std::min(static_cast<int64_t>(u * static_cast<double>(bound + 1)), bound);
-    if (taken[pick]) pick = bound;
-    taken[pick] = 1;
-    out[j] = pick;
-  }
-  for (int64_t j = 0; j < k; ++j) taken[out[j]] = 0;
-}
-
 template <typename T>
 void gather(const Problem<T>& p, const int64_t* rows, int64_t n, T* out) {
   for (int64_t j = 0; j < n; ++j) {
@@ -132,7 +113,7 @@ void initialize_random(const Problem<T>& p, int64_t seed, T* centers) {
   std::vector<uint8_t> taken(static_cast<size_t>(p.n_points), 0);
   std::vector<int64_t> rows(static_cast<size_t>(p.n_clusters));
   for (int64_t r = 0; r < p.n_restarts; ++r) {
-    sample_distinct(p.n_points, p.n_clusters, seed, r, 0, taken, rows.data());
+    sample_distinct(p.n_points, p.n_clusters, seed, r, 0, taken.data(), rows.data());
     gather(p, rows.data(), p.n_clusters, centers + r * p.n_clusters * p.width);
   }
 }
@@ -146,7 +127,8 @@ void initialize_central(const Problem<T>& p, int64_t seed, T* centers) {
   for (int64_t r = 0; r < p.n_restarts; ++r) {
     double least = std::numeric_limits<double>::infinity();
     for (int draw = 0; draw < kCentralDraws; ++draw) {
-      sample_distinct(p.n_points, p.n_clusters, seed, r, draw * p.n_clusters, taken, rows.data());
+      sample_distinct(p.n_points, p.n_clusters, seed, r, draw * p.n_clusters, taken.data(),
+                      rows.data());
       double sum = 0.0;
       for (const int64_t row : rows) sum += square_norm(p.x + row * p.width, p.width);
       if (sum < least) {
@@ -167,7 +149,7 @@ class PlusPlus {
         x_norms_(x_norms),
         seed_(seed),
         tiles_(n_tiles(p.n_points)),
-        trials_(2 + static_cast<int64_t>(std::log(static_cast<double>(p.n_clusters)))),
+        trials_(n_trials(p.n_clusters)),
         scratch_(static_cast<size_t>(num_threads())) {}
 
   void run(T* centers) {
@@ -178,15 +160,6 @@ class PlusPlus {
   }
 
  private:
-  double uniform(int64_t restart, int64_t step, int64_t trial) const {
-    return philox_uniform(static_cast<uint64_t>(seed_), static_cast<uint64_t>(restart),
-                          static_cast<uint64_t>(step * trials_ + trial));
-  }
-
-  int64_t any_point(double u) const {
-    return std::min(static_cast<int64_t>(u * static_cast<double>(p_.n_points)), p_.n_points - 1);
-  }
-
   // distance[c][i] = min(|x_i - x_candidate[c]|^2, current[c / trials][i]) and its sums by tile.
   void measure(const std::vector<int64_t>& candidates, int64_t trials, bool first) {
     const auto n_columns = static_cast<int64_t>(candidates.size());
@@ -195,8 +168,7 @@ class PlusPlus {
     distance_.resize(static_cast<size_t>(n_columns * p_.n_points));
     tile_sums_.resize(static_cast<size_t>(n_columns * tiles_));
     const Kernels<T>& kernel = kernels<T>();
-    // Below this share of |x|^2 + |c|^2 the expanded form has lost most of its digits.
-    const T doubtful = rounding(p_) * 64;
+    const T doubtful = static_cast<T>(doubtful_share(rounding(p_)));
     parallel_tasks(tiles_, [&](int64_t tile, int worker) {
       TileScratch<T>& s = scratch_[worker];
       s.dots.resize(static_cast<size_t>(n_columns * kTile));
@@ -235,7 +207,7 @@ class PlusPlus {
     const double* sums = current_sums_.data() + g * tiles_;
     const T* distance = current_.data() + g * p_.n_points;
     const double all = total(sums);
-    if (!(all > 0.0)) return any_point(u);  // every point is a centre already
+    if (!(all > 0.0)) return pick_below(p_.n_points, u);  // every point is a centre already
     const double target = u * all;
     double before = 0.0;
     int64_t last = 0;
@@ -272,8 +244,8 @@ class PlusPlus {
       candidates.resize(static_cast<size_t>(n_group * trials));
       for (int64_t g = 0; g < n_group; ++g) {
         for (int64_t t = 0; t < trials; ++t) {
-          const double u = uniform(first_restart + g, step, t);
-          candidates[g * trials + t] = step == 0 ? any_point(u) : draw(g, u);
+          const double u = draw_uniform(seed_, first_restart + g, step * trials_ + t);
+          candidates[g * trials + t] = step == 0 ? pick_below(p_.n_points, u) : draw(g, u);
         }
       }
       measure(candidates, trials, step == 0);
@@ -460,15 +432,14 @@ struct Run {
       for (int64_t b = 0; b < n_blocks; ++b) moved += shift[k * n_blocks + b];
       sum += norm_rule ? std::sqrt(moved) : moved;
     }
-    return norm_rule ? sum * sum < tolerance : sum <= tolerance;
+    return is_converged(sum, norm_rule, tolerance);
   }
 };
 
 }  // namespace
 
 template <typename T>
-void center(const T* x, int64_t n, int64_t d, int64_t ld, T* xc, int64_t dp, double* mean,
-            double* variance) {
+void center(const T* x, int64_t n, int64_t d, T* xc, int64_t dp, double* mean, double* variance) {
   constexpr int64_t kChunk = 1024;
   const int64_t n_chunks = (n + kChunk - 1) / kChunk;
   const auto by_chunk = [&](const auto& f) {
@@ -484,13 +455,13 @@ void center(const T* x, int64_t n, int64_t d, int64_t ld, T* xc, int64_t dp, dou
     return partial;
   };
   const auto sums = by_chunk([&](int64_t i, double* sum) {
-    kernels<T>().add(sum, x + i * ld, d);
+    kernels<T>().add(sum, x + i * d, d);
   });
   for (int64_t j = 0; j < d; ++j) mean[j] = sums[j] / static_cast<double>(n);
   const auto squares = by_chunk([&](int64_t i, double* sum) {
     T* out = xc + i * dp;
     for (int64_t j = 0; j < d; ++j) {
-      const double value = static_cast<double>(x[i * ld + j]) - mean[j];
+      const double value = static_cast<double>(x[i * d + j]) - mean[j];
       sum[j] += value * value;
       out[j] = static_cast<T>(value);
     }
@@ -587,7 +558,7 @@ void assign(const Problem<T>& p, const T* centers, int32_t* labels, double* iner
 }
 
 #define FASTCLUST_INSTANTIATE(T)                                                                \
-  template void center<T>(const T*, int64_t, int64_t, int64_t, T*, int64_t, double*, double*);  \
+  template void center<T>(const T*, int64_t, int64_t, T*, int64_t, double*, double*);           \
   template void initialize<T>(const Problem<T>&, Init, int64_t, T*);                            \
   template void lloyd<T>(const Problem<T>&, double, bool, int64_t, T*, int64_t*, bool*);        \
   template void assign<T>(const Problem<T>&, const T*, int32_t*, double*);
