@@ -74,9 +74,10 @@ STABLE_TORCH_LIBRARY(fastclust, m) {
   // [M, m, n]: a [M, m, k] b [M, k, n].
   m.def("lowrank_multiply(Tensor a, Tensor b) -> Tensor");
   // y [M, n, l] = q [M, n, l] r, r float64 [M, l, l] upper triangular; dependent columns become 0.
-  m.def("lowrank_orthonormalize(Tensor y, int passes) -> (Tensor q, Tensor r)");
-  // a float64 [M, l, l] = u diag(s) vt, s [M, l] descending.
-  m.def("lowrank_small_svd(Tensor a) -> (Tensor u, Tensor s, Tensor vt)");
+  // With v [M, n, l], y = X_c^T X_c v: y + shift v in place of y.
+  m.def("lowrank_orthonormalize(Tensor y, Tensor? v, int passes) -> (Tensor q, Tensor r)");
+  // a float64 [M, l, l] = u diag(s) vt, s [M, l] descending; orthogonal up to the tolerance.
+  m.def("lowrank_small_svd(Tensor a, float tolerance) -> (Tensor u, Tensor s, Tensor vt)");
   // [n_batches, n_rows, width] standard normal, of the dtype of `like`, keyed by (seed, batch, i).
   m.def(
       "lowrank_normal(Tensor like, int n_batches, int first_batch, int n_rows, int width, int seed) "

@@ -50,12 +50,19 @@ FASTCLUST_HD double philox_uniform(uint64_t key, uint64_t stream, uint64_t index
   return uniform_double(r.x, r.y);
 }
 
-// One standard normal number for (key, stream, index), by Box and Muller in double precision.
-// Hosts and devices may differ in the last bit of log and cos.
-FASTCLUST_HD double philox_normal(uint64_t key, uint64_t stream, uint64_t index) {
+// Four standard normal numbers for (key, stream, index), by Box and Muller in the precision of T.
+// Hosts and devices may differ in the last bits of log, sin and cos.
+template <typename T>
+FASTCLUST_HD void philox_normal4(uint64_t key, uint64_t stream, uint64_t index, T out[4]) {
   const Philox4 r = philox(key, stream, index);
-  const double radius = std::sqrt(-2.0 * std::log(uniform_double(r.x, r.y)));
-  return radius * std::cos(6.283185307179586 * uniform_double(r.z, r.w));
+  constexpr T kUnit = T(2.3283064365386963e-10);  // 2^-32
+  const T radius[2] = {std::sqrt(T(-2) * std::log((T(r.x) + T(0.5)) * kUnit)),
+                       std::sqrt(T(-2) * std::log((T(r.z) + T(0.5)) * kUnit))};
+  const T angle[2] = {T(6.283185307179586) * kUnit * T(r.y), T(6.283185307179586) * kUnit * T(r.w)};
+  for (int i = 0; i < 2; ++i) {
+    out[2 * i] = radius[i] * std::cos(angle[i]);
+    out[2 * i + 1] = radius[i] * std::sin(angle[i]);
+  }
 }
 
 }  // namespace fastclust

@@ -45,8 +45,10 @@ void project(const Rows<T>& x, int64_t width, const T* v, T* out);
 template <typename T>
 void project_transposed(const Rows<T>& x, int64_t width, const T* q, T* out);
 
-// y = q r with q^T q = I. Columns that depend on earlier ones up to rounding become zero in q, and
-// their row in r is zero.
+// y + shift v = q r with q^T q = I. Columns that depend on earlier ones up to rounding become zero in
+// q, and their row in r is zero. With v (orthonormal), y being X_c^T X_c v: shift = 32 eps |y|_F, a
+// little more than the rounding noise of y, keeps directions alive that are small in X but, not being
+// squared there, no noise. Without v: shift = 0.
 template <typename T>
 struct Orthonormalize {
   int64_t n_batches;  // M
@@ -54,7 +56,8 @@ struct Orthonormalize {
   int64_t width;      // l
   int passes;         // 1: columns independent enough to iterate on; 2: orthonormal to rounding
   const T* y;         // [M, n, l]
-  T* q;               // [M, n, l]; may be y
+  const T* v;         // [M, n, l] or nullptr
+  T* q;               // [M, n, l]
   double* r;          // [M, l, l] upper triangular
 };
 template <typename T>
@@ -65,6 +68,7 @@ void orthonormalize(const Orthonormalize<T>& p);
 struct SmallSvd {
   int64_t n_batches;  // M
   int64_t width;      // l
+  double tolerance;   // rows of diag(s) vt are orthogonal up to this, relative to their lengths
   const double* a;    // [M, l, l]
   double* u;          // [M, l, l]
   double* s;          // [M, l]
@@ -72,7 +76,7 @@ struct SmallSvd {
 };
 void small_svd(const SmallSvd& p);
 
-// out [M, n, l]: standard normal numbers keyed by (seed, first_batch + batch, element).
+// out [M, n, l]: standard normal numbers keyed by (seed, first_batch + batch, element / 4).
 template <typename T>
 void normal(int64_t n_batches, int64_t first_batch, int64_t n_rows, int64_t width, uint64_t seed,
             T* out);

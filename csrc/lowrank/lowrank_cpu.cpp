@@ -11,16 +11,19 @@
 // condition number then fits (Yamamoto et al., ETNA 44, 2015, on CholeskyQR2). Double data has no
 // wider type to square into and takes Gram-Schmidt, twice.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <numeric>
 #include <type_traits>
 #include <vector>
 
+#include "common/cpu.h"
 #include "common/gemm.h"
 #include "common/parallel.h"
 #include "common/rng.h"
 #include "lowrank/lowrank.h"
+#include "lowrank/lowrank_kernel_impl.h"
 
 namespace fastclust::lowrank {
 namespace {
@@ -28,8 +31,18 @@ namespace {
 constexpr int64_t kPanel = 512;       // rows that one task centres or scatters at a time
 constexpr int64_t kSlot = 1024;       // rows summed by one task of a reduction over rows
 constexpr int64_t kMaxSlots = 16;     // partial results of one reduction
-constexpr int64_t kGramTile = 128;
-constexpr int64_t kColumnBlock = 16;  // columns of the sketch that one sparse task owns
+constexpr int64_t kGramTile = 192;
+using detail::kColumnBlock;
+
+const detail::Kernels& kernels() {
+#if defined(FASTCLUST_X86_SIMD)
+  if (cpu_level() == CpuLevel::kAvx512) return detail::kernels_avx512();
+  if (cpu_level() == CpuLevel::kAvx2) return detail::kernels_avx2();
+#endif
+  return detail::kKernels;
+}
+const detail::SparseKernel<float>& sparse_kernel(float) { return kernels().sparse_float; }
+const detail::SparseKernel<double>& sparse_kernel(double) { return kernels().sparse_double; }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -82,15 +95,6 @@ void load_panel(const Rows<T>& x, int64_t begin, int64_t rows, T* panel) {
   }
 }
 
-// total [l] = mean^T v of one batch.
-template <typename T>
-void mean_product(const T* mean, const T* v, int64_t d, int64_t width, std::vector<double>& total) {
-  total.assign(width, 0.0);
-  for (int64_t j = 0; j < d; ++j) {
-    for (int64_t c = 0; c < width; ++c) total[c] += double(mean[j]) * double(v[j * width + c]);
-  }
-}
-
 // Rows summed by one task of a reduction over n rows; depends on n alone.
 int64_t slot_rows(int64_t n) { return std::max(kSlot, ceil_div(n, kMaxSlots)); }
 
@@ -139,6 +143,85 @@ void column_means(const Rows<T>& x, T* out) {
   });
 }
 
+namespace {
+
+// A batch of zeros and ones as bits: columns [D, words], bit i of word w is row 64 w + i.
+struct BitColumns {
+  int64_t words;
+  std::vector<uint64_t> bits;
+};
+
+// False, at the first entry seen that is neither 0 nor 1.
+template <typename T>
+bool pack_bits(const Rows<T>& x, int64_t batch, BitColumns& out) {
+  const int64_t d = x.n_cols, begin = batch * x.batch_size, n = batch_rows(x, batch);
+  out.words = ceil_div(n, 64);
+  out.bits.assign(d * out.words, 0);
+  std::atomic<bool> binary{true};
+  parallel_for(out.words, 4, [&](int64_t first, int64_t last) {
+    std::vector<uint64_t> word(d);
+    for (int64_t w = first; w < last && binary.load(std::memory_order_relaxed); ++w) {
+      std::fill(word.begin(), word.end(), 0);
+      bool good = true;
+      for (int64_t i = begin + 64 * w; i < begin + std::min(n, 64 * (w + 1)); ++i) {
+        const int64_t bit = i - begin - 64 * w;
+        if (x.indptr == nullptr) {
+          const T* row = x.values + i * d;
+          for (int64_t j = 0; j < d; ++j) {
+            word[j] |= uint64_t{row[j] == T(1)} << bit;
+            good &= (row[j] == T(0)) | (row[j] == T(1));
+          }
+        } else {
+          for (int64_t e = x.indptr[i]; e < x.indptr[i + 1]; ++e) {
+            word[x.indices[e]] |= uint64_t{1} << bit;
+            good &= x.values[e] == T(1);
+          }
+        }
+      }
+      if (!good) binary.store(false, std::memory_order_relaxed);
+      for (int64_t j = 0; j < d; ++j) out.bits[j * out.words + w] = word[j];
+    }
+  });
+  return binary.load();
+}
+
+// The Gram matrix of zeros and ones by counting common bits: exact before centring, and an order
+// of magnitude faster than a float product.
+template <typename T>
+void gram_of_bits(const BitColumns& x, int64_t n_rows, int64_t d, const T* mean, T* out) {
+  std::vector<double> count(d);
+  parallel_for(d, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      const uint64_t* bits = &x.bits[j * x.words];
+      int64_t common;
+      kernels().common_bits(x.words, 1, bits, bits, &common);
+      count[j] = double(common);
+    }
+  });
+  constexpr int64_t kTile = 64;
+  const int64_t tiles = ceil_div(d, kTile);
+  parallel_tasks(tiles * tiles, [&](int64_t task, int) {
+    const int64_t i0 = task / tiles * kTile, j0 = task % tiles * kTile;
+    if (j0 < i0) return;
+    int64_t common[kTile];
+    for (int64_t i = i0; i < std::min(d, i0 + kTile); ++i) {
+      const int64_t first = std::max(i, j0), last = std::min(d, j0 + kTile);
+      kernels().common_bits(x.words, last - first, &x.bits[i * x.words], &x.bits[first * x.words],
+                            common);
+      for (int64_t j = first; j < last; ++j) {
+        double c = double(common[j - first]);
+        if (mean != nullptr) {
+          const double a = mean[i], b = mean[j];
+          c += double(n_rows) * a * b - count[i] * b - a * count[j];
+        }
+        out[i * d + j] = out[j * d + i] = static_cast<T>(c);
+      }
+    }
+  });
+}
+
+}  // namespace
+
 template <typename T>
 void gram(const Rows<T>& x, T* out) {
   const int64_t d = x.n_cols, tiles = ceil_div(d, kGramTile);
@@ -146,6 +229,10 @@ void gram(const Rows<T>& x, T* out) {
   for_batches(x.n_batches(), [&](int64_t batch) {
     T* c = out + batch * d * d;
     const int64_t begin = batch * x.batch_size, n = batch_rows(x, batch);
+    if (BitColumns bits; pack_bits(x, batch, bits)) {
+      gram_of_bits(bits, n, d, x.mean == nullptr ? nullptr : x.mean + batch * d, c);
+      return;
+    }
     std::vector<T> panel(std::min(kRows, n) * d);
     for (int64_t row = 0; row < n; row += kRows) {
       const int64_t rows = std::min(kRows, n - row);
@@ -186,6 +273,27 @@ void project(const Rows<T>& x, int64_t width, const T* v, T* out) {
   const int64_t d = x.n_cols, chunks = ceil_div(x.batch_size, kPanel);
   const bool panels = use_panels(x);
   const bool direct = x.indptr == nullptr && x.mean == nullptr;
+  // Sparse rows: v [M, D, ldv] and mean^T v [M, ldv], padded to whole blocks of columns.
+  const int64_t ldv = ceil_div(width, kColumnBlock) * kColumnBlock;
+  std::vector<T> padded, shift;
+  if (!panels) {
+    padded.assign(x.n_batches() * d * ldv, T(0));
+    shift.assign(x.n_batches() * ldv, T(0));
+    parallel_for(x.n_batches() * d, 256, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        std::copy(v + i * width, v + (i + 1) * width, padded.data() + i * ldv);
+      }
+    });
+    parallel_tasks(x.mean == nullptr ? 0 : x.n_batches(), [&](int64_t batch, int) {
+      std::vector<double> total(width, 0.0);
+      for (int64_t j = 0; j < d; ++j) {
+        const double mean = x.mean[batch * d + j];
+        const T* row = v + (batch * d + j) * width;
+        for (int64_t c = 0; c < width; ++c) total[c] += mean * double(row[c]);
+      }
+      std::copy(total.begin(), total.end(), shift.data() + batch * ldv);
+    });
+  }
   parallel_tasks(x.n_batches() * chunks, [&](int64_t task, int) {
     const int64_t batch = task / chunks, row = task % chunks * kPanel;
     const int64_t begin = batch * x.batch_size + row;
@@ -202,17 +310,9 @@ void project(const Rows<T>& x, int64_t width, const T* v, T* out) {
       gemm<T>(rows, width, d, T(1), row_major(a, d), row_major(vb, width), T(0), w, width);
       return;
     }
-    std::vector<double> shift(width, 0.0);
-    if (x.mean != nullptr) mean_product(x.mean + batch * d, vb, d, width, shift);
-    for (int64_t i = 0; i < rows; ++i) {
-      T* row_out = w + i * width;
-      for (int64_t c = 0; c < width; ++c) row_out[c] = static_cast<T>(-shift[c]);
-      for (int64_t e = x.indptr[begin + i]; e < x.indptr[begin + i + 1]; ++e) {
-        const T value = x.values[e];
-        const T* v_row = vb + int64_t{x.indices[e]} * width;
-        for (int64_t c = 0; c < width; ++c) row_out[c] += value * v_row[c];
-      }
-    }
+    sparse_kernel(T{}).project(rows, x.values, x.indptr + begin, x.indices, width,
+                               padded.data() + batch * d * ldv, ldv, shift.data() + batch * ldv, w,
+                               width);
   });
 }
 
@@ -227,17 +327,8 @@ void project_transposed(const Rows<T>& x, int64_t width, const T* q, T* out) {
       const int64_t begin = batch * x.batch_size, rows = batch_rows(x, batch);
       std::vector<T> z(d * kColumnBlock, T(0));
       double total[kColumnBlock] = {};
-      for (int64_t i = 0; i < rows; ++i) {
-        T block[kColumnBlock] = {};  // always full width: the loops below stay branch free
-        const T* q_row = q + (begin + i) * width + c0;
-        for (int64_t c = 0; c < n; ++c) block[c] = q_row[c];
-        for (int64_t c = 0; c < kColumnBlock; ++c) total[c] += block[c];
-        for (int64_t e = x.indptr[begin + i]; e < x.indptr[begin + i + 1]; ++e) {
-          const T value = x.values[e];
-          T* z_row = z.data() + int64_t{x.indices[e]} * kColumnBlock;
-          for (int64_t c = 0; c < kColumnBlock; ++c) z_row[c] += value * block[c];
-        }
-      }
+      sparse_kernel(T{}).scatter(rows, x.values, x.indptr + begin, x.indices, n,
+                                 q + begin * width + c0, width, z.data(), total);
       for (int64_t j = 0; j < d; ++j) {
         const double mean = x.mean == nullptr ? 0.0 : double(x.mean[batch * d + j]);
         for (int64_t c = 0; c < n; ++c) {
@@ -310,19 +401,46 @@ void cholesky(int64_t l, double tolerance, std::vector<double>& g, std::vector<d
   }
 }
 
+// 32 eps |y|_F, the squares added up in double by slots.
+template <typename T>
+double noise_shift(int64_t n, int64_t l, const T* y) {
+  const int64_t slot = slot_rows(n), n_slots = ceil_div(n, slot);
+  std::vector<double> partial(n_slots);
+  parallel_tasks(n_slots, [&](int64_t s, int) {
+    double sum[8] = {};
+    const int64_t begin = s * slot * l, end = std::min(n, (s + 1) * slot) * l;
+    int64_t i = begin;
+    for (; i + 8 <= end; i += 8) {
+      for (int k = 0; k < 8; ++k) sum[k] += double(y[i + k]) * double(y[i + k]);
+    }
+    for (; i < end; ++i) sum[0] += double(y[i]) * double(y[i]);
+    partial[s] = std::accumulate(sum, sum + 8, 0.0);
+  });
+  return 32 * std::numeric_limits<T>::epsilon() *
+         std::sqrt(std::accumulate(partial.begin(), partial.end(), 0.0));
+}
+
 // One batch, float: CholeskyQR, `passes` times.
-void orthonormalize_one(int64_t n, int64_t l, int passes, const float* y, float* q, double* r) {
+void orthonormalize_one(int64_t n, int64_t l, int passes, const float* y, const float* v, float* q,
+                        double* r) {
   constexpr int64_t kChunk = 256;
   const int64_t slot = slot_rows(n), n_slots = ceil_div(n, slot);
   std::vector<double> partial(n_slots * l * l), g(l * l), factor(l * l), inverse(l * l);
+  const double shift = v == nullptr ? 0.0 : noise_shift(n, l, y);
   for (int pass = 0; pass < passes; ++pass) {
     const float* from = pass == 0 ? y : q;
+    const float* add = pass == 0 ? v : nullptr;
+    const auto widen = [&](int64_t begin, int64_t end, double* wide) {
+      for (int64_t i = begin * l; i < end * l; ++i) {
+        *wide++ = add == nullptr ? double(from[i]) : double(from[i]) + shift * double(add[i]);
+      }
+    };
     parallel_tasks(n_slots, [&](int64_t s, int) {
       std::vector<double> wide(kChunk * l);
       const int64_t stop = std::min(n, (s + 1) * slot);
       for (int64_t row = s * slot; row < stop; row += kChunk) {
         const int64_t rows = std::min(kChunk, stop - row);
-        std::copy(from + row * l, from + (row + rows) * l, wide.begin());
+        widen(row, row + rows, wide.data());
         gemm<double>(l, l, rows, 1.0, transposed(row_major(wide.data(), l)),
                      row_major(wide.data(), l), row == s * slot ? 0.0 : 1.0,
                      partial.data() + s * l * l, l);
@@ -333,7 +451,8 @@ void orthonormalize_one(int64_t n, int64_t l, int passes, const float* y, float*
     cholesky(l, 3.6e-15, g, factor, inverse);
     parallel_for(n, kChunk, [&](int64_t begin, int64_t end) {
       const int64_t rows = end - begin;
-      std::vector<double> wide(from + begin * l, from + end * l), result(rows * l);
+      std::vector<double> wide(rows * l), result(rows * l);
+      widen(begin, end, wide.data());
       gemm<double>(rows, l, l, 1.0, row_major(wide.data(), l), row_major(inverse.data(), l), 0.0,
                    result.data(), l);
       std::copy(result.begin(), result.end(), q + begin * l);
@@ -349,11 +468,14 @@ void orthonormalize_one(int64_t n, int64_t l, int passes, const float* y, float*
 }
 
 // One batch, double: Gram-Schmidt twice over, column by column, on the transpose.
-void orthonormalize_one(int64_t n, int64_t l, int /*passes*/, const double* y, double* q,
-                        double* r) {
+void orthonormalize_one(int64_t n, int64_t l, int /*passes*/, const double* y, const double* v,
+                        double* q, double* r) {
+  const double shift = v == nullptr ? 0.0 : noise_shift(n, l, y);
   std::vector<double> columns(l * n);
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < l; ++j) columns[j * n + i] = y[i * l + j];
+    for (int64_t j = 0; j < l; ++j) {
+      columns[j * n + i] = y[i * l + j] + (v == nullptr ? 0.0 : shift * v[i * l + j]);
+    }
   }
   std::fill(r, r + l * l, 0.0);
   const auto dot = [n](const double* a, const double* b) {
@@ -398,70 +520,23 @@ template <typename T>
 void orthonormalize(const Orthonormalize<T>& p) {
   const int64_t size = p.n_rows * p.width, square = p.width * p.width;
   for_batches(p.n_batches, [&](int64_t batch) {
-    orthonormalize_one(p.n_rows, p.width, p.passes, p.y + batch * size, p.q + batch * size,
+    orthonormalize_one(p.n_rows, p.width, p.passes, p.y + batch * size,
+                       p.v == nullptr ? nullptr : p.v + batch * size, p.q + batch * size,
                        p.r + batch * square);
   });
 }
 
-namespace {
-
-double dot(const double* a, const double* b, int64_t n) {
-  double sum[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    for (int k = 0; k < 8; ++k) sum[k] += a[i + k] * b[i + k];
-  }
-  for (; i < n; ++i) sum[0] += a[i] * b[i];
-  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
-}
-
-void rotate_rows(double* a, double* b, int64_t n, double c, double s) {
-  for (int64_t i = 0; i < n; ++i) {
-    const double x = a[i], y = b[i];
-    a[i] = c * x - s * y;
-    b[i] = s * x + c * y;
-  }
-}
-
-// Rows of `a` are made orthogonal by plane rotations, which are collected in `j` (j a_0 = a).
-void jacobi(int64_t l, double* a, double* j) {
-  constexpr int kMaxSweeps = 40;
-  constexpr double kTolerance = 1e-15;
-  std::fill(j, j + l * l, 0.0);
-  for (int64_t i = 0; i < l; ++i) j[i * l + i] = 1.0;
-  std::vector<double> norm(l);  // squared
-  for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
-    for (int64_t i = 0; i < l; ++i) norm[i] = dot(a + i * l, a + i * l, l);
-    const double largest = *std::max_element(norm.begin(), norm.end());
-    bool rotated = false;
-    for (int64_t p = 0; p + 1 < l; ++p) {
-      for (int64_t q = p + 1; q < l; ++q) {
-        // Nothing to gain between rows that are both rounding noise of the largest.
-        if (std::max(norm[p], norm[q]) <= 1e-32 * largest) continue;
-        const double cross = dot(a + p * l, a + q * l, l);
-        if (std::abs(cross) <= kTolerance * std::sqrt(norm[p] * norm[q])) continue;
-        rotated = true;
-        const double zeta = (norm[q] - norm[p]) / (2.0 * cross);
-        const double t = std::copysign(1.0, zeta) / (std::abs(zeta) + std::sqrt(1.0 + zeta * zeta));
-        const double c = 1.0 / std::sqrt(1.0 + t * t), s = c * t;
-        rotate_rows(a + p * l, a + q * l, l, c, s);
-        rotate_rows(j + p * l, j + q * l, l, c, s);
-        norm[p] = std::max(0.0, norm[p] - t * cross);
-        norm[q] += t * cross;
-      }
-    }
-    if (!rotated) break;
-  }
-}
-
-}  // namespace
-
 void small_svd(const SmallSvd& p) {
-  const int64_t l = p.width;
+  const int64_t l = p.width, ld = ceil_div(l, 8) * 8;
   parallel_tasks(p.n_batches, [&](int64_t batch, int) {
-    std::vector<double> a(p.a + batch * l * l, p.a + (batch + 1) * l * l), j(l * l), s(l);
-    jacobi(l, a.data(), j.data());
-    for (int64_t i = 0; i < l; ++i) s[i] = std::sqrt(dot(&a[i * l], &a[i * l], l));
+    std::vector<double> a(l * ld, 0.0), j(l * ld), s(l);
+    for (int64_t i = 0; i < l; ++i) {
+      std::copy(p.a + (batch * l + i) * l, p.a + (batch * l + i + 1) * l, &a[i * ld]);
+    }
+    kernels().jacobi(l, ld, a.data(), j.data(), s.data(), p.tolerance);
+    for (int64_t i = 0; i < l; ++i) {
+      s[i] = std::sqrt(std::inner_product(&a[i * ld], &a[i * ld] + l, &a[i * ld], 0.0));
+    }
     std::vector<int64_t> order(l);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return s[x] > s[y]; });
@@ -472,8 +547,8 @@ void small_svd(const SmallSvd& p) {
       const double scale = s[row] > 0.0 ? 1.0 / s[row] : 0.0;
       p.s[batch * l + k] = s[row];
       for (int64_t i = 0; i < l; ++i) {
-        vt[k * l + i] = a[row * l + i] * scale;
-        u[i * l + k] = j[row * l + i];  // a_0 = j^T diag(s) vt
+        vt[k * l + i] = a[row * ld + i] * scale;
+        u[i * l + k] = j[row * ld + i];  // a_0 = j^T diag(s) vt
       }
     }
   });
@@ -483,12 +558,15 @@ template <typename T>
 void normal(int64_t n_batches, int64_t first_batch, int64_t n, int64_t width, uint64_t seed,
             T* out) {
   const int64_t size = n * width;
-  constexpr int64_t kGrain = 4096;
+  constexpr int64_t kGrain = 4096;  // a multiple of 4
   const int64_t chunks = ceil_div(size, kGrain);
   parallel_tasks(n_batches * chunks, [&](int64_t task, int) {
     const int64_t batch = task / chunks, begin = task % chunks * kGrain;
-    for (int64_t i = begin; i < std::min(size, begin + kGrain); ++i) {
-      out[batch * size + i] = static_cast<T>(philox_normal(seed, first_batch + batch, i));
+    const int64_t end = std::min(size, begin + kGrain);
+    for (int64_t i = begin; i < end; i += 4) {
+      T numbers[4];
+      philox_normal4<T>(seed, first_batch + batch, i / 4, numbers);
+      std::copy(numbers, numbers + std::min<int64_t>(4, end - i), out + batch * size + i);
     }
   });
 }

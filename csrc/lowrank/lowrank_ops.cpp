@@ -108,27 +108,31 @@ Tensor multiply_op(Tensor a, Tensor b) {
   });
 }
 
-std::tuple<Tensor, Tensor> orthonormalize_op(Tensor y, int64_t passes) {
+std::tuple<Tensor, Tensor> orthonormalize_op(Tensor y, OptionalTensor v, int64_t passes) {
   return dispatch(y, [&](auto zero) {
     using T = decltype(zero);
     check_shape(y, "y", {-1, -1, -1});
     STD_TORCH_CHECK(passes == 1 || passes == 2, "passes must be 1 or 2, got ", passes);
     const int64_t m = y.size(0), n = y.size(1), l = y.size(2);
+    if (v.has_value()) {
+      check_shape(*v, "v", {m, n, l});
+      check_dtype(*v, "v", y.scalar_type());
+    }
     Tensor q = new_empty(y, {m, n, l});
     Tensor r = new_empty(y, {m, l, l}, ScalarType::Double);
     orthonormalize(Orthonormalize<T>{m, n, l, static_cast<int>(passes), read_ptr<T>(y),
-                                     write_ptr<T>(q), write_ptr<double>(r)});
+                                     read_ptr<T>(v), write_ptr<T>(q), write_ptr<double>(r)});
     return std::make_tuple(q, r);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> small_svd_op(Tensor a) {
+std::tuple<Tensor, Tensor, Tensor> small_svd_op(Tensor a, double tolerance) {
   check_shape(a, "a", {-1, -1, -1});
   check_dtype(a, "a", ScalarType::Double);
   const int64_t m = a.size(0), l = a.size(1);
   STD_TORCH_CHECK(a.size(2) == l, "a must hold square matrices");
   Tensor u = new_empty(a, {m, l, l}), s = new_empty(a, {m, l}), vt = new_empty(a, {m, l, l});
-  small_svd({m, l, read_ptr<double>(a), write_ptr<double>(u), write_ptr<double>(s),
+  small_svd({m, l, tolerance, read_ptr<double>(a), write_ptr<double>(u), write_ptr<double>(s),
              write_ptr<double>(vt)});
   return {u, s, vt};
 }

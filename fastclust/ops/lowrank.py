@@ -229,6 +229,7 @@ def batched_svd(
         width = _check_omega(omega, rows, n_batches, r)
         omega = omega.expand(n_batches, rows.n_cols, width).contiguous()
 
+    means = rows.mean(batch)  # [M, D]
     products = n_iter * _PRODUCTS_PER_ITERATION
     by_gram = _gram_is_cheaper(rows, batch, width, products)
     parts = []
@@ -241,9 +242,11 @@ def batched_svd(
             )
         else:
             v = omega[first : first + count]
-        mean = part.mean(batch) if center else None  # [M, D]
+        mean = means[first : first + count] if center else None
         parts.append(_factor(part, batch, mean, v, r, products, by_gram))
-    u, s, vh, means = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
+    u, s, vh = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
+    if not center:
+        means = torch.zeros_like(means)
     offsets = torch.arange(n_batches + 1).mul_(batch).clamp_(max=rows.n_rows)
     return LowRank(u, s, vh, means, offsets)
 
@@ -360,8 +363,8 @@ def _merged(
         stacked, r, center=False, n_iter=n_iter, oversample=oversample, seed=seed
     ).vh  # [1, r, D]
     w = rows.project(rows.n_rows, mean, basis.mT.contiguous())  # [1, N, r]
-    q, triangle = torch.ops.fastclust.lowrank_orthonormalize(w, 2)
-    u, s, vt = torch.ops.fastclust.lowrank_small_svd(triangle)
+    q, triangle = torch.ops.fastclust.lowrank_orthonormalize(w, None, 2)
+    u, s, vt = _small_svd(triangle, q.dtype)
     s = torch.where(s > _noise(s, mean, rows.n_rows, rows.n_cols, q.dtype), s, 0.0)
     left = _multiply(q, u.to(q.dtype))
     right = _multiply((s[:, :, None] * vt).to(q.dtype), basis)
@@ -376,37 +379,31 @@ def _factor(
     rank: int,
     products: int,
     by_gram: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Truncated SVD of one group of batches from the sketch v."""
     ops = torch.ops.fastclust
-    finfo = torch.finfo(v.dtype)
     gram = rows.gram(batch, mean) if by_gram else None
+    if products:
+        v, _ = ops.lowrank_orthonormalize(v, None, 1)
     for _ in range(products):
         if gram is not None:
             y = _multiply(gram, v)
         else:
             y = rows.project_transposed(batch, mean, rows.project(batch, mean, v))
-        # The product squares singular values; a shift by a little more than its rounding noise
-        # keeps directions alive that are small in X, but not noise there.
-        size = y.square().sum((1, 2), keepdim=True) / v.square().mean((1, 2), keepdim=True)
-        shift = 32 * finfo.eps * (size / v.shape[1]).nan_to_num(0.0).sqrt()
-        v, _ = ops.lowrank_orthonormalize(torch.addcmul(y, shift, v), 1)
-    q, _ = ops.lowrank_orthonormalize(rows.project(batch, mean, v), 2)  # [M, B, l]
+        v, _ = ops.lowrank_orthonormalize(y, v, 1)
+    q, _ = ops.lowrank_orthonormalize(rows.project(batch, mean, v), None, 2)  # [M, B, l]
     # q^T X_c = (p t)^T with t = y s z^T small, so X_c ~ (q z) s (p y)^T.
-    p, t = ops.lowrank_orthonormalize(rows.project_transposed(batch, mean, q), 2)  # [M, D, l]
-    y, s, zt = ops.lowrank_small_svd(t)
+    p, t = ops.lowrank_orthonormalize(rows.project_transposed(batch, mean, q), None, 2)  # [M, D, l]
+    y, s, zt = _small_svd(t, q.dtype)
     u = _multiply(q, zt.mT[:, :, :rank].to(q.dtype))  # [M, B, r]
     vh = _multiply(p, y[:, :, :rank].to(q.dtype)).mT  # [M, r, D]
     s = s[:, :rank]
 
     keep = s > _noise(s, mean, batch, rows.n_cols, q.dtype)
     s = torch.where(keep, s, 0.0).to(q.dtype)
-    if mean is None:
-        mean = q.new_zeros(q.shape[0], rows.n_cols)
-
     largest = vh.abs().argmax(-1, keepdim=True)
     sign = torch.where(vh.gather(-1, largest) < 0, -1.0, 1.0).to(q.dtype) * keep[:, :, None]
-    return u * sign.mT, s, (vh * sign).contiguous(), mean
+    return u * sign.mT, s, (vh * sign).contiguous()
 
 
 def _noise(
@@ -425,6 +422,12 @@ def _noise(
     if mean is None:
         return noise
     return noise.maximum(2 * eps * math.sqrt(batch) * mean.double().norm(dim=1, keepdim=True))
+
+
+def _small_svd(a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD of the float64 [M, l, l] core, as exact as factors of ``dtype`` can show."""
+    tolerance = 0.01 * torch.finfo(dtype).eps if dtype == torch.float32 else 1e-15
+    return torch.ops.fastclust.lowrank_small_svd(a, tolerance)
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -492,10 +495,6 @@ class _Rows:
                 )
             values = values.float()
         values = values.contiguous()
-        if not (torch.compiler.is_compiling() or _capturing(values)):
-            bad = int((~torch.isfinite(values)).sum())
-            if bad:
-                raise ValueError(f"x must be finite, got {bad} NaN or infinite entries")
         if indptr is not None and indices is not None:
             indptr = indptr.to(torch.int64).contiguous()
             indices = indices.to(torch.int32).contiguous()
@@ -517,9 +516,16 @@ class _Rows:
             yield begin // batch, part
 
     def mean(self, batch: int) -> Tensor:
-        return torch.ops.fastclust.lowrank_mean(
+        """Column means of each batch [M, D]; raises for NaN and infinite entries of x."""
+        mean = torch.ops.fastclust.lowrank_mean(
             self.values, self.indptr, self.indices, self.n_cols, batch
         )
+        # Means are finite only if all entries are: no pass over x of its own. Not looked at where
+        # that would break a graph.
+        if torch.compiler.is_compiling() or _capturing(mean) or torch.isfinite(mean).all():
+            return mean
+        bad = int((~torch.isfinite(self.values)).sum())
+        raise ValueError(f"x must be finite and not overflow its sum, got {bad} bad entries")
 
     def gram(self, batch: int, mean: Tensor | None) -> Tensor:
         return torch.ops.fastclust.lowrank_gram(
@@ -626,9 +632,10 @@ def _resolve_rank(rows: _Rows, rank: Any, batch: int, center: bool) -> int:
 def _spectrum(rows: _Rows, batch: int, center: bool) -> Tensor:
     """All singular values of every batch, float64 [M, D], descending, from its Gram matrix."""
     wide = _Rows(rows.values.double(), rows.indptr, rows.indices, rows.n_rows, rows.n_cols)
+    means = wide.mean(batch)
     result = []
-    for _, part in wide.groups(batch, 1):
-        gram = part.gram(batch, part.mean(batch) if center else None)
+    for first, part in wide.groups(batch, 1):
+        gram = part.gram(batch, means[first : first + 1] if center else None)
         result.append(torch.linalg.eigvalsh(gram).clamp_(min=0).sqrt_().flip(-1))
     return torch.cat(result)
 
@@ -720,13 +727,13 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fastclust::lowrank_orthonormalize")
-def _(y: Tensor, passes: int) -> tuple[Tensor, Tensor]:
+def _(y: Tensor, v: _Optional, passes: int) -> tuple[Tensor, Tensor]:
     square = (y.shape[0], y.shape[2], y.shape[2])
     return torch.empty_like(y), y.new_empty(square, dtype=torch.float64)
 
 
 @torch.library.register_fake("fastclust::lowrank_small_svd")
-def _(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(a: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(a), a.new_empty(a.shape[:2]), torch.empty_like(a)
 
 

@@ -1,0 +1,7 @@
+#include "lowrank/lowrank_kernel_impl.h"
+
+namespace fastclust::lowrank::detail {
+
+const Kernels& kernels_avx512() { return kKernels; }
+
+}  // namespace fastclust::lowrank::detail

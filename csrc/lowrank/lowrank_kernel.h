@@ -1,0 +1,43 @@
+// The inner loops of the low-rank kernels that depend on the instruction set, as a table.
+// lowrank_cpu.cpp holds the portable copy; lowrank_avx2.cpp and lowrank_avx512.cpp one copy each.
+#pragma once
+
+#include <cstdint>
+
+namespace fastclust::lowrank::detail {
+
+constexpr int64_t kColumnBlock = 16;  // columns of the sketch that one sparse task owns
+
+template <typename T>
+struct SparseKernel {
+  // w [n_rows, width], rows ldw apart: X v - shift, v [D, ldv] and shift [ldv] padded with zeros to a
+  // multiple of kColumnBlock columns. indptr points at the first of the rows.
+  void (*project)(int64_t n_rows, const T* values, const int64_t* indptr, const int32_t* indices,
+                  int64_t width, const T* v, int64_t ldv, const T* shift, T* w, int64_t ldw);
+  // z [D, kColumnBlock] += X^T q, total [kColumnBlock] += column sums of q; q [n_rows, n], n <=
+  // kColumnBlock, rows ldq apart.
+  void (*scatter)(int64_t n_rows, const T* values, const int64_t* indptr, const int32_t* indices,
+                  int64_t n, const T* q, int64_t ldq, T* z, double* total);
+};
+
+// One-sided Jacobi: the rows of a [l, ld] are made orthogonal by plane rotations, collected in j
+// [l, ld] (j a_0 = a). ld: l rounded up to a multiple of 8, the padding zero. A pair counts as
+// orthogonal below `tolerance` times its lengths. norm [l] is scratch.
+using JacobiKernel = void (*)(int64_t l, int64_t ld, double* a, double* j, double* norm,
+                              double tolerance);
+
+// count [n]: bits that a [words] has in common with each row of b [n, words].
+using BitsKernel = void (*)(int64_t words, int64_t n, const uint64_t* a, const uint64_t* b,
+                            int64_t* count);
+
+struct Kernels {
+  SparseKernel<float> sparse_float;
+  SparseKernel<double> sparse_double;
+  JacobiKernel jacobi;
+  BitsKernel common_bits;
+};
+
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+
+}  // namespace fastclust::lowrank::detail
