@@ -1,5 +1,6 @@
 // The pybind11 module fastclust._C: what is not a tensor operator. Importing it also registers the
 // CPU operators, because they are linked into the same library.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +9,9 @@
 #include <string>
 
 #include "common/cpu.h"
+#include "common/gemm.h"
+
+namespace py = pybind11;
 
 namespace {
 
@@ -38,6 +42,25 @@ std::map<std::string, bool> cpu_features() {
   };
 }
 
+// C = alpha A B + beta C in place, for tests and benchmarks of the product inside the kernels.
+template <typename T>
+void gemm(T alpha, py::array_t<T> a, py::array_t<T> b, T beta, py::array_t<T> c, bool parallel) {
+  const auto size = static_cast<py::ssize_t>(sizeof(T));
+  if (a.ndim() != 2 || b.ndim() != 2 || c.ndim() != 2 || a.shape(1) != b.shape(0) ||
+      c.shape(0) != a.shape(0) || c.shape(1) != b.shape(1)) {
+    throw std::invalid_argument("a, b, c must have shapes [m, k], [k, n], [m, n]");
+  }
+  if (c.shape(1) > 1 && c.strides(1) != size) {
+    throw std::invalid_argument("c must have contiguous rows");
+  }
+  const auto view = [size](const py::array_t<T>& x) {
+    return fastclust::MatrixView<T>{x.data(), x.strides(0) / size, x.strides(1) / size};
+  };
+  auto* product = parallel ? fastclust::parallel_gemm<T> : fastclust::gemm<T>;
+  product(a.shape(0), b.shape(1), a.shape(1), alpha, view(a), view(b), beta, c.mutable_data(),
+          c.strides(0) / size);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -54,4 +77,18 @@ PYBIND11_MODULE(_C, m) {
       },
       pybind11::arg("level"),
       "Lower the dispatch level of this process; returns the level now in force.");
+  const auto def_gemm = [&m](auto product) {
+    m.def("gemm", product, py::arg("alpha"), py::arg("a").noconvert(), py::arg("b").noconvert(),
+          py::arg("beta"), py::arg("c").noconvert(), py::arg("parallel") = false,
+          "c = alpha a b + beta c in place: the matrix product inside the kernels, for tests.");
+  };
+  def_gemm(&gemm<float>);
+  def_gemm(&gemm<double>);
+  m.def(
+      "fma_peak_gflops",
+      [](bool float64) {
+        return float64 ? fastclust::fma_peak_gflops<double>() : fastclust::fma_peak_gflops<float>();
+      },
+      py::arg("float64") = false,
+      "Measured fused multiply-add rate of one core at the dispatch level in force, Gflop/s.");
 }

@@ -6,6 +6,7 @@
 #include "common/gemm.h"
 
 #include <algorithm>
+#include <chrono>
 #include <vector>
 
 #include "common/cpu.h"
@@ -115,11 +116,27 @@ void parallel_gemm(int64_t m, int64_t n, int64_t k, T alpha, MatrixView<T> a, Ma
   }
 }
 
+template <typename T>
+double fma_peak_gflops() {
+  using Clock = std::chrono::steady_clock;
+  const auto& kern = kernel<T>();
+  constexpr int64_t kRounds = 20000;
+  double best = 0;
+  for (int trial = 0; trial < 20; ++trial) {
+    const auto start = Clock::now();
+    kern.fma_loop(kRounds);
+    const std::chrono::duration<double> seconds = Clock::now() - start;
+    best = std::max(best, 1e-9 * static_cast<double>(kRounds * kern.fma_flops) / seconds.count());
+  }
+  return best;
+}
+
 #define FASTCLUST_INSTANTIATE(T)                                                               \
   template void gemm<T>(int64_t, int64_t, int64_t, T, MatrixView<T>, MatrixView<T>, T, T*,     \
                         int64_t);                                                              \
   template void parallel_gemm<T>(int64_t, int64_t, int64_t, T, MatrixView<T>, MatrixView<T>, T, \
-                                 T*, int64_t);
+                                 T*, int64_t);                                                 \
+  template double fma_peak_gflops<T>();
 FASTCLUST_INSTANTIATE(float)
 FASTCLUST_INSTANTIATE(double)
 #undef FASTCLUST_INSTANTIATE

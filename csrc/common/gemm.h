@@ -38,4 +38,9 @@ template <typename T>
 void parallel_gemm(int64_t m, int64_t n, int64_t k, T alpha, MatrixView<T> a, MatrixView<T> b,
                    T beta, T* c /* [m, n], rows ldc apart */, int64_t ldc);
 
+// Highest rate of the fused multiply-adds of the dispatch level in force on one core, in Gflop/s:
+// the best of a few loops on registers. Benchmarks state rates as a share of it.
+template <typename T>
+double fma_peak_gflops();
+
 }  // namespace fastclust

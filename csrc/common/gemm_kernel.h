@@ -22,6 +22,10 @@ struct GemmKernel {
   // The same with A where it lies: right for few columns, where packing A would not pay.
   void (*direct)(int64_t m, int64_t n, int64_t k, T alpha, MatrixView<T> a, const T* b, T beta,
                  T* c, int64_t ldc);
+
+  // `rounds` times fma_flops operations on registers alone: the rate that bounds every product.
+  void (*fma_loop)(int64_t rounds);
+  int64_t fma_flops;
 };
 
 const GemmKernel<float>& gemm_kernel_avx2(float);

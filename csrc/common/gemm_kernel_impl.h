@@ -117,9 +117,28 @@ void direct_product(int64_t m, int64_t n, int64_t k, T alpha, MatrixView<T> a, c
   }
 }
 
+constexpr int kFmaChains = 12;  // independent sums: more than latency times width anywhere
+
 template <typename T>
-constexpr detail::GemmKernel<T> kGemmKernel = {kMr,           kNr<T>, pack_a<T>, pack_b<T>,
-                                               packed_product<T>, direct_product<T>};
+void fma_loop(int64_t rounds) {
+  typename Vec<T>::Reg sum[kFmaChains] = {};
+  typename Vec<T>::Reg x = broadcast(T(0.999)), y = broadcast(T(0.001));
+  for (int64_t i = 0; i < rounds; ++i) {
+    asm volatile("" : "+m"(x), "+m"(y));  // unknown values: nothing can be computed ahead
+#pragma GCC unroll 96
+    for (int r = 0; r < 8 * kFmaChains; ++r) {
+      sum[r % kFmaChains] = fma(sum[r % kFmaChains], x, y);
+    }
+  }
+  for (int j = 0; j < kFmaChains; ++j) asm volatile("" : "+m"(sum[j]));
+}
+
+template <typename T>
+constexpr detail::GemmKernel<T> kGemmKernel = {
+    kMr,         kNr<T>,
+    pack_a<T>,   pack_b<T>,
+    packed_product<T>, direct_product<T>,
+    fma_loop<T>, 2 * 8 * kFmaChains * Vec<T>::width};
 
 }  // namespace
 }  // namespace fastclust
