@@ -15,6 +15,7 @@ FACTOR = 2.0
 
 # op -> units in the last place of the largest entry
 ROUNDING = {
+    "infonce": 4.0,
     "lowrank": 32.0,
     "propagate": 4.0,
 }

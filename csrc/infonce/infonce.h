@@ -26,8 +26,8 @@
 
 namespace fastclust::infonce {
 
-// Arithmetic of the products; values shared with fastclust/ops/infonce.py. The CPU computes kTf32
-// and kBf16x3 as kFp32 (it has nothing faster of that grade); float64 inputs allow kFp32 only.
+// Arithmetic of the products; values shared with fastclust/ops/infonce.py. The CPU computes all of
+// them as kFp32; float64 inputs allow kFp32 only.
 enum class Precision : int { kFp32 = 0, kTf32 = 1, kBf16x3 = 2, kBf16 = 3 };
 
 constexpr int kMaxSnapshots = 63;  // bits of membership that are used

@@ -1,0 +1,531 @@
+"""hard_infonce, hardness and dense_weights against their twins in fastclust.reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from fastclust import _C, ops, reference
+from fastclust.ops.infonce import MAX_SNAPSHOTS, Hardness
+from tolerances import bound
+
+LEVELS = [
+    name for name in ("portable", "avx2", "avx512") if name == "portable" or _C.cpu_features()[name]
+]
+TILE = 192  # rows of a tile of the CPU kernels; N = 96 fills one
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a test at one dispatch level."""
+    before = _C.cpu_level()
+    assert _C.set_cpu_level(request.param) == request.param
+    yield request.param
+    _C.set_cpu_level(before)
+
+
+def unit_rows(rng: np.random.Generator, rows: int, d: int, common: float = 0.5) -> Tensor:
+    """Rows of length 1 with a common direction, so that similarities are not all near 0."""
+    x = rng.normal(size=(rows, d)) + common
+    return normalize(torch.from_numpy(x), dim=1)
+
+
+class Case:
+    """Inputs in float64: current views, a snapshot, labels, confident nodes."""
+
+    def __init__(
+        self,
+        n: int,
+        dz: int = 5,
+        de: int | None = 4,
+        alpha: float = 0.7,
+        beta: float | None = 1.0,
+        share: float = 0.7,
+        seed: int = 0,
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        self.n, self.alpha, self.beta = n, alpha, beta
+        self.z = unit_rows(rng, 2 * n, dz)
+        self.e = None if de is None else unit_rows(rng, 2 * n, de)
+        self.old_z = unit_rows(rng, 2 * n, dz)
+        self.old_e = None if de is None else unit_rows(rng, 2 * n, de)
+        self.labels = torch.from_numpy(rng.integers(0, 3, n))
+        self.confident = torch.from_numpy(rng.random(n) < share)
+
+    def snapshot(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """Arguments of hardness, in a dtype."""
+        old_e = None if self.old_e is None else self.old_e.to(dtype)
+        return self.old_z.to(dtype), old_e, 0.9 * self.alpha, self.labels, self.confident, self.beta
+
+    def run(self, dtype: torch.dtype, twin: bool, precision: str | None = None) -> list[Tensor]:
+        """Loss and gradients with respect to z, e and alpha, as float64."""
+        z = self.z.to(dtype).clone().requires_grad_()
+        e = None if self.e is None else self.e.to(dtype).clone().requires_grad_()
+        alpha = torch.tensor(self.alpha, dtype=dtype, requires_grad=True)
+        if twin:
+            weights = None if self.beta is None else reference.hardness(*self.snapshot(dtype))
+            loss = reference.hard_infonce(z, e, alpha, weights)
+        else:
+            held = None if self.beta is None else ops.hardness(*self.snapshot(dtype))
+            loss = ops.hard_infonce(z, e, alpha, weights=held, precision=precision)
+        loss.backward()
+        grads = [x.grad for x in (z, e, alpha) if x is not None]
+        return [loss.detach().double(), *(g.double() for g in grads if g is not None)]
+
+
+def assert_accurate(case: Case, dtype: torch.dtype) -> None:
+    """Error at most twice that of torch in the same dtype, plus rounding (tolerances.py)."""
+    exact = case.run(torch.float64, twin=True)
+    ours = case.run(dtype, twin=False)
+    torchs = case.run(dtype, twin=True)
+    for name, x, y, t in zip(("loss", "z", "e", "alpha"), exact, ours, torchs, strict=False):
+        # What is summed is of order 1 in the loss and in dalpha, 1 / 2N in a gradient's entries,
+        # even where it cancels.
+        terms = 1.0 if name in ("loss", "alpha") else 1.0 / (2 * case.n)
+        largest = max(float(x.abs().max()), terms)
+        torch_error = float((t - x).abs().max())
+        if dtype == torch.float64:  # the twin is torch itself: its own error is not zero
+            torch_error = 16 * torch.finfo(dtype).eps * largest
+        allowed = bound("infonce", torch_error, largest, dtype)
+        assert float((y - x).abs().max()) <= allowed, name
+
+
+DTYPES = [torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2, 3, 23, 24, 25, 95, 96, 97, 193, 500])
+def test_sizes(level: str, dtype: torch.dtype, n: int) -> None:
+    """Numbers of nodes around slivers, tiles and panels."""
+    assert_accurate(Case(n), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dz", "de"), [(1, 1), (7, 9), (15, 17), (48, 33), (130, 50), (3, None)])
+def test_widths(level: str, dtype: torch.dtype, dz: int, de: int | None) -> None:
+    """Widths that fill no vector, that make a sliver straddle Z and E, and no E at all."""
+    assert_accurate(Case(100, dz, de), dtype)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 0.0, 0.5, 1.0, 1.0001, 3.0])
+@pytest.mark.parametrize("beta", [None, 1.0])
+def test_alpha(level: str, alpha: float, beta: float | None) -> None:
+    """The mix may leave [0, 1]."""
+    assert_accurate(Case(110, alpha=alpha, beta=beta), torch.float32)
+    assert_accurate(Case(110, alpha=alpha, beta=beta), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("beta", [0, 0.5, 1, 2, 2.5, 3, 5, 70])
+def test_beta(level: str, dtype: torch.dtype, beta: float) -> None:
+    """Zero, integer and other exponents."""
+    assert_accurate(Case(100, beta=beta), dtype)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 1.0])
+def test_confident_share(level: str, share: float) -> None:
+    """Nobody, a few and everybody confident."""
+    assert_accurate(Case(220, share=share, beta=2.0), torch.float64)
+    assert_accurate(Case(220, share=share, beta=2.0), torch.float32)
+
+
+def test_panels_of_tiles(level: str) -> None:
+    """More tile rows than a panel holds, the last one ragged."""
+    assert_accurate(Case(5 * TILE // 2 + 11, dz=6, de=None), torch.float64)
+
+
+def test_zero_rows(level: str) -> None:
+    """Rows of zeros, as normalize leaves for isolated nodes."""
+    case = Case(60)
+    for x in (case.z, case.e, case.old_z, case.old_e):
+        assert x is not None
+        x[::7] = 0
+    assert_accurate(case, torch.float32)
+    assert_accurate(case, torch.float64)
+
+
+def test_all_rows_equal(level: str) -> None:
+    """A snapshot whose similarities are all equal has scaled similarity 0."""
+    case = Case(20)
+    case.old_z = torch.zeros_like(case.old_z)
+    case.old_e = None
+    held = ops.hardness(case.old_z, None, 1.0, case.labels, case.confident, 1.0)
+    expected = reference.hardness(case.old_z, None, 1.0, case.labels, case.confident, 1.0)
+    assert torch.equal(ops.dense_weights(held), expected)
+    loss = ops.hard_infonce(case.z, case.e, 0.7, weights=held)
+    torch.testing.assert_close(loss, reference.hard_infonce(case.z, case.e, 0.7, expected))
+
+
+def test_non_contiguous(level: str) -> None:
+    """Transposed and sliced inputs give what their copies give."""
+    case = Case(40, 6, 5)
+    assert case.e is not None
+    z = case.z.T.contiguous().T
+    e = torch.cat([case.e, case.e], dim=1)[:, :5]
+    assert not z.is_contiguous() and not e.is_contiguous()
+    z.requires_grad_()
+    loss = ops.hard_infonce(z, e, 0.6)
+    loss.backward()
+    copy = case.z.clone().requires_grad_()
+    expected = ops.hard_infonce(copy, case.e, 0.6)
+    expected.backward()
+    assert torch.equal(loss, expected)
+    assert z.grad is not None and copy.grad is not None
+    assert torch.equal(z.grad, copy.grad)
+
+
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)])
+def test_missing_gradients(level: str, wanted: tuple[int, int, int]) -> None:
+    """Any subset of gradients is the same as within the full set."""
+    case = Case(120, 10, 7)
+    assert case.e is not None
+    weights = ops.hardness(*case.snapshot(torch.float64))
+    inputs = [case.z, case.e, torch.tensor(0.7, dtype=torch.float64)]
+    full = [x.clone().requires_grad_() for x in inputs]
+    ops.hard_infonce(*full, weights=weights).backward()
+    part = [x.clone().requires_grad_(bool(w)) for x, w in zip(inputs, wanted, strict=True)]
+    ops.hard_infonce(*part, weights=weights).backward()
+    for x, y, w in zip(part, full, wanted, strict=True):
+        if w:
+            torch.testing.assert_close(x.grad, y.grad, rtol=1e-13, atol=1e-16)
+        else:
+            assert x.grad is None
+
+
+def test_unneeded_gradients_are_empty() -> None:
+    """The backward operator returns nothing where nothing was asked for."""
+    case = Case(10)
+    z, e, alpha = case.z, case.e, torch.tensor(0.7, dtype=torch.float64)
+    none = ([], [], None, None, None, None, None, 0.0, 0)
+    loss, sums = torch.ops.fastclust.hard_infonce(z, e, alpha, *none)
+    grads = torch.ops.fastclust.hard_infonce_backward(
+        torch.ones_like(loss), z, e, alpha, sums, *none, False, False, True
+    )
+    assert [g.shape for g in grads] == [(0,), (0,), ()]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradcheck(level: str, weighted: bool) -> None:
+    """Analytic against numerical gradients in float64."""
+    case = Case(7, 4, 3)
+    assert case.e is not None
+    weights = ops.hardness(*case.snapshot(torch.float64)) if weighted else None
+    inputs = (
+        case.z.clone().requires_grad_(),
+        case.e.clone().requires_grad_(),
+        torch.tensor(0.6, dtype=torch.float64, requires_grad=True),
+    )
+    assert torch.autograd.gradcheck(
+        lambda z, e, a: 3 * ops.hard_infonce(z, e, a, weights=weights), inputs
+    )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_opcheck(weighted: bool) -> None:
+    """Schemas, fakes and autograd registration of the three operators."""
+    case = Case(6, 4, 3)
+    assert case.e is not None
+    alpha = torch.tensor(0.6, dtype=torch.float64)
+    weights: tuple[Any, ...] = ([], [], None, None, None, None, None, 0.0)
+    if weighted:
+        w = ops.hardness(*case.snapshot(torch.float64))
+        weights = (list(w.z), list(w.e), w.alpha, w.range, w.labels, w.membership, w.order, w.beta)
+    z, e = case.z.clone().requires_grad_(), case.e.clone().requires_grad_()
+    op = torch.ops.fastclust
+    torch.library.opcheck(op.hard_infonce, (z, e, alpha.requires_grad_(), *weights, 0))
+    torch.library.opcheck(op.similarity_range, (case.z, case.e, alpha.detach(), 0))
+    loss, sums = op.hard_infonce(case.z, case.e, alpha.detach(), *weights, 0)
+    args = (torch.ones_like(loss), case.z, case.e, alpha.detach(), sums, *weights, 0)
+    for need in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(op.hard_infonce_backward, (*args, *need))
+
+
+def test_second_derivative_is_refused() -> None:
+    """Differentiating the gradient says what to do instead."""
+    z = unit_rows(np.random.default_rng(0), 8, 3).requires_grad_()
+    (grad,) = torch.autograd.grad(ops.hard_infonce(z, None, 1.0), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
+
+
+def test_compile() -> None:
+    """torch.compile takes the loss, weights included, in one graph."""
+    case = Case(30, 6, 5)
+    weights = ops.hardness(*case.snapshot(torch.float32))
+    assert case.e is not None
+
+    def loss(z: Tensor, e: Tensor, alpha: Tensor) -> Tensor:
+        return 2 * ops.hard_infonce(z, e, alpha, weights=weights)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    results = []
+    for f in (loss, compiled):
+        z = case.z.float().clone().requires_grad_()
+        e = case.e.float().clone().requires_grad_()
+        alpha = torch.tensor(0.7, requires_grad=True)
+        f(z, e, alpha).backward()
+        results.append((z.grad, e.grad, alpha.grad))
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_equals_nt_xent(level: str) -> None:
+    """Without weights: NT-Xent at temperature 1, by torch's cross entropy."""
+    n = 130
+    z = unit_rows(np.random.default_rng(3), 2 * n, 12)
+    logits = (z @ z.T).masked_fill(torch.eye(2 * n, dtype=torch.bool), -torch.inf)
+    expected = cross_entropy(logits, (torch.arange(2 * n) + n) % (2 * n))
+    torch.testing.assert_close(ops.hard_infonce(z, None, 1.0), expected, rtol=1e-13, atol=0)
+
+
+def value_and_gradient(z: Tensor, e: Tensor, weights: Hardness | None) -> tuple[Tensor, Tensor]:
+    z = z.clone().requires_grad_()
+    loss = ops.hard_infonce(z, e, 0.8, weights=weights)
+    loss.backward()
+    assert z.grad is not None
+    return loss.detach(), z.grad
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 140), seed=st.integers(0, 10**6), share=st.floats(0, 1))
+def test_node_permutation(n: int, seed: int, share: float) -> None:
+    """The order of the nodes does not matter."""
+    case = Case(n, seed=seed, share=share)
+    assert case.e is not None
+    old_z, old_e, alpha, labels, confident, beta = case.snapshot(torch.float64)
+    p = torch.from_numpy(np.random.default_rng(seed).permutation(n))
+    rows = torch.cat([p, p + n])
+    loss, grad = value_and_gradient(
+        case.z, case.e, ops.hardness(old_z, old_e, alpha, labels, confident, beta)
+    )
+    moved = ops.hardness(old_z[rows], old_e[rows], alpha, labels[p], confident[p], beta)
+    loss_p, grad_p = value_and_gradient(case.z[rows], case.e[rows], moved)
+    torch.testing.assert_close(loss_p, loss, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(grad_p, grad[rows], rtol=1e-11, atol=1e-15)
+
+
+@settings(max_examples=15, deadline=None)
+@given(n=st.integers(1, 120), seed=st.integers(0, 10**6))
+def test_view_swap_and_rotation(n: int, seed: int) -> None:
+    """Swapping the views and rotating the embedding leave the loss alone."""
+    case = Case(n, seed=seed)
+    assert case.e is not None
+    snapshot = case.snapshot(torch.float64)
+    loss, grad = value_and_gradient(case.z, case.e, ops.hardness(*snapshot))
+    rows = torch.arange(2 * n).roll(n)
+    swapped = ops.hardness(snapshot[0][rows], snapshot[1][rows], *snapshot[2:])
+    loss_s, grad_s = value_and_gradient(case.z[rows], case.e[rows], swapped)
+    torch.testing.assert_close(loss_s, loss, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(grad_s, grad[rows], rtol=1e-11, atol=1e-15)
+    generator = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=generator))
+    loss_q, grad_q = value_and_gradient(case.z @ q, case.e, ops.hardness(*snapshot))
+    torch.testing.assert_close(loss_q, loss, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(grad_q, grad @ q, rtol=1e-9, atol=1e-13)
+
+
+def test_same_bits_for_any_thread_count(level: str) -> None:
+    """One, two and three threads, forward and backward, with weights."""
+    case = Case(5 * TILE // 2 + 30, 40, 30)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3, 3):
+            torch.set_num_threads(n)
+            results.append(case.run(torch.float32, twin=False))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+def test_no_signed_bias(level: str) -> None:
+    """Errors have no sign: a dropped or repeated tile shifts every entry the same way."""
+    case = Case(300, 24, 20, beta=None)
+    exact = case.run(torch.float64, twin=True)
+    ours = case.run(torch.float32, twin=False)
+    for x, y in zip(exact[1:3], ours[1:3], strict=True):
+        # Project on the sum of all rows, where what other rows contribute adds up.
+        direction = normalize(case.z.sum(0) if x.shape[1] == 24 else case.e.sum(0), dim=0)
+        error, size = ((y - x) @ direction), (x @ direction).abs()
+        assert error.mean().abs() <= 1e-6 * size.mean()
+
+
+def test_current_snapshot_equals_separate_one(level: str) -> None:
+    """Weights of the current embeddings take the short way to the same bits."""
+    case = Case(150, 20, 10)
+    assert case.e is not None
+    z, e, alpha = case.z.float(), case.e.float(), torch.tensor(0.7)
+    same = ops.hardness(z, e, alpha, case.labels, case.confident, 2.0)
+    # One more column of zeros changes no product but keeps the snapshot from being recognised.
+    wide = ops.hardness(
+        torch.cat([z, torch.zeros(300, 1)], 1), e, alpha, case.labels, case.confident, 2.0
+    )
+    results = []
+    for weights in (same, wide):
+        x = z.clone().requires_grad_()
+        loss = ops.hard_infonce(x, e, alpha, weights=weights)
+        loss.backward()
+        results.append((loss.detach(), x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_range(level: str) -> None:
+    """Least and greatest similarity, diagonal included, around the edges of tiles."""
+    for n in (1, 24, 96, 97, 230):
+        for alpha in (-0.1, 0.5, 1.2):
+            case = Case(n, alpha=alpha)
+            s = reference.similarity(case.z, case.e, alpha)
+            found = ops.hardness(case.z, case.e, alpha, case.labels, case.confident, 1.0).range
+            torch.testing.assert_close(found[0], torch.stack([s.min(), s.max()]))
+
+
+def refresh(
+    rng: np.random.Generator, n: int, d: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:
+    """Random arguments of one refresh; which nodes are confident drifts at random."""
+    z, e = (unit_rows(rng, 2 * n, d).to(dtype) for _ in range(2))
+    labels = torch.from_numpy(rng.integers(0, 4, n))
+    confident = torch.from_numpy(rng.random(n) < rng.uniform(0.2, 0.9))
+    return z, e, float(rng.uniform(0.3, 1.1)), labels, confident
+
+
+def check_stale_weights(n: int, d: int, refreshes: int, every: int) -> None:
+    """Compare with a stored 2N x 2N array that is overwritten as the released code does."""
+    rng = np.random.default_rng(5)
+    stored: Tensor | None = None
+    held: Hardness | None = None
+    for k in range(refreshes):
+        z, e, alpha, labels, confident = refresh(rng, n, d, torch.float64)
+        stored = reference.hardness(z, e, alpha, labels, confident, 2.0, previous=stored)
+        held = ops.hardness(z, e, alpha, labels, confident, 2.0, previous=held)
+        if k % every == every - 1:
+            torch.testing.assert_close(ops.dense_weights(held), stored, rtol=1e-12, atol=1e-13)
+            x = unit_rows(rng, 2 * n, d).requires_grad_()
+            y = x.detach().clone().requires_grad_()
+            loss = ops.hard_infonce(x, e, 0.9, weights=held)
+            expected = reference.hard_infonce(y, e, 0.9, stored)
+            (loss + expected).backward()
+            torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+            torch.testing.assert_close(x.grad, y.grad, rtol=1e-10, atol=1e-15)
+
+
+def test_stale_weights(level: str) -> None:
+    """40 refreshes; more rows than a tile."""
+    check_stale_weights(100, 4, 40, every=10)
+
+
+@pytest.mark.slow
+def test_stale_weights_at_cora_size() -> None:
+    """40 refreshes at N = 2708."""
+    check_stale_weights(2708, 16, 40, every=20)
+
+
+def test_unreachable_snapshots_are_dropped() -> None:
+    """A refresh with everybody confident leaves nothing of the earlier ones."""
+    case = Case(30)
+    held: Hardness | None = None
+    for _ in range(MAX_SNAPSHOTS + 5):
+        everybody = torch.ones(30, dtype=torch.bool)
+        held = ops.hardness(case.z, case.e, 0.5, case.labels, everybody, 1.0, previous=held)
+        assert len(held.z) == 1
+
+
+def test_too_many_snapshots() -> None:
+    """More live refreshes than a mask has bits are refused with a reason."""
+    case = Case(MAX_SNAPSHOTS + 2)
+    held: Hardness | None = None
+    with pytest.raises(ValueError, match="previous"):
+        for k in range(MAX_SNAPSHOTS + 2):
+            one = torch.zeros(case.n, dtype=torch.bool)
+            one[k] = True
+            held = ops.hardness(case.z, case.e, 0.5, case.labels, one, 1.0, previous=held)
+
+
+def test_state_dict() -> None:
+    """Weights survive a checkpoint."""
+    case = Case(20)
+    first = ops.hardness(*case.snapshot(torch.float64))
+    held = ops.hardness(case.z, case.e, 0.5, case.labels, ~case.confident, 1.0, previous=first)
+    state = held.state_dict()
+    assert all(isinstance(x, Tensor) for x in state.values())
+    again = Hardness.from_state_dict(state)
+    assert torch.equal(ops.dense_weights(again), ops.dense_weights(held))
+    del state["membership"]
+    with pytest.raises(ValueError, match="membership"):
+        Hardness.from_state_dict(state)
+
+
+def test_snapshot_is_a_copy() -> None:
+    """Later changes of the embeddings do not reach the weights."""
+    case = Case(20)
+    z = case.z.clone()
+    held = ops.hardness(z, case.e, 0.5, case.labels, case.confident, 1.0)
+    before = ops.dense_weights(held)
+    z.zero_()
+    assert torch.equal(ops.dense_weights(held), before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16x3", "bf16"])
+def test_named_precisions_are_fp32_on_the_cpu(precision: str) -> None:
+    """Same bits as the default."""
+    case = Case(50)
+    results = [case.run(torch.float32, twin=False, precision=p) for p in (None, precision)]
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+BAD = [
+    (dict(z=[1.0]), TypeError, "z must be a torch.Tensor"),
+    (dict(z=torch.zeros(4, 3, dtype=torch.float16)), TypeError, "z must be float32 or float64"),
+    (dict(z=torch.zeros(4)), ValueError, "z must have shape"),
+    (dict(z=torch.zeros(3, 2)), ValueError, "2N"),
+    (dict(z=torch.zeros(0, 2)), ValueError, "2N"),
+    (dict(z=torch.full((4, 3), torch.nan)), ValueError, "z must be finite"),
+    (dict(e=torch.zeros(6, 3)), ValueError, "e must have as many rows"),
+    (dict(e=torch.zeros(4, 3, dtype=torch.float64)), TypeError, "e must have the dtype"),
+    (dict(e=torch.full((4, 3), torch.inf)), ValueError, "e must be finite"),
+    (dict(alpha="1"), TypeError, "alpha must be a number"),
+    (dict(alpha=torch.zeros(2)), ValueError, "alpha must be a number"),
+    (dict(alpha=torch.tensor(1)), TypeError, "alpha must be of floating point"),
+    (dict(weights=torch.ones(4, 4)), TypeError, "weights must come from"),
+    (dict(precision="fp16"), ValueError, "precision must be"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    """Each wrong argument is named before any kernel runs."""
+    args: dict[str, Any] = dict(z=torch.ones(4, 3), e=torch.ones(4, 2), alpha=0.5) | change
+    with pytest.raises(error, match=message):
+        ops.hard_infonce(**args)
+
+
+def test_bad_weights() -> None:
+    """Weights of other nodes, another dtype or with wrong labels."""
+    z = torch.ones(4, 3)
+    labels, confident = torch.tensor([0, 1]), torch.tensor([True, True])
+    with pytest.raises(ValueError, match="weights must be for the nodes"):
+        ops.hard_infonce(
+            torch.ones(6, 3), None, 1.0, weights=ops.hardness(z, None, 1.0, labels, confident, 1)
+        )
+    with pytest.raises(ValueError, match="weights must have dtype"):
+        ops.hard_infonce(
+            z.double(), None, 1.0, weights=ops.hardness(z, None, 1.0, labels, confident, 1)
+        )
+    with pytest.raises(ValueError, match="float64"):
+        ops.hard_infonce(z.double(), None, 1.0, precision="bf16")
+    with pytest.raises(ValueError, match=r"labels must have shape \[2\]"):
+        ops.hardness(z, None, 1.0, torch.zeros(3, dtype=torch.int64), confident, 1)
+    with pytest.raises(TypeError, match="confident must have dtype"):
+        ops.hardness(z, None, 1.0, labels, labels, 1)
+    with pytest.raises(ValueError, match="beta"):
+        ops.hardness(z, None, 1.0, labels, confident, -1)
