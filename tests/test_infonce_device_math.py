@@ -290,6 +290,24 @@ def test_float64_path(emulated, n, dz, de, refreshes) -> None:
     check(make_case(emulated, n, dz, de, dtype=torch.float64, refreshes=refreshes, beta=3.0))
 
 
+@pytest.fixture
+def small_limits(emulated):
+    """Bands of one group, panels of one tile row, chunks of one tile, up to 16 splits."""
+    emulated.set_limits((ctypes.c_int64 * 6)(1, 1, 1 << 30, 1, 1000, 32))
+    yield
+    emulated.set_limits(None)
+
+
+@pytest.mark.parametrize("precision", [BF16X3, TF32, BF16])
+def test_seams_of_panels_chunks_and_splits(emulated, small_limits, precision) -> None:
+    check(make_case(emulated, 130, 31, 120, precision=precision, refreshes=1))
+
+
+def test_seams_of_bands(emulated, small_limits) -> None:
+    """More tile rows than one group: two bands of row sums."""
+    check(make_case(emulated, 530, 5, 3, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "alpha"), [(1, 0.5), (40, 1.2), (70, -0.2)])
 def test_range_of_the_similarity(emulated, n, alpha, dtype) -> None:

@@ -7,13 +7,16 @@
 
 namespace fastclust::infonce {
 
-constexpr size_t kMegabyte = 1024 * 1024;
-constexpr size_t kBandBytes = 48 * kMegabyte;     // partial row sums of the forward pass
-constexpr size_t kPanelBytes = 32 * kMegabyte;    // T: stays in a 50 MB L2 beside its operands
-constexpr size_t kPartialBytes = 28 * kMegabyte;  // partial T [Z | E]
-constexpr int64_t kPanelRows = 1024;
-constexpr int64_t kBlocksWanted = 264;  // of a product launch: two per multiprocessor of an H100
-constexpr int64_t kMinSplitColumns = 512;
+// What a call may use beside the packed operands, and how finely it is cut. Tests shrink these to
+// meet every seam in small problems.
+struct Limits {
+  int64_t band_bytes = int64_t{48} << 20;     // partial row sums of the forward pass
+  int64_t panel_bytes = int64_t{32} << 20;    // T: stays in a 50 MB L2 beside its operands
+  int64_t partial_bytes = int64_t{28} << 20;  // partial T [Z | E]
+  int64_t panel_rows = 1024;
+  int64_t blocks = 264;  // wanted in a product launch: two per multiprocessor of an H100
+  int64_t min_split_columns = 512;
+};
 constexpr int kReduceThreads = 1024;
 
 #define FASTCLUST_TRY(call)                                          \
@@ -27,7 +30,8 @@ constexpr int kReduceThreads = 1024;
 // once that way, to learn the size, and returns before its first launch.
 class Arena {
  public:
-  explicit Arena(void* base) : base_(static_cast<unsigned char*>(base)) {}
+  explicit Arena(void* base, const Limits& limits = {})
+      : limits(limits), base_(static_cast<unsigned char*>(base)) {}
   template <typename T>
   T* take(int64_t count) {
     unsigned char* piece = base_ ? base_ + used_ : nullptr;
@@ -36,6 +40,8 @@ class Arena {
   }
   bool measuring() const { return base_ == nullptr; }
   size_t used() const { return used_; }
+
+  const Limits limits;
 
  private:
   unsigned char* base_;
@@ -127,7 +133,8 @@ cudaError_t drive(const ForwardParams<typename Path::Acc>& p, Arena& arena,
   const int64_t m = 2 * p.n_nodes, rows = round_up(m, kRowPad), n_tiles = rows / Path::kTile;
   const int64_t tile_row_bytes = 2 * rows * static_cast<int64_t>(sizeof(T));
   const int64_t band_tiles = std::min(
-      n_tiles, std::max<int64_t>(kBandBytes / tile_row_bytes / kGroup, 1) * kGroup);
+      n_tiles,
+      std::max<int64_t>(arena.limits.band_bytes / tile_row_bytes / kGroup, 1) * kGroup);
   const auto x = take_packed<Path>(arena, p.views, rows);
   const WeightPlan<WPath> weights(arena, p.weights, p.n_nodes, rows);
   T* row_sums = arena.take<T>(band_tiles * Path::kTile * n_tiles);
@@ -164,8 +171,9 @@ struct GradientCut {
   int64_t first_column, column_tiles;  // of [Z | E], only what is wanted
 };
 
-inline GradientCut cut_gradient(int64_t rows, int64_t tile, int64_t t_bytes, int64_t acc_bytes,
-                                int64_t z_columns, int64_t e_columns, bool need_z, bool need_e) {
+inline GradientCut cut_gradient(const Limits& limits, int64_t rows, int64_t tile, int64_t t_bytes,
+                                int64_t acc_bytes, int64_t z_columns, int64_t e_columns,
+                                bool need_z, bool need_e) {
   GradientCut cut{};
   const int64_t begin = need_z ? 0 : z_columns;
   const int64_t end = need_e ? z_columns + e_columns : z_columns;
@@ -175,16 +183,14 @@ inline GradientCut cut_gradient(int64_t rows, int64_t tile, int64_t t_bytes, int
     const int64_t parts = ceil_div(total, std::max(most / tile * tile, tile));
     return round_up(ceil_div(total, parts), tile);
   };
-  for (int64_t limit = kPanelRows;; limit /= 2) {
+  for (int64_t limit = limits.panel_rows;; limit /= 2) {
     cut.panel_rows = even(rows, limit);
-    cut.chunk =
-        even(rows, static_cast<int64_t>(kPanelBytes) / (cut.panel_rows * t_bytes));
+    cut.chunk = even(rows, limits.panel_bytes / (cut.panel_rows * t_bytes));
     const int64_t tiles = std::max<int64_t>(cut.panel_rows / tile * cut.column_tiles, 1);
     cut.splits = std::clamp<int64_t>(
-        std::min(ceil_div(kBlocksWanted, tiles), cut.chunk / kMinSplitColumns), 1, 16);
-    const int64_t bytes =
-        cut.splits * cut.panel_rows * cut.column_tiles * tile * acc_bytes;
-    if (bytes <= static_cast<int64_t>(kPartialBytes) || cut.panel_rows == tile) return cut;
+        std::min(ceil_div(limits.blocks, tiles), cut.chunk / limits.min_split_columns), 1, 16);
+    const int64_t bytes = cut.splits * cut.panel_rows * cut.column_tiles * tile * acc_bytes;
+    if (bytes <= limits.partial_bytes || cut.panel_rows == tile) return cut;
   }
 }
 
@@ -199,7 +205,7 @@ cudaError_t drive(const BackwardParams<typename Path::Acc>& p, Arena& arena,
   const WeightPlan<WPath> weights(arena, p.weights, p.n_nodes, rows);
   const int64_t z_columns = int64_t{x.z_steps} * Path::kStep;
   const GradientCut cut = cut_gradient(
-      rows, Path::kTile, Path::kParts * sizeof(Element), sizeof(T), z_columns,
+      arena.limits, rows, Path::kTile, Path::kParts * sizeof(Element), sizeof(T), z_columns,
       int64_t{x.e_steps} * Path::kStep, p.grad_z || need_alpha, p.grad_e || need_alpha);
   const int64_t partial_ld = cut.column_tiles * Path::kTile;
   T* inverse = arena.take<T>(rows);

@@ -27,16 +27,19 @@ struct Problem {
   T *grad_z, *grad_e, *grad_alpha, *out_range;
 };
 
+Limits limits;
+
 template <typename Params>
 int64_t execute(const Params& params) {
   constexpr size_t guard = 4096;
-  Arena measure(nullptr);
+  Arena measure(nullptr, limits);
   if (drive(params, measure, nullptr) != cudaSuccess) return -1;
   const size_t bytes = measure.used();
   // NaN in every format: a read of something never written poisons the result.
-  auto* base = static_cast<unsigned char*>(std::aligned_alloc(256, (bytes + 2 * guard + 255) / 256 * 256));
+  auto* base = static_cast<unsigned char*>(
+      std::aligned_alloc(256, (bytes + 2 * guard + 255) / 256 * 256));
   std::memset(base, 0xff, bytes + 2 * guard);
-  Arena arena(base + guard);
+  Arena arena(base + guard, limits);
   const cudaError_t error = drive(params, arena, nullptr);
   bool clean = true;
   for (size_t i = 0; i < guard; ++i) {
@@ -81,6 +84,10 @@ void emulate(int warp_order, int late_copies) {
   emulator::state().warp_order = warp_order;
   emulator::state().late_copies = late_copies != 0;
 }
+// Small limits cut a small problem into bands, panels, chunks and splits; nullptr: the defaults.
+void set_limits(const int64_t* v) {
+  limits = v ? Limits{v[0], v[1], v[2], v[3], v[4], v[5]} : Limits{};
+}
 // launches, blocks, matrix instructions, ldmatrix phases, bank conflicts; then starts at 0.
 void take_report(int64_t* out) {
   const emulator::Report r = std::exchange(emulator::state().report, {});
@@ -119,7 +126,7 @@ int32_t n_major_tf32_conflicts() {
 void cut_of(int64_t rows, int64_t tile, int64_t t_bytes, int64_t z_columns, int64_t e_columns,
             int need_z, int need_e, int64_t* out) {
   const GradientCut cut =
-      cut_gradient(rows, tile, t_bytes, 4, z_columns, e_columns, need_z, need_e);
+      cut_gradient(limits, rows, tile, t_bytes, 4, z_columns, e_columns, need_z, need_e);
   const int64_t values[] = {cut.panel_rows, cut.chunk, cut.splits, cut.first_column,
                             cut.column_tiles};
   std::memcpy(out, values, sizeof values);
