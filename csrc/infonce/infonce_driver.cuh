@@ -90,6 +90,7 @@ class WeightPlan {
     if (count == 0) return;
     table_ = arena.take<Snapshot<typename WPath::Element, T>>(count);
     masks_ = arena.take<uint64_t>(rows / 2);
+    tile_masks_ = arena.take<uint64_t>(rows / WPath::kTile);
     labels_ = arena.take<int32_t>(count * (rows / 2));
     for (int s = 0; s < count; ++s) {
       packed_[s] = take_packed<WPath>(arena, weights.snapshots[s], rows);
@@ -104,6 +105,9 @@ class WeightPlan {
                          weights_.membership, weights_.labels, masks_,               labels_};
     FASTCLUST_TRY(launch(&rank_kernel, dim3(blocks(rows_ / 2, kThreads)), kThreads, 0, stream,
                          ranks));
+    const TileMaskArgs tiles{rows_ / WPath::kTile, WPath::kTile / 2, masks_, tile_masks_};
+    FASTCLUST_TRY(launch(&tile_mask_kernel, dim3(blocks(tiles.n_tiles, kThreads)), kThreads, 0,
+                         stream, tiles));
     for (int s = 0; s < weights_.n_snapshots; ++s) {
       const Views<T>& views = weights_.snapshots[s];
       FASTCLUST_TRY(pack<WPath>(views, n_nodes_, rows_, order(),
@@ -114,7 +118,7 @@ class WeightPlan {
   }
 
   WeightArgs<WPath> args() const {
-    return {table_, masks_, labels_, rows_ / 2, static_cast<T>(weights_.beta)};
+    return {table_, masks_, tile_masks_, labels_, rows_ / 2, static_cast<T>(weights_.beta)};
   }
 
  private:
@@ -122,6 +126,7 @@ class WeightPlan {
   int64_t n_nodes_, rows_;
   Snapshot<typename WPath::Element, T>* table_ = nullptr;
   uint64_t* masks_ = nullptr;
+  uint64_t* tile_masks_ = nullptr;
   int32_t* labels_ = nullptr;
   Packed<typename WPath::Element> packed_[kMaxSnapshots] = {};
 };
@@ -145,8 +150,6 @@ cudaError_t drive(const ForwardParams<typename Path::Acc>& p, Arena& arena,
   FASTCLUST_TRY(pack<Path>(p.views, p.n_nodes, rows, weights.order(), {x, p.views.alpha, nullptr},
                            nullptr, stream));
   FASTCLUST_TRY(weights.prepare(stream));
-  const auto kernel = p.weights.n_snapshots ? &forward_kernel<Path, WPath, true>
-                                            : &forward_kernel<Path, WPath, false>;
   for (int64_t first = 0; first < n_tiles; first += band_tiles) {
     const Band band{first, std::min(first + band_tiles, n_tiles), Path::kTile, rows};
     const int64_t begin = tiles_before_group(first / kGroup, n_tiles);
@@ -154,8 +157,13 @@ cudaError_t drive(const ForwardParams<typename Path::Acc>& p, Arena& arena,
     const ForwardArgs<Path, WPath> args{
         x,     weights.args(), p.views.alpha, static_cast<int>(m), n_tiles,
         begin, band,           row_sums,      column_sums,         positives};
-    FASTCLUST_TRY(launch(kernel, dim3(static_cast<unsigned>(end - begin)), kThreads,
-                         std::max(Path::kSharedBytes, WPath::kSharedBytes), stream, args));
+    const dim3 grid(static_cast<unsigned>(end - begin));
+    FASTCLUST_TRY(launch(&forward_kernel<Path, WPath, false>, grid, kThreads, Path::kSharedBytes,
+                         stream, args));
+    if (p.weights.n_snapshots) {
+      FASTCLUST_TRY(launch(&forward_kernel<Path, WPath, true>, grid, kThreads,
+                           std::max(Path::kSharedBytes, WPath::kSharedBytes), stream, args));
+    }
     const SumArgs<T> sums{band,           row_sums,  column_sums, p.n_nodes,
                           weights.order(), p.row_sums};
     FASTCLUST_TRY(
@@ -221,8 +229,6 @@ cudaError_t drive(const BackwardParams<typename Path::Acc>& p, Arena& arena,
   const InverseArgs<T> inverses{p.n_nodes, rows, weights.order(), p.row_sums, inverse};
   FASTCLUST_TRY(
       launch(&inverse_kernel<T>, dim3(blocks(rows, kThreads)), kThreads, 0, stream, inverses));
-  const auto kernel = p.weights.n_snapshots ? &tile_kernel<Path, WPath, true>
-                                            : &tile_kernel<Path, WPath, false>;
   for (int64_t row = 0; row < rows; row += cut.panel_rows) {
     const int64_t panel_rows = std::min(cut.panel_rows, rows - row);
     const int64_t panel_tiles = panel_rows / Path::kTile;
@@ -240,8 +246,12 @@ cudaError_t drive(const BackwardParams<typename Path::Acc>& p, Arena& arena,
                                         static_cast<int>(cut.chunk)};
       const dim3 tile_grid(static_cast<unsigned>(panel_tiles),
                            static_cast<unsigned>(chunk / Path::kTile));
-      FASTCLUST_TRY(launch(kernel, tile_grid, kThreads,
-                           std::max(Path::kSharedBytes, WPath::kSharedBytes), stream, tiles));
+      FASTCLUST_TRY(launch(&tile_kernel<Path, WPath, false>, tile_grid, kThreads,
+                           Path::kSharedBytes, stream, tiles));
+      if (p.weights.n_snapshots) {
+        FASTCLUST_TRY(launch(&tile_kernel<Path, WPath, true>, tile_grid, kThreads,
+                             std::max(Path::kSharedBytes, WPath::kSharedBytes), stream, tiles));
+      }
       const ProductArgs<Path> product{x,
                                       t_hi,
                                       t_lo,

@@ -3,7 +3,8 @@
 //
 //   pack        [Z | E] -> rows in the order of tiles.h, zero-padded, bf16 hi (+ lo), tf32 or as is
 //   forward     one block per tile (i <= j) of the upper triangle: S by cp.async + mma.sync, W from
-//               the snapshots by the same product, exp, row and column sums to fixed slots
+//               the snapshots by the same product, exp, row and column sums to fixed slots; tiles
+//               with and without weights are done by two launches
 //   gradient    per panel of rows and chunk of columns: T recomputed into a workspace that stays
 //               in L2, then T [Z | E] into fixed partial slots, then one pass that adds the
 //               slots, scales, undoes the order and takes the dot products for d alpha
@@ -425,6 +426,23 @@ static __global__ void rank_kernel(RankArgs args) {
   }
 }
 
+// Or of the masks of each tile's rows: two tiles without a common bit need no weights.
+struct TileMaskArgs {
+  int64_t n_tiles, ranks_per_tile;
+  const uint64_t* rank_masks;  // [n_ranks]
+  uint64_t* tile_masks;        // [n_tiles]
+};
+
+static __global__ void tile_mask_kernel(TileMaskArgs args) {
+  const int64_t tile = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (tile >= args.n_tiles) return;
+  uint64_t mask = 0;
+  for (int64_t r = 0; r < args.ranks_per_tile; ++r) {
+    mask |= args.rank_masks[tile * args.ranks_per_tile + r];
+  }
+  args.tile_masks[tile] = mask;
+}
+
 // ---- weights of a tile ------------------------------------------------------------------------
 
 template <typename WPath>
@@ -432,6 +450,7 @@ struct WeightArgs {
   using Acc = typename WPath::Acc;
   const Snapshot<typename WPath::Element, Acc>* table;  // [S]
   const uint64_t* masks;                                // [n_ranks]
+  const uint64_t* tile_masks;                           // [n_tiles], nullptr: no weights at all
   const int32_t* labels;                                // [S, n_ranks]
   int64_t n_ranks;
   Acc beta;
@@ -449,6 +468,15 @@ __device__ __forceinline__ uint64_t block_or(unsigned char* shared, uint64_t val
   for (int warp = 0; warp < kWarps; ++warp) value |= words[warp];
   __syncthreads();
   return value;
+}
+
+// Whether the kernel with or without weights has to do tile (i, j). Both are launched over all
+// tiles: the one without needs half the registers, so that two of its blocks share a
+// multiprocessor, and rows in rank order leave most tiles to exactly one of them.
+template <bool kWeighted, typename WPath>
+__device__ __forceinline__ bool is_mine(const WeightArgs<WPath>& args, int64_t i, int64_t j) {
+  if (!args.tile_masks) return true;
+  return ((args.tile_masks[i] & args.tile_masks[j]) != 0) == kWeighted;
 }
 
 // w = W on this tile. Entries are grouped by the snapshot they take their weight from; each group
@@ -533,6 +561,7 @@ __global__ __launch_bounds__(kThreads, kWeighted ? 1 : 2) void forward_kernel(
   FASTCLUST_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Tile tile = tile_at(args.first_tile + blockIdx.x, args.n_tiles);
+  if (!is_mine<kWeighted>(args.weights, tile.i, tile.j)) return;
   const int row0 = static_cast<int>(tile.i) * kTile, column0 = static_cast<int>(tile.j) * kTile;
   typename Path::Fragment w, acc;
   if constexpr (kWeighted) tile_weights<WPath>(shared, args.weights, row0, column0, w);
@@ -689,6 +718,7 @@ __global__ __launch_bounds__(kThreads, kWeighted ? 1 : 2) void tile_kernel(
   const int local_row0 = static_cast<int>(blockIdx.x) * kTile;
   const int local_column0 = static_cast<int>(blockIdx.y) * kTile;
   const int row0 = args.row_begin + local_row0, column0 = args.column_begin + local_column0;
+  if (!is_mine<kWeighted>(args.weights, row0 / kTile, column0 / kTile)) return;
   typename Path::Fragment w, acc;
   if constexpr (kWeighted) tile_weights<WPath>(shared, args.weights, row0, column0, w);
   Path::similarity(shared, args.x, args.alpha, row0, column0, acc);
