@@ -254,14 +254,26 @@ def convert(name: str, value: Any, hint: Any) -> Any:
                     continue
     if str in kinds and isinstance(value, str):
         return value
-    allowed = [repr(v) for v in literals]
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    allowed += [names[kind] for kind in kinds if kind in names]
-    allowed += ["none"] * (type(None) in kinds)
     raise UsageError(
-        f"{name} must be {' or '.join(allowed)}, got {value!r}"
+        f"{name} must be {type_text(hint)}, got {value!r}"
         + (did_you_mean(value, map(str, literals)) if isinstance(value, str) else "")
     )
+
+
+def type_text(hint: Any) -> str:
+    """A type annotation in words.
+
+    Examples
+    --------
+    >>> type_text(int | None)
+    'a whole number or none'
+    """
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+    words = [v for kind in kinds for v in typing.get_args(kind)]
+    words += [names[kind] for kind in kinds if kind in names]
+    words += ["none"] * (type(None) in kinds)
+    return " or ".join(map(str, words))
 
 
 def _as(kind: type, value: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 from fastclust import cli
 
-__all__ = ["collect", "main", "versions"]
+__all__ = ["collect", "cpu_name", "main", "versions"]
 
 _DISTRIBUTIONS = ("torch", "numpy", "scipy", "scikit-learn", "safetensors")
 
@@ -72,7 +72,7 @@ def collect() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "build": {key: build[key] for key in sorted(build)},
         "cpu": {
-            "name": _cpu_name(),
+            "name": cpu_name(),
             "logical_cores": os.cpu_count() or 1,
             "features": {key: bool(on) for key, on in sorted(_C.cpu_features().items())},
             "dispatch_level": str(_C.cpu_level()),
@@ -89,7 +89,8 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The name of the processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
             for line in lines:

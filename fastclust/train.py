@@ -1,0 +1,619 @@
+"""``python -m fastclust.train``: cluster a graph; arguments in, run directory out.
+
+Settings come from, each overriding the one before: the preset of the data set, the TOML file of
+``--config``, ``--set KEY=VALUE``, the options with a name of their own. See ``--help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import json
+import math
+import os
+import sys
+import time
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastclust import cli, metrics, report
+from fastclust._library import _C, cuda_status
+from fastclust.cli import Interrupted, UsageError, note
+from fastclust.datasets import Dataset, load_dataset
+from fastclust.estimators import ECNMF, HSAN, PRECISIONS, SSGC, _device
+from fastclust.info import cpu_name, versions
+from fastclust.rundir import RunDirectory, read_toml, write_atomically
+from fastclust.training import SELECTIONS, internal_scores
+from fastclust.validation import check_n_clusters
+
+__all__ = ["main"]
+
+MODELS: dict[str, Any] = {"ecnmf": ECNMF, "hsan": HSAN, "ssgc": SSGC}
+# Options that are parameters of the estimators under the same name.
+PARAMETER_OPTIONS = ("n_clusters", "device", "precision", "epochs", "selection", "protocol")
+# Settings of the run that are no parameters of the estimators.
+RUN_SETTINGS = ("dataset", "data_root", "model", "seeds")
+# Parameters of the estimators that the run itself fills in.
+RUN_OWNED = ("random_state", "callbacks", "checkpoint_dir", "resume", "verbose")
+
+DESCRIPTION = """\
+Cluster the nodes of an attributed graph with ECN-MF, HSAN or SSGC. Labels, where the data has
+them, are only used to score the result; training never sees them."""
+
+EPILOG = """\
+examples:
+  python -m fastclust.train
+      ECN-MF on scikit-learn's digits: no download, well under a minute
+  python -m fastclust.train --dataset amac --out runs/amac
+      Amazon Computers; scores, assignments, model and report.html go to runs/amac
+  python -m fastclust.train --dataset cora --model hsan --seeds 0-9 --out runs/cora
+      ten seeds; interrupt it when you like, the same command with --resume goes on
+  python -m fastclust.train --dataset my_graph.npz --n-clusters 12 --out runs/mine
+      a graph of your own (no labels needed; formats: see fastclust.load_npz)
+  python -m fastclust.train --dataset cora --set rank=20 --set lr=1e-3
+      other hyper-parameters; --set help lists those of the model
+  python -m fastclust.train --config runs/cora/config.toml
+      repeat a run exactly
+
+settings, each overriding the one before:
+  preset of the data set < --config < --set < options with a name of their own
+
+run directory (--out), for several seeds see seed-<S>/ below it:
+  result.json  assignments.csv  model.safetensors  embedding.npy  history.jsonl  report.html
+  config.toml  checkpoint/
+
+exit codes: 0 done, 2 wrong usage or data, 130 interrupted (after a checkpoint, with --out)"""
+
+
+def build_parser() -> cli.Parser:
+    """The arguments of CONTRACT, in groups."""
+    parser = cli.Parser(prog="python -m fastclust.train", description=DESCRIPTION, epilog=EPILOG)
+    add = parser.add_argument_group("what to cluster").add_argument
+    add(
+        "--dataset",
+        metavar="NAME|PATH",
+        help="cora, citeseer, amap, amac, eat, uat, bat, digits, or the path of a .npz file "
+        "(default: digits)",
+    )
+    add(
+        "--data-root",
+        metavar="DIR",
+        help="folder to look in first; then $FASTCLUST_DATA, the user cache, a verified download",
+    )
+    add(
+        "--n-clusters",
+        type=cli.count,
+        metavar="K",
+        help="number of clusters (default: the number of classes, where the data has labels)",
+    )
+
+    group = parser.add_argument_group("how")
+    add = group.add_argument
+    add("--model", choices=tuple(MODELS), help="the method (default: ecnmf)")
+    add("--epochs", type=cli.count, metavar="N", help="training epochs (default: the preset's)")
+    seeds = group.add_mutually_exclusive_group()
+    seeds.add_argument(
+        "--seed", type=cli.parse_seeds, dest="seeds", metavar="S", help="random seed (default: 0)"
+    )
+    seeds.add_argument(
+        "--seeds",
+        type=cli.parse_seeds,
+        dest="seeds",
+        metavar="0-9",
+        help="several seeds: 0-9, or 0,3,5",
+    )
+    add(
+        "--selection",
+        choices=tuple(SELECTIONS),
+        help="how the epoch of the result is chosen; no rule sees a label (default: last)",
+    )
+    add(
+        "--protocol",
+        choices=("standard", "paper-code"),
+        help="standard: as the papers say and sound practice asks; paper-code: as the released "
+        "code of HSAN behaves (default: standard)",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), help="default: auto")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="arithmetic of the matrix products (default: fp32)",
+    )
+    add("--config", metavar="FILE.toml", help="settings from a file, one KEY = VALUE per line")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="a hyper-parameter of the model, any number of times; --set help lists them",
+    )
+
+    add = parser.add_argument_group("what comes out").add_argument
+    add("--out", metavar="DIR", help="run directory for results, model, checkpoint and report")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the checkpoints in --out; finished seeds are kept. Settings that are not "
+        "given are those of the run",
+    )
+    add("--quiet", action="store_true", help="no progress on stderr")
+    add("--json", action="store_true", help="one JSON object on stdout instead of the table")
+    return parser
+
+
+# --- settings ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with every setting resolved."""
+
+    dataset: str
+    data_root: str | None
+    model: str
+    seeds: list[int]
+    parameters: dict[str, Any]
+
+    def config(self) -> dict[str, Any]:
+        """What ``config.toml`` holds."""
+        run: dict[str, Any] = {"dataset": self.dataset, "model": self.model, "seeds": self.seeds}
+        if self.data_root is not None:
+            run["data_root"] = self.data_root
+        return run | self.parameters
+
+
+def gather_settings(
+    arguments: argparse.Namespace, saved: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Settings of a resumed run, --config, --set and options, the later winning."""
+    settings: dict[str, Any] = dict(saved or {})
+    if arguments.config is not None:
+        for key, value in read_toml(Path(arguments.config)).items():
+            if isinstance(value, dict):
+                raise UsageError(
+                    f"{arguments.config!r} must hold lines KEY = VALUE only, got a table [{key}]"
+                )
+            settings["seeds" if key == "seed" else key.replace("-", "_")] = value
+    for text in arguments.settings:
+        key, equals, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise UsageError(f"--set must be KEY=VALUE, got {text!r}")
+        if key in (*RUN_SETTINGS, "seed"):
+            raise UsageError(
+                f"--set is for hyper-parameters; use --{key.replace('_', '-')} instead"
+            )
+        settings[key] = value
+    for key in (*RUN_SETTINGS, *PARAMETER_OPTIONS):
+        value = getattr(arguments, key)
+        if value is not None:
+            settings[key] = value
+    return settings
+
+
+def resolve(settings: dict[str, Any]) -> tuple[Plan, Dataset]:
+    """Check and complete the settings; loads the data, since K may come from its labels."""
+    settings = dict(settings)
+    dataset_name = _text(settings.pop("dataset", "digits"), "dataset")
+    data_root = settings.pop("data_root", None)
+    model = _text(settings.pop("model", "ecnmf"), "model")
+    seeds = _seeds(settings.pop("seeds", [0]))
+    if model not in MODELS:
+        raise UsageError(
+            f"model must be one of {', '.join(MODELS)}, got {model!r}"
+            + cli.did_you_mean(model, MODELS)
+        )
+    hints = parameter_types(MODELS[model])
+    for key, value in settings.items():
+        if key not in hints:
+            raise UsageError(
+                f"{model} has no hyper-parameter {key!r}{cli.did_you_mean(key, hints)}; it has "
+                f"{', '.join(hints)}"
+            )
+        settings[key] = cli.convert(key, value, hints[key])
+
+    is_path = dataset_name.endswith(".npz") or os.sep in dataset_name
+    if is_path:
+        dataset_name = os.path.abspath(os.path.expanduser(dataset_name))
+        dataset = load_dataset(Path(dataset_name))
+        preset = MODELS[model]()
+    else:
+        dataset = load_dataset(dataset_name, root=data_root)
+        dataset_name = dataset.name
+        preset = MODELS[model].for_dataset(dataset_name)
+    parameters = {key: value for key, value in preset.get_params().items() if key in hints}
+    # K is never the default of the class: it is given, or the number of classes.
+    parameters |= {"n_clusters": dataset.n_clusters} | settings
+    if parameters["n_clusters"] is None:
+        raise UsageError(
+            f"{dataset_name} has no labels to take the number of clusters from; give --n-clusters K"
+        )
+    check_n_clusters(parameters["n_clusters"], dataset.n_nodes)
+    plan = Plan(
+        dataset=dataset_name,
+        data_root=None if data_root is None else os.path.abspath(_text(data_root, "data_root")),
+        model=model,
+        seeds=seeds,
+        parameters=parameters,
+    )
+    return plan, dataset
+
+
+def parameter_types(model: Any) -> dict[str, Any]:
+    """The hyper-parameters of an estimator class that a user may set, with their types."""
+    hints = typing.get_type_hints(model.__init__)
+    names = [name for name in inspect.signature(model).parameters if name not in RUN_OWNED]
+    return {name: hints[name] for name in names}
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UsageError(f"{name} must be a name or path, got {value!r}")
+    return value.strip()
+
+
+def _seeds(value: Any) -> list[int]:
+    if isinstance(value, list) and all(isinstance(v, int) for v in value):
+        value = ",".join(map(str, value))
+    try:
+        return cli.parse_seeds(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"seeds {error}") from None
+
+
+def check_same_run(plan: Plan, saved: Mapping[str, Any], root: Path) -> None:
+    """A resumed run must be the one that was begun; only further seeds may be added."""
+    config = plan.config()
+    for key in sorted(config.keys() | saved.keys()):
+        old, new = saved.get(key), config.get(key)
+        if key == "data_root":
+            continue
+        if key == "seeds":
+            if isinstance(old, list) and old[:1] == new[:1]:
+                continue
+        elif new == (None if old == "none" else old):
+            continue
+        raise UsageError(
+            f"--resume must go on with the same settings: {key} was {old!r} in {root}, got "
+            f"{new!r}; leave the option out, or begin anew in another directory"
+        )
+
+
+# --- one seed ----------------------------------------------------------------------------------
+
+
+class History:
+    """``history.jsonl``: one line per epoch, appended as it happens.
+
+    An evaluation's line also carries the scores against the labels, which the estimator never sees.
+    A resumed run drops the lines of epochs that it will repeat.
+    """
+
+    def __init__(
+        self, path: Path | None, labels: npt.NDArray[np.int64] | None, resume: bool
+    ) -> None:
+        self.path = path
+        self.labels = labels
+        self.rows: list[dict[str, Any]] = _read_rows(path) if path and resume else []
+        self.started = False
+        self.n_before: int | None = None  # all of them, until an epoch is run here
+        self.writable = path is not None
+
+    def __call__(self, event: Any) -> None:
+        """Estimator callback."""
+        if not self.started:
+            self.started = True
+            self.n_before = event.epoch - 1
+            self.rows = [row for row in self.rows if row["epoch"] < event.epoch]
+            self._write("w", self.rows)
+        row = {"epoch": event.epoch, "loss": event.loss, "seconds": event.seconds}
+        if event.evaluation is not None:
+            scores = dict(event.evaluation)
+            clusters = scores.pop("labels", None)
+            row |= {key: value for key, value in scores.items() if np.isscalar(value)}
+            if self.labels is not None and clusters is not None:
+                row |= metrics.clustering_scores(self.labels, clusters)
+        self.rows.append(row)
+        self._write("a", [row])
+
+    def _write(self, mode: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        if not self.writable or self.path is None:
+            return
+        try:
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.writelines(_json_line(row) for row in rows)
+        except OSError as error:
+            # The curve can be written again at the end; training goes on.
+            self.writable = False
+            note(f"cannot write {self.path}: {error.strerror}", kind="warning")
+
+    def finish(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Write the estimator's whole history once more, atomically, with the scores added."""
+        if self.path is None:
+            return
+        seen = {row["epoch"]: row for row in self.rows}
+        lines = []
+        for entry in entries:
+            row = seen.get(entry["epoch"], {})
+            scores = {name: row[name] for name in report.LABEL_SCORES if name in row}
+            lines.append(_json_line({**entry, **scores}))
+        write_atomically(self.path, "".join(lines))
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a history; a kill may have torn the last one."""
+    rows = []
+    try:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            row = json.loads(line)
+            rows.append(row)
+    except (FileNotFoundError, ValueError):
+        pass
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("epoch"), int)]
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(plain(row)) + "\n"
+
+
+def train_seed(
+    plan: Plan,
+    dataset: Dataset,
+    seed: int,
+    folder: Path | None,
+    progress: cli.Progress,
+    resume: bool,
+) -> tuple[dict[str, Any], Any, History]:
+    """Fit one seed; returns its entry of ``runs``, the estimator and its history."""
+    model = MODELS[plan.model]
+    history = History(folder / "history.jsonl" if folder else None, dataset.labels, resume)
+    accepted = inspect.signature(model).parameters
+    owned: dict[str, Any] = {"random_state": seed}
+    if "callbacks" in accepted:
+        owned["callbacks"] = [history, progress]
+    if folder is not None and "checkpoint_dir" in accepted:
+        owned |= {"checkpoint_dir": str(folder / "checkpoint"), "resume": resume}
+    estimator = model(**plan.parameters, **owned)
+
+    begin_peak_memory()
+    began = time.perf_counter()
+    title = f"seed {seed}" + (
+        f" ({plan.seeds.index(seed) + 1} of {len(plan.seeds)})" if len(plan.seeds) > 1 else ""
+    )
+    progress.start(title)
+    try:
+        estimator.fit(dataset.features, adjacency=dataset.adjacency)
+    finally:
+        progress.stop()
+    seconds = time.perf_counter() - began
+    # Epochs that an interrupted call had done count as well.
+    seconds += sum(entry["seconds"] for entry in estimator.history_[: history.n_before])
+    run = {
+        "seed": seed,
+        "metrics": score(dataset, estimator.labels_, estimator.embedding_),
+        "epochs": int(estimator.n_iter_),
+        "selected_epoch": getattr(estimator, "selected_epoch_", None),
+        "seconds": seconds,
+        **peak_memory(),
+    }
+    return run, estimator, history
+
+
+def score(
+    dataset: Dataset, labels: npt.NDArray[np.int64], embedding: npt.NDArray[Any]
+) -> dict[str, float]:
+    """ACC, NMI, ARI, F1 where there are labels; otherwise what can be said without."""
+    if dataset.labels is not None:
+        return metrics.clustering_scores(dataset.labels, labels)
+    scores = internal_scores(torch.from_numpy(embedding), labels, dataset.adjacency, "silhouette")
+    return scores | {"conductance": metrics.conductance(dataset.adjacency, labels)}
+
+
+def begin_peak_memory() -> None:
+    """Set the high-water mark of memory back to what is in use now, where Linux lets us."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> dict[str, int]:
+    """Most memory in use, in bytes, since :func:`begin_peak_memory`: resident, and on the GPU."""
+    peaks = {"peak_memory_bytes": _peak_resident()}
+    if torch.cuda.is_available():
+        peaks["peak_gpu_memory_bytes"] = int(torch.cuda.max_memory_allocated())
+    return peaks
+
+
+def _peak_resident() -> int:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(usage) * (1 if sys.platform == "darwin" else 1024)
+
+
+# --- the run -----------------------------------------------------------------------------------
+
+
+def summarise(plan: Plan, dataset: Dataset, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of ``result.json``."""
+    names = list(runs[0]["metrics"]) if runs else []
+    columns = {name: [run["metrics"].get(name, math.nan) for run in runs] for name in names}
+    return {
+        "dataset": plan.dataset,
+        "model": plan.model,
+        "protocol": plan.parameters.get("protocol", "standard"),
+        "selection": plan.parameters.get("selection", "last"),
+        "device": _device(plan.parameters["device"]).type,
+        "precision": plan.parameters.get("precision", "fp32"),
+        "n_nodes": dataset.n_nodes,
+        "n_edges": dataset.n_edges,
+        "n_features": dataset.n_features,
+        "n_clusters": plan.parameters["n_clusters"],
+        "labelled": dataset.labels is not None,
+        "complete": len(runs) == len(plan.seeds),
+        "runs": runs,
+        "mean": {name: float(np.mean(values)) for name, values in columns.items()},
+        # The sample standard deviation; one run has none.
+        "std": {
+            name: float(np.std(values, ddof=1)) if len(values) > 1 else None
+            for name, values in columns.items()
+        },
+        "config": plan.parameters,
+        "machine": {
+            "cpu": cpu_name(),
+            "cpu_level": str(_C.cpu_level()),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": versions(),
+    }
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: NumPy scalars as Python's, NaN and infinity as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def run(
+    plan: Plan, dataset: Dataset, directory: RunDirectory | None, *, resume: bool, quiet: bool
+) -> tuple[dict[str, Any], OSError | None]:
+    """Train every seed that is not finished; returns the result and what could not be written."""
+    before = directory.read_result() if directory is not None and resume else None
+    finished = {run["seed"]: run for run in before["runs"]} if before else {}
+    if directory is not None:
+        # Seeds of an earlier call stay in the results.
+        seeds = list(dict.fromkeys([*plan.seeds[:1], *finished, *plan.seeds]))
+        plan = Plan(plan.dataset, plan.data_root, plan.model, seeds, plan.parameters)
+        directory.begin(plan.seeds, plan.config())
+    progress = cli.make_progress(quiet)
+    failure: OSError | None = None
+    runs: list[dict[str, Any]] = []
+    for seed in plan.seeds:
+        if seed in finished:
+            runs.append(finished[seed])
+            continue
+        folder = None
+        if directory is not None:
+            folder = directory.folder(seed)
+            folder.mkdir(exist_ok=True)
+        try:
+            entry, estimator, history = train_seed(plan, dataset, seed, folder, progress, resume)
+        except KeyboardInterrupt as interrupt:
+            if directory is None:
+                advice = "without --out DIR nothing is kept"
+            else:
+                advice = "the same command with --resume goes on from there"
+            what = str(interrupt) or "interrupted"
+            raise Interrupted(f"seed {seed}: {what}; {advice}") from None
+        runs.append(plain(entry))
+        if directory is not None and folder is not None:
+            try:
+                directory.write_seed(seed, estimator.labels_, estimator.embedding_)
+                estimator.save(folder)
+                history.finish(estimator.history_)
+                directory.write_result(plain(summarise(plan, dataset, runs)))
+            except OSError as error:
+                # The scores are still shown; the checkpoint holds the trained state.
+                failure = error
+    return plain(summarise(plan, dataset, runs)), failure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the arguments say; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    if "help" in arguments.settings:
+        print(hyper_parameters(arguments.model or "ecnmf"))
+        return 0
+    if arguments.resume and arguments.out is None:
+        raise UsageError("--resume needs --out DIR, the directory of the run to go on with")
+    directory = RunDirectory(arguments.out) if arguments.out is not None else None
+    saved = directory.read_config() if directory is not None and arguments.resume else None
+    plan, dataset = resolve(gather_settings(arguments, saved))
+    if directory is not None:
+        if saved is not None:
+            check_same_run(plan, saved, directory.root)
+        elif arguments.resume:
+            note(f"{directory.root} holds no run yet: starting from the beginning")
+        else:
+            moved = directory.set_aside()
+            if moved is not None:
+                note(f"moved the earlier run in {directory.root} to {moved}")
+    if not arguments.quiet:
+        k, where = plan.parameters["n_clusters"], place(plan.parameters["device"])
+        note(report.headline(plan.model, dataset, k, where))
+    result, failure = run(plan, dataset, directory, resume=saved is not None, quiet=arguments.quiet)
+    print(json.dumps(result) if arguments.json else report.table(result), flush=True)
+    if failure is not None:
+        raise failure
+    if directory is not None:
+        write_report(directory, result, dataset, arguments.quiet)
+    return 0
+
+
+def place(device: str) -> str:
+    """Where the run takes place, and why not on a GPU."""
+    if _device(device).type == "cuda":
+        return f"on {torch.cuda.get_device_name()}"
+    level = f"{_C.cpu_level()}, {torch.get_num_threads()} threads"
+    if device != "auto":
+        return f"on the CPU ({level})"
+    why = "no GPU seen" if not torch.cuda.is_available() else f"CUDA library {cuda_status}"
+    return f"on the CPU ({level}; {why})"
+
+
+def write_report(
+    directory: RunDirectory, result: Mapping[str, Any], dataset: Dataset, quiet: bool
+) -> None:
+    """Write the page; the results are safe, so that a failure here is no more than a warning."""
+    try:
+        report.write_page(directory.root, result, dataset)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted; the results in {directory.root} are complete, report.html is not written"
+        ) from None
+    except Exception as error:
+        if cli.debugging():
+            raise
+        note(f"report.html could not be written: {cli.explain(error)[1]}", kind="warning")
+        return
+    if not quiet:
+        note(f"results and report.html are in {directory.root}")
+
+
+def hyper_parameters(model: str) -> str:
+    """What ``--set`` can change, with types and defaults, as lines."""
+    hints = parameter_types(MODELS[model])
+    defaults = MODELS[model]().get_params()
+    lines = [f"hyper-parameters of {model} with their defaults; a data set's preset may differ:"]
+    for name, hint in hints.items():
+        value = "none" if defaults[name] is None else defaults[name]
+        lines.append(f"  {name:<18} {value!s:<12} {cli.type_text(hint)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
