@@ -32,6 +32,8 @@ __all__ = [
     "count",
     "did_you_mean",
     "duration",
+    "explain",
+    "guarded",
     "make_progress",
     "note",
     "parse_seeds",
@@ -60,6 +62,13 @@ def run(main: Callable[[], int]) -> NoReturn:
     signal.signal(signal.SIGTERM, _raise_interrupt)
     warnings.simplefilter("always")
     warnings.showwarning = _show_warning
+    code = guarded(main)
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def guarded(main: Callable[[], int]) -> int:
+    """The exit code of ``main``, any exception told in one line on stderr."""
     try:
         code = main()
         sys.stdout.flush()
@@ -75,8 +84,7 @@ def run(main: Callable[[], int]) -> NoReturn:
             traceback.print_exc()
         code, message = explain(error)
         note(message if code == 2 else f"internal error: {message}", kind="error")
-    sys.stderr.flush()
-    sys.exit(code)
+    return code
 
 
 def debugging() -> bool:
@@ -99,8 +107,8 @@ def explain(error: Exception) -> tuple[int, str]:
         return 2, text
     if isinstance(error, MemoryError) or "not enough memory" in text or "out of memory" in text:
         return 2, f"not enough memory ({text[:120]}); use a smaller graph, rank or width"
-    # Our own checks raise ValueError and TypeError inside the package; the same from the depth of
-    # another library is a fault of ours.
+    # Checks of settings and data raise ValueError and TypeError inside the package, or in
+    # scikit-learn's validation; the same from the depth of another library is a fault of ours.
     # An ArithmeticError is a diverged loss, whose message says what to lower.
     if isinstance(error, (ValueError, TypeError, ArithmeticError)) and _raised_here(error):
         return 2, text
@@ -112,7 +120,10 @@ def explain(error: Exception) -> tuple[int, str]:
 
 def _raised_here(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and frames[-1].filename.startswith(_PACKAGE)
+    if not frames:
+        return False
+    path = Path(frames[-1].filename)
+    return str(path).startswith(_PACKAGE) or path.parts[-3:-1] == ("sklearn", "utils")
 
 
 def _one_line(error: BaseException) -> str:

@@ -18,9 +18,11 @@ are in place.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from safetensors import SafetensorError
 
 from fastclust.cli import UsageError
 
@@ -142,16 +144,24 @@ class RunDirectory:
         """Where the files of one seed lie."""
         return self.root if seed == self._first else self.root / f"seed-{seed}"
 
-    def write_seed(
-        self, seed: int, labels: npt.NDArray[np.int64], embedding: npt.NDArray[Any]
-    ) -> None:
-        """Write ``assignments.csv`` and ``embedding.npy`` of a seed."""
+    def write_seed(self, seed: int, estimator: Any) -> None:
+        """Write the clusters, the embedding and the model of a fitted estimator."""
         folder = self.folder(seed)
-        lines = [f"{node},{cluster}\n" for node, cluster in enumerate(labels.tolist())]
+        lines = [f"{node},{cluster}\n" for node, cluster in enumerate(estimator.labels_.tolist())]
         write_atomically(folder / "assignments.csv", "node,cluster\n" + "".join(lines))
         buffer = io.BytesIO()
-        np.save(buffer, embedding, allow_pickle=False)
+        np.save(buffer, estimator.embedding_, allow_pickle=False)
         write_atomically(folder / "embedding.npy", buffer.getvalue())
+        model = folder / "model.safetensors"
+        try:
+            estimator.save(folder)
+        except SafetensorError as error:
+            # Its input and output errors are of its own kind, with the number in the text.
+            number = re.search(r"os error (\d+)", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code), str(model)) from None
+        # safetensors lets nobody but the owner read its files.
+        model.chmod(0o666 & ~_umask())
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write ``result.json``."""

@@ -51,7 +51,7 @@ them, are only used to score the result; training never sees them."""
 EPILOG = """\
 examples:
   python -m fastclust.train
-      ECN-MF on scikit-learn's digits: no download, well under a minute
+      ECN-MF on scikit-learn's digits: needs no download
   python -m fastclust.train --dataset amac --out runs/amac
       Amazon Computers; scores, assignments, model and report.html go to runs/amac
   python -m fastclust.train --dataset cora --model hsan --seeds 0-9 --out runs/cora
@@ -278,7 +278,7 @@ def check_same_run(plan: Plan, saved: Mapping[str, Any], root: Path) -> None:
         if key == "data_root":
             continue
         if key == "seeds":
-            if isinstance(old, list) and old[:1] == new[:1]:
+            if isinstance(old, list) and old[:1] == plan.seeds[:1]:
                 continue
         elif new == (None if old == "none" else old):
             continue
@@ -532,8 +532,7 @@ def run(
         runs.append(plain(entry))
         if directory is not None and folder is not None:
             try:
-                directory.write_seed(seed, estimator.labels_, estimator.embedding_)
-                estimator.save(folder)
+                directory.write_seed(seed, estimator)
                 history.finish(estimator.history_)
                 directory.write_result(plain(summarise(plan, dataset, runs)))
             except OSError as error:

@@ -59,7 +59,15 @@ def test_first_seed_lies_on_top(tmp_path: Path) -> None:
     directory.begin([4, 0], {"seeds": [4, 0]})
     assert directory.folder(4) == directory.root
     assert directory.folder(0) == directory.root / "seed-0"
-    directory.write_seed(4, np.array([1, 0]), np.ones((2, 3), np.float32))
+
+    class Fitted:
+        labels_ = np.array([1, 0])
+        embedding_ = np.ones((2, 3), np.float32)
+
+        def save(self, folder: Path) -> None:
+            (folder / "model.safetensors").touch(mode=0o600)
+
+    directory.write_seed(4, Fitted())
     assert (directory.root / "assignments.csv").read_text() == "node,cluster\n0,1\n1,0\n"
     assert np.load(directory.root / "embedding.npy").shape == (2, 3)
 

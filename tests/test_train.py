@@ -1,0 +1,643 @@
+"""python -m fastclust.train: results, resuming, exit codes, messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+import fastclust
+from fastclust import cli, train
+from fastclust.datasets import load_dataset
+from fastclust.estimators import ECNMF
+from fastclust.metrics import clustering_scores
+
+# A model that trains in milliseconds.
+SMALL = ("--set", "width=8", "--set", "rank=4", "--set", "n_init=2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Graphs this small gain nothing from threads, and results do not depend on their number."""
+    before, environment = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    torch.set_num_threads(before)
+    os.environ.pop("OMP_NUM_THREADS")
+    if environment is not None:
+        os.environ["OMP_NUM_THREADS"] = environment
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, np.ndarray]:
+    """Three planted blocks in the uniform npz format."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 20)
+    upper = np.triu(rng.random((60, 60)) < np.where(labels[:, None] == labels, 0.4, 0.02), 1)
+    adjacency = sp.csr_array((upper | upper.T).astype(np.float32))
+    x = sp.csr_array((rng.normal(size=(60, 8)) + 2 * np.eye(8)[labels]).astype(np.float32))
+    return {
+        "adj_indptr": adjacency.indptr.astype(np.int64),
+        "adj_indices": adjacency.indices.astype(np.int32),
+        "x_indptr": x.indptr.astype(np.int64),
+        "x_indices": x.indices.astype(np.int32),
+        "x_data": x.data,
+        "shape_x": np.array(x.shape),
+        "labels": labels,
+    }
+
+
+@pytest.fixture(scope="module")
+def blocks(parts: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "blocks.npz"
+    np.savez(path, **parts)
+    return str(path)
+
+
+@pytest.fixture
+def unlabelled(parts: dict[str, np.ndarray], tmp_path: Path) -> str:
+    path = tmp_path / "unlabelled.npz"
+    np.savez(path, **{key: value for key, value in parts.items() if key != "labels"})
+    return str(path)
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Run the command in this process: exit code, stdout, stderr."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            code = cli.guarded(lambda: train.main(arguments))
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
+    return code, *capsys.readouterr()
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "fastclust.train", *arguments]
+
+
+def spawn(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=300, **options
+    )
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a run leaves which must repeat to the bit: everything but times and memory."""
+    result = json.loads((folder / "result.json").read_text())
+    for run in result["runs"]:
+        del run["seconds"], run["peak_memory_bytes"]
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["seconds"]
+    files = ("assignments.csv", "embedding.npy", "model.safetensors", "config.toml")
+    return {
+        "result": result,
+        "history": rows,
+        **{name: (folder / name).read_bytes() for name in files},
+    }
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+def test_digits_from_the_shell(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = spawn("--epochs", "2", "--set", "width=32", "--json", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result == json.loads((out / "result.json").read_text())
+    assert result["dataset"] == "digits" and result["model"] == "ecnmf"
+    assert (result["n_nodes"], result["n_features"], result["n_clusters"]) == (1797, 64, 10)
+    assert result["config"]["width"] == 32 and result["config"]["epochs"] == 2
+    assert result["versions"]["fastclust"] == fastclust.__version__
+    (run,) = result["runs"]
+    assert set(run["metrics"]) == {"acc", "nmi", "ari", "f1"}
+    assert all(0 <= value <= 1 for value in run["metrics"].values())
+    assert run["epochs"] == 2 and run["seconds"] > 0 and run["peak_memory_bytes"] > 10**7
+    assert result["mean"] == run["metrics"]
+    assert "epoch 1/2" in done.stderr and "epoch 2/2" in done.stderr
+    assert "left" in done.stderr and "Traceback" not in done.stderr
+
+    lines = (out / "assignments.csv").read_text().splitlines()
+    assert lines[0] == "node,cluster" and len(lines) == 1798
+    nodes, clusters = np.array([line.split(",") for line in lines[1:]], dtype=int).T
+    assert (nodes == np.arange(1797)).all() and clusters.min() >= 0 and clusters.max() < 10
+    labels = load_dataset("digits").labels
+    assert clustering_scores(labels, clusters) == run["metrics"]
+
+    rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert all({"loss", "seconds"} <= set(row) for row in rows)
+    assert rows[-1]["acc"] == run["metrics"]["acc"]
+
+    assert np.load(out / "embedding.npy").shape == (1797, 32)
+    loaded = ECNMF.load(out)
+    assert (loaded.labels_ == clusters).all()
+    assert "<svg" in (out / "report.html").read_text()
+    assert any((out / "checkpoint").iterdir())
+    assert not list(out.rglob(".*")), "temporary files were left"
+
+
+def test_table_and_nothing_else_on_stdout(capsys: pytest.CaptureFixture[str], blocks: str) -> None:
+    code, out, err = call(capsys, "--dataset", blocks, "--epochs", "3", "--seeds", "0-1", *SMALL)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].split()[:4] == ["ACC", "NMI", "ARI", "F1"]
+    assert [line.split()[0] for line in lines[1:]] == ["seed", "seed", "mean", "std"]
+    assert "60 nodes" in err and "seed 1 (2 of 2)" in err
+    code, _, err = call(capsys, "--dataset", blocks, "--epochs", "2", "--quiet", *SMALL)
+    assert code == 0 and err == ""
+
+
+def test_several_seeds(capsys: pytest.CaptureFixture[str], blocks: str, tmp_path: Path) -> None:
+    arguments = ("--dataset", blocks, "--epochs", "2", "--seeds", "3,0,5", "--json", *SMALL)
+    code, out, _ = call(capsys, *arguments, "--out", str(tmp_path))
+    assert code == 0
+    result = json.loads(out)
+    assert [run["seed"] for run in result["runs"]] == [3, 0, 5]
+    assert result["complete"]
+    for name in ("acc", "nmi", "ari", "f1"):
+        values = [run["metrics"][name] for run in result["runs"]]
+        assert result["mean"][name] == pytest.approx(np.mean(values))
+        assert result["std"][name] == pytest.approx(np.std(values, ddof=1))
+    for folder in (tmp_path, tmp_path / "seed-0", tmp_path / "seed-5"):
+        for name in ("assignments.csv", "embedding.npy", "history.jsonl", "model.safetensors"):
+            assert (folder / name).is_file()
+    assert not (tmp_path / "seed-3").exists()
+
+
+def test_unlabelled_data(
+    capsys: pytest.CaptureFixture[str], unlabelled: str, tmp_path: Path
+) -> None:
+    arguments = ("--dataset", unlabelled, "--epochs", "2", *SMALL)
+    code, _, err = call(capsys, *arguments)
+    assert code == 2 and "give --n-clusters K" in err
+    code, out, _ = call(
+        capsys, *arguments, "--n-clusters", "3", "--json", "--out", str(tmp_path / "run")
+    )
+    assert code == 0
+    scores = json.loads(out)["runs"][0]["metrics"]
+    assert {"silhouette", "modularity", "conductance"} <= set(scores) and "acc" not in scores
+    code, out, _ = call(capsys, *arguments, "--n-clusters", "3")
+    assert code == 0 and "modularity" in out.splitlines()[0]
+
+
+def test_gnn_benchmark_format(
+    capsys: pytest.CaptureFixture[str], parts: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    path = tmp_path / "blocks.npz"
+    n = len(parts["labels"])
+    np.savez(
+        path,
+        adj_data=np.ones(parts["adj_indices"].size, np.float32),
+        adj_indices=parts["adj_indices"],
+        adj_indptr=parts["adj_indptr"],
+        adj_shape=np.array([n, n]),
+        attr_data=parts["x_data"],
+        attr_indices=parts["x_indices"],
+        attr_indptr=parts["x_indptr"],
+        attr_shape=parts["shape_x"],
+        labels=parts["labels"],
+    )
+    code, out, _ = call(capsys, "--dataset", str(path), "--epochs", "2", "--json", *SMALL)
+    assert code == 0 and json.loads(out)["n_clusters"] == 3
+
+
+@pytest.mark.parametrize("model", ["hsan", "ssgc"])
+def test_other_models(
+    capsys: pytest.CaptureFixture[str], blocks: str, tmp_path: Path, model: str
+) -> None:
+    small = ("--epochs", "2", "--set", "width=8") if model == "hsan" else ()
+    code, out, err = call(
+        capsys, "--dataset", blocks, "--model", model, *small, "--json", "--out", str(tmp_path)
+    )
+    assert code == 0, err
+    assert json.loads(out)["model"] == model
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_selection_is_recorded(capsys: pytest.CaptureFixture[str], blocks: str) -> None:
+    arguments = ("--dataset", blocks, "--epochs", "6", "--set", "eval_every=2", *SMALL)
+    code, out, _ = call(capsys, *arguments, "--selection", "loss", "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert result["selection"] == "loss"
+    assert result["runs"][0]["selected_epoch"] in (1, 3, 5, 6)
+
+
+def test_real_graph(
+    capsys: pytest.CaptureFixture[str], data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FASTCLUST_DATA")
+    arguments = ("--dataset", "cora", "--data-root", str(data_root), "--epochs", "2", "--json")
+    code, out, err = call(capsys, *arguments, "--set", "width=32")
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["n_nodes"], result["n_edges"], result["n_clusters"]) == (2708, 10556, 7)
+    assert result["config"]["rank"] == 40, "the preset of the data set"
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def test_precedence_and_round_trip(
+    capsys: pytest.CaptureFixture[str], blocks: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "mine.toml"
+    config.write_text(
+        f'dataset = "{blocks}"\nepochs = 2\nwidth = 8\nrank = 4\nalpha = 0.25\n'
+        "n-init = 2\nseed = 4\n"
+    )
+    first = tmp_path / "first"
+    code, out, err = call(
+        capsys,
+        *("--config", str(config), "--set", "alpha=0.5", "--set", "epochs=3", "--epochs", "4"),
+        *("--json", "--out", str(first)),
+    )
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["config"]["alpha"] == 0.5 and result["config"]["epochs"] == 4
+    assert result["runs"][0]["seed"] == 4 and result["config"]["n_init"] == 2
+
+    again = tmp_path / "again"
+    code, _, err = call(capsys, "--config", str(first / "config.toml"), "--out", str(again))
+    assert code == 0, err
+    assert outcome(first) == outcome(again)
+
+
+def test_help_teaches() -> None:
+    done = spawn("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    for text in ("examples:", "--resume", "--set", "exit codes", "amac", "my_graph.npz"):
+        assert text in done.stdout
+
+
+def test_set_help_lists_hyper_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "--set", "help")
+    assert code == 0 and "rank" in out and "recombine" in out and "callbacks" not in out
+    code, out, _ = call(capsys, "--set", "help", "--model", "hsan")
+    assert code == 0 and "tau" in out
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+# Evaluated in every epoch, to be slow enough to be interrupted.
+LONG = ("--epochs", "80", "--set", "checkpoint_every=3", "--set", "eval_every=1", *SMALL)
+
+
+def interrupt(arguments: tuple[str, ...], log: Path, rows: int, number: int) -> tuple[int, str]:
+    """Start the command, and send a signal once its history has so many lines."""
+    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.is_file() and log.read_bytes().count(b"\n") >= rows:
+            break
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err
+
+
+@pytest.mark.parametrize("model", ["ecnmf", "hsan"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_resume_ends_with_the_same_bits(
+    capsys: pytest.CaptureFixture[str], blocks: str, tmp_path: Path, number: int, model: str
+) -> None:
+    run = ("--dataset", blocks, "--model", model, "--seed", "1")
+    run += LONG if model == "ecnmf" else (*LONG[:6], "--set", "width=8")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call(capsys, *run, "--out", str(whole), "--quiet")[0] == 0
+    code, err = interrupt((*run, "--out", str(parts)), parts / "history.jsonl", 10, number)
+    if number == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 130, err
+        assert "--resume" in err and "Traceback" not in err
+    assert not (parts / "result.json").exists()
+    # The settings need not be given again.
+    code, _, err = call(capsys, "--out", str(parts), "--resume")
+    assert code == 0, err
+    assert "epoch 1/80" not in err
+    assert outcome(parts) == outcome(whole)
+
+
+@pytest.mark.slow
+def test_kill_at_random_moments(
+    capsys: pytest.CaptureFixture[str], blocks: str, tmp_path: Path
+) -> None:
+    run = ("--dataset", blocks, "--seeds", "0-2", *LONG)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call(capsys, *run, "--out", str(whole), "--quiet")[0] == 0
+    rng = random.Random(0)
+    for _ in range(8):
+        process = subprocess.Popen(
+            command(*run, "--out", str(parts), "--resume"), stderr=subprocess.DEVNULL
+        )
+        time.sleep(rng.uniform(1.5, 6.0))
+        process.kill()
+        process.wait()
+    assert call(capsys, *run, "--out", str(parts), "--resume", "--quiet")[0] == 0
+    for folder in ("seed-1", "seed-2"):
+        for name in ("assignments.csv", "embedding.npy", "model.safetensors"):
+            assert (parts / folder / name).read_bytes() == (whole / folder / name).read_bytes()
+    assert outcome(parts) == outcome(whole)
+
+
+def test_resume_keeps_finished_seeds_and_adds_new_ones(
+    capsys: pytest.CaptureFixture[str], blocks: str, tmp_path: Path
+) -> None:
+    run = ("--dataset", blocks, "--epochs", "3", *SMALL, "--out", str(tmp_path), "--json")
+    first = json.loads(call(capsys, *run, "--seeds", "0-1")[1])
+    code, out, err = call(capsys, *run, "--seeds", "0-2", "--resume")
+    assert code == 0
+    second = json.loads(out)
+    assert second["runs"][:2] == first["runs"] and len(second["runs"]) == 3
+    assert "seed 0 (" not in err and "seed 2 (3 of 3)" in err
+
+
+def test_resume_of_another_run_is_refused(
+    capsys: pytest.CaptureFixture[str], blocks: str, tmp_path: Path
+) -> None:
+    run = ("--dataset", blocks, "--epochs", "2", *SMALL, "--out", str(tmp_path))
+    assert call(capsys, *run)[0] == 0
+    code, _, err = call(capsys, *run, "--resume", "--set", "alpha=0.5")
+    assert code == 2 and "alpha was 1.0" in err and "got 0.5" in err
+    code, _, err = call(capsys, *run, "--resume", "--seed", "7")
+    assert code == 2 and "seeds was [0]" in err
+
+
+def test_resume_without_a_run_begins(
+    capsys: pytest.CaptureFixture[str], blocks: str, tmp_path: Path
+) -> None:
+    run = ("--dataset", blocks, "--epochs", "2", *SMALL, "--out", str(tmp_path / "new"))
+    code, _, err = call(capsys, *run, "--resume")
+    assert code == 0 and "holds no run yet" in err
+
+
+def test_an_earlier_run_is_not_lost(
+    capsys: pytest.CaptureFixture[str], blocks: str, tmp_path: Path
+) -> None:
+    run = ("--dataset", blocks, "--epochs", "2", *SMALL, "--out", str(tmp_path))
+    assert call(capsys, *run)[0] == 0
+    before = (tmp_path / "result.json").read_bytes()
+    code, _, err = call(capsys, *run)
+    assert code == 0 and "previous-1" in err
+    assert (tmp_path / "previous-1" / "result.json").read_bytes() == before
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+BAD_ARGUMENTS = [
+    (["--datset", "cora"], "did you mean --dataset?"),
+    (["--dataset", "corra"], "must be one of cora"),
+    (["--dataset", "absent.npz"], "absent.npz does not exist"),
+    (["--dataset", ""], "dataset must be a name or path"),
+    (["--model", "ecnfm"], "did you mean ecnmf?"),
+    (["--epochs", "0"], "whole number of 1 or more, got '0'"),
+    (["--epochs", "many"], "whole number of 1 or more, got 'many'"),
+    (["--n-clusters", "1"], "n_clusters must be at least 2, got 1"),
+    (["--n-clusters", "1798"], "n_clusters must be at most the number of nodes"),
+    (["--n-clusters", "-3"], "whole number of 1 or more"),
+    (["--seeds", "9-0"], "rising ranges"),
+    (["--seed", "x"], "rising ranges"),
+    (["--seed", "1", "--seeds", "0-3"], "not allowed with"),
+    (["--selection", "oracle"], "argument --selection must be one of last"),
+    (["--protocol", "paper"], "did you mean paper-code?"),
+    (["--precision", "fp16"], "must be one of fp32"),
+    (["--set", "rnak=3"], "did you mean rank?"),
+    (["--set", "rank"], "--set must be KEY=VALUE, got 'rank'"),
+    (["--set", "rank=many"], "rank must be a whole number or none, got 'many'"),
+    (["--set", "rank=0"], "'rank' parameter"),
+    (["--set", "rank=65"], "rank must be at most 64"),
+    (["--set", "lr=fast"], "lr must be a number or none"),
+    (["--set", "lr=-1"], "'lr' parameter"),
+    (["--set", "recombine=mrege"], "did you mean merge?"),
+    (["--set", "selection=first"], "'selection' parameter"),
+    (["--set", "dataset=cora"], "use --dataset instead"),
+    (["--set", "callbacks=x"], "no hyper-parameter 'callbacks'"),
+    (["--set", "checkpoint_every=often", "--out", "{tmp}/run"], "checkpoint_every must be"),
+    (["--model", "ssgc", "--epochs", "5"], "ssgc has no hyper-parameter 'epochs'"),
+    (["--config", "absent.toml"], "cannot read 'absent.toml'"),
+    (["--config", "{tmp}/bad.toml"], "must be a TOML file"),
+    (["--config", "{tmp}/table.toml"], "got a table [model]"),
+    (["--resume"], "--resume needs --out DIR"),
+    (["--out", "{tmp}/bad.toml"], "--out must be a directory that can be written to"),
+    (["--out", "/proc/fastclust"], "--out must be a directory that can be written to"),
+    (["--data-root", "", "--dataset", "cora"], "data_root must be a name or path"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "fragment"), BAD_ARGUMENTS, ids=lambda v: " ".join(v)[:40])
+def test_bad_arguments(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    fragment: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.toml").write_text("epochs = ")
+    (tmp_path / "table.toml").write_text("[model]\nrank = 3\n")
+    code, out, err = call(capsys, *(a.format(tmp=tmp_path) for a in arguments), "--quiet")
+    assert code == 2, err
+    assert fragment in err
+    assert out == "" and err.count("\n") == 1 and "Traceback" not in err
+
+
+def bad_file(kind: str, parts: dict[str, np.ndarray], path: Path) -> None:
+    """Write a data file that has something wrong."""
+    arrays: dict[str, Any] = dict(parts)
+    n = len(parts["labels"])
+    if kind == "no array":
+        del arrays["x_data"]
+    elif kind == "pickled":
+        arrays["labels"] = np.array([{}] * n, dtype=object)
+    elif kind == "negative index":
+        arrays["adj_indices"] = arrays["adj_indices"].copy()
+        arrays["adj_indices"][0] = -1
+    elif kind == "index out of range":
+        arrays["adj_indices"] = arrays["adj_indices"].copy()
+        arrays["adj_indices"][-1] = n
+    elif kind == "NaN in features":
+        arrays["x_data"] = arrays["x_data"].copy()
+        arrays["x_data"][3] = np.nan
+    elif kind == "infinity in features":
+        arrays["x_data"] = arrays["x_data"].copy()
+        arrays["x_data"][3] = np.inf
+    elif kind == "NaN weight":
+        arrays["adj_data"] = np.ones(arrays["adj_indices"].size, np.float32)
+        arrays["adj_data"][0] = np.nan
+    elif kind == "too few rows":
+        arrays["x_indptr"] = arrays["x_indptr"][:-1]
+        arrays["shape_x"] = arrays["shape_x"] - [1, 0]
+        arrays["x_indices"] = arrays["x_indices"][: arrays["x_indptr"][-1]]
+        arrays["x_data"] = arrays["x_data"][: arrays["x_indptr"][-1]]
+    elif kind == "no columns":
+        arrays |= {
+            "x_indptr": np.zeros(n + 1, np.int64),
+            "x_indices": np.zeros(0, np.int32),
+            "x_data": np.zeros(0, np.float32),
+            "shape_x": np.array([n, 0]),
+        }
+    elif kind == "labels too short":
+        arrays["labels"] = arrays["labels"][:-1]
+    np.savez(path, **arrays)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif kind == "corrupt":
+        content = bytearray(path.read_bytes())
+        content[600:640] = bytes(40)
+        path.write_bytes(content)
+    elif kind == "no npz":
+        path.write_bytes(b"hello")
+    elif kind == "empty":
+        path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fragment"),
+    [
+        ("no array", "lacks the arrays x_data"),
+        ("pickled", "pickled"),
+        ("negative index", "-1"),
+        ("index out of range", "adj must hold indices below 60, got 60"),
+        ("NaN in features", "NaN"),
+        ("infinity in features", "inf"),
+        ("NaN weight", "NaN"),
+        ("too few rows", "one row per node (60)"),
+        ("no columns", "at least one column"),
+        ("labels too short", "labels must hold one class per node (60)"),
+        ("truncated", "truncated, corrupt"),
+        ("corrupt", "corrupt"),
+        ("no npz", "npz"),
+        ("empty", "npz"),
+    ],
+)
+def test_bad_files(
+    capsys: pytest.CaptureFixture[str],
+    parts: dict[str, np.ndarray],
+    tmp_path: Path,
+    kind: str,
+    fragment: str,
+) -> None:
+    path = tmp_path / "bad.npz"
+    bad_file(kind, parts, path)
+    code, out, err = call(capsys, "--dataset", str(path), "--epochs", "1", "--quiet")
+    assert code == 2, err
+    assert fragment in err and str(path) in err
+    assert out == "" and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_odd_but_usable_data(
+    capsys: pytest.CaptureFixture[str], parts: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """Isolated nodes, several components, all-zero rows: no error."""
+    n = len(parts["labels"])
+    x = sp.csr_array(
+        (parts["x_data"], parts["x_indices"], parts["x_indptr"]), shape=tuple(parts["shape_x"])
+    ).tolil()
+    x[:5] = 0
+    x = x.tocsr()
+    adjacency = sp.csr_array(
+        (np.ones(parts["adj_indices"].size), parts["adj_indices"], parts["adj_indptr"]), (n, n)
+    ).tolil()
+    adjacency[:3] = 0
+    adjacency[:, :3] = 0
+    adjacency = adjacency.tocsr()
+    path = tmp_path / "odd.npz"
+    np.savez(
+        path,
+        adj_indptr=adjacency.indptr,
+        adj_indices=adjacency.indices,
+        x_indptr=x.indptr,
+        x_indices=x.indices,
+        x_data=x.data,
+        shape_x=parts["shape_x"],
+        labels=parts["labels"],
+    )
+    for model in ("ecnmf", "hsan", "ssgc"):
+        epochs = () if model == "ssgc" else ("--epochs", "2", "--set", "width=8")
+        code, _, err = call(capsys, "--dataset", str(path), "--model", model, *epochs)
+        assert code == 0, err
+
+
+def test_mended_data_is_told_in_one_line_each(parts: dict[str, np.ndarray], tmp_path: Path) -> None:
+    path = tmp_path / "directed.npz"
+    n = len(parts["labels"])
+    adjacency = sp.csr_array(
+        (np.ones(parts["adj_indices"].size), parts["adj_indices"], parts["adj_indptr"]), (n, n)
+    )
+    directed = sp.csr_array(sp.triu(adjacency) + sp.eye_array(n))
+    np.savez(path, **{**parts, "adj_indptr": directed.indptr, "adj_indices": directed.indices})
+    done = spawn("--dataset", str(path), "--epochs", "1", "--quiet", *SMALL)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 and all(line.startswith("warning: ") for line in lines)
+    assert "self loops" in done.stderr and "not symmetric" in done.stderr
+
+
+@pytest.mark.parametrize("limit", [200, 3000])
+def test_a_full_disk_loses_no_score(blocks: str, tmp_path: Path, limit: int) -> None:
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = spawn(
+        *("--dataset", blocks, "--epochs", "3", *SMALL, "--out", str(tmp_path / "run")),
+        preexec_fn=small_disk,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "File too large" in done.stderr and "--resume" in done.stderr
+    if limit > 1000:
+        assert "ACC" in done.stdout, "the scores are shown all the same"
+
+
+def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = spawn("--dataset", "corra", env=os.environ | {"FASTCLUST_DEBUG": "1"})
+    assert done.returncode == 2 and "Traceback" in done.stderr
+
+
+def test_closed_pipe_is_no_error(blocks: str) -> None:
+    process = subprocess.Popen(
+        command("--dataset", blocks, "--epochs", "1", "--quiet", *SMALL),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=120) == 0
+
+
+def test_interrupt_without_out_says_so(blocks: str) -> None:
+    process = subprocess.Popen(
+        command("--dataset", blocks, "--epochs", "1000000", *SMALL),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "epoch 1/" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    rest = process.stderr.read()
+    assert process.wait(timeout=120) == 130
+    assert "nothing is kept" in rest and "Traceback" not in rest
