@@ -306,7 +306,7 @@ def train(
             if checkpoints is not None:
                 if caught or checkpoints.due(epoch + 1) or epoch == epochs - 1:
                     written = checkpoints.save(state)
-                if caught and epoch < epochs - 1:
+                if caught:
                     where = checkpoints.path if written else "nowhere: it could not be written"
                     name = signal.Signals(caught[0]).name
                     raise TrainingInterrupted(f"{name} after epoch {epoch + 1}; checkpoint {where}")

@@ -360,6 +360,30 @@ def test_kill_at_random_moments(
     assert outcome(parts) == outcome(whole)
 
 
+def test_a_signal_in_the_last_epoch_is_not_lost(
+    capsys: pytest.CaptureFixture[str],
+    blocks: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the next seed of several would begin."""
+    run = ("--dataset", blocks, "--epochs", "3", "--seeds", "0-1", *SMALL, "--out", str(tmp_path))
+    record = train.History.__call__
+
+    def interrupt(self: train.History, event: Any) -> None:
+        record(self, event)
+        if event.epoch == event.n_epochs:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.History, "__call__", interrupt)
+        code, _, err = call(capsys, *run)
+    assert code == 130 and "seed 0: SIGTERM after epoch 3" in err
+    code, _, err = call(capsys, *run, "--resume")
+    assert code == 0 and "epoch 1/3" in err and "seed 1 (2 of 2)" in err
+    assert "seed 0 (1 of 2)  epoch" not in err
+
+
 def test_resume_keeps_finished_seeds_and_adds_new_ones(
     capsys: pytest.CaptureFixture[str], blocks: str, tmp_path: Path
 ) -> None:
