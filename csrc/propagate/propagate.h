@@ -18,8 +18,8 @@
 namespace fastclust {
 
 // 32-bit words of one row of a bit mask over n_cols columns; bit c of a row is bit (c % 32) of
-// word (c / 32). Bits past the last column are zero.
-FASTCLUST_HD int64_t mask_words(int64_t n_cols) { return (n_cols + 31) / 32; }
+// word (c / 32). Bits past the last column are zero. (static: every instruction set its own copy)
+static FASTCLUST_HD int64_t mask_words(int64_t n_cols) { return (n_cols + 31) / 32; }
 
 // A row of more than hub_edges edges is a hub. Its edges are cut into segments of hub_edges, each
 // summed on its own into a slot of scratch memory; the slots are then added in order. All other
@@ -59,9 +59,11 @@ struct PropagateParams {
   uint32_t* out_mask;        // [N, mask_words(d)] or nullptr: which x the activation let pass
   T* masked_h;               // [N, d] or nullptr: M h
   T* scratch;                // [n_segments, d]
+  int64_t block_cols;        // CPU only, set inside: columns handled at a time
 };
 
-// Runs on the thread pool, at the CPU level in force. `scratch` is allocated inside.
+// Runs on the thread pool, at the CPU level in force. `scratch` and `block_cols` are set
+// inside.
 template <typename T>
 void propagate_cpu(PropagateParams<T> p);
 

@@ -18,6 +18,9 @@ struct FloatVec {
     const __m256i all = _mm256_set1_epi32(static_cast<int>(bits));
     return _mm256_cmpeq_epi32(_mm256_and_si256(all, lane), lane);
   }
+  static Mask mask_at(const uint32_t* words, int v) {
+    return mask((words[v * kWidth / 32] >> (v * kWidth % 32)) & ((1u << kWidth) - 1u));
+  }
   static Reg zero() { return _mm256_setzero_ps(); }
   static Reg broadcast(T x) { return _mm256_set1_ps(x); }
   static Reg load(const T* p) { return _mm256_loadu_ps(p); }
@@ -46,6 +49,9 @@ struct DoubleVec {
     const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
     const __m256i all = _mm256_set1_epi64x(static_cast<int64_t>(bits));
     return _mm256_cmpeq_epi64(_mm256_and_si256(all, lane), lane);
+  }
+  static Mask mask_at(const uint32_t* words, int v) {
+    return mask((words[v * kWidth / 32] >> (v * kWidth % 32)) & ((1u << kWidth) - 1u));
   }
   static Reg zero() { return _mm256_setzero_pd(); }
   static Reg broadcast(T x) { return _mm256_set1_pd(x); }

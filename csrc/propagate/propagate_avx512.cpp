@@ -1,6 +1,8 @@
 // AVX-512 instance of the propagation kernel: 128 float or 64 double columns in 8 registers.
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "propagate/propagate_kernel.h"
 
 namespace fastclust {
@@ -14,6 +16,12 @@ struct FloatVec {
   static constexpr int kMaxVecs = 8;
 
   static Mask mask(uint32_t bits) { return static_cast<Mask>(bits); }
+  // a load of just these bits goes straight into a mask register, where a shift would not
+  static Mask mask_at(const uint32_t* words, int v) {
+    Mask m;
+    std::memcpy(&m, reinterpret_cast<const char*>(words) + v * sizeof(m), sizeof(m));
+    return m;
+  }
   static Reg zero() { return _mm512_setzero_ps(); }
   static Reg broadcast(T x) { return _mm512_set1_ps(x); }
   static Reg load(const T* p) { return _mm512_loadu_ps(p); }
@@ -40,6 +48,12 @@ struct DoubleVec {
   static constexpr int kMaxVecs = 8;
 
   static Mask mask(uint32_t bits) { return static_cast<Mask>(bits); }
+  // a load of just these bits goes straight into a mask register, where a shift would not
+  static Mask mask_at(const uint32_t* words, int v) {
+    Mask m;
+    std::memcpy(&m, reinterpret_cast<const char*>(words) + v * sizeof(m), sizeof(m));
+    return m;
+  }
   static Reg zero() { return _mm512_setzero_pd(); }
   static Reg broadcast(T x) { return _mm512_set1_pd(x); }
   static Reg load(const T* p) { return _mm512_loadu_pd(p); }

@@ -25,6 +25,10 @@ struct PortableVec {
   using Mask = uint32_t;
 
   static Mask mask(uint32_t bits) { return bits; }
+  // Bits of vector v in a row of a bit mask; the same in every instance of the kernel.
+  static Mask mask_at(const uint32_t* words, int v) {
+    return (words[v * kWidth / 32] >> (v * kWidth % 32)) & ((1u << kWidth) - 1u);
+  }
   static Reg zero() { return broadcast(T(0)); }
   static Reg broadcast(T value) {
     Reg r;
@@ -78,6 +82,16 @@ struct PortableVec {
   }
 };
 
+// Width of a block: the widest, or a narrower one where that brings a block of h down to what a
+// core can expect to keep in cache.
+int64_t choose_block_cols(int64_t n_nodes, int64_t max_cols, int64_t element_size) {
+  constexpr int64_t kCacheBytes = 4 << 20;
+  for (int64_t cols = max_cols; cols >= 32; cols -= 32) {
+    if (n_nodes * cols * element_size <= kCacheBytes) return cols;
+  }
+  return max_cols;
+}
+
 template <typename T>
 PropagateKernel<T> choose_kernel() {
 #if defined(FASTCLUST_X86_SIMD)
@@ -96,14 +110,15 @@ template <typename T>
 void propagate_cpu(PropagateParams<T> p) {
   if (p.n_nodes == 0 || p.n_cols == 0) return;
   const PropagateKernel<T> kernel = choose_kernel<T>();
-  const int64_t n_blocks = (p.n_cols + kernel.block_cols - 1) / kernel.block_cols;
+  p.block_cols = choose_block_cols(p.n_nodes, kernel.max_block_cols, sizeof(T));
+  const int64_t n_blocks = (p.n_cols + p.block_cols - 1) / p.block_cols;
   const std::unique_ptr<T[]> scratch(new T[p.hub.n_segments * p.n_cols]);
   p.scratch = scratch.get();
 
   // Blocks are the slow index: threads move through one block of columns together.
   const int64_t per_block = p.hub.n_segments + p.n_tasks;
   parallel_tasks(n_blocks * per_block, [&](int64_t task, int) {
-    const int64_t col = task / per_block * kernel.block_cols;
+    const int64_t col = task / per_block * p.block_cols;
     const int64_t k = task % per_block;
     if (k < p.hub.n_segments) {
       kernel.segment(p, k, col);
@@ -113,7 +128,7 @@ void propagate_cpu(PropagateParams<T> p) {
     }
   });
   parallel_tasks(n_blocks * p.hub.n_hubs, [&](int64_t task, int) {
-    kernel.combine(p, task / n_blocks, task % n_blocks * kernel.block_cols);
+    kernel.combine(p, task / n_blocks, task % n_blocks * p.block_cols);
   });
 }
 

@@ -2,12 +2,18 @@
 // instruction set. Everything here has internal linkage, so that no code of a higher instruction
 // set can be picked by the linker for a lower one.
 //
-// A call handles a range of rows and one block of V::kMaxVecs vectors of columns, with the sums of
-// one row in registers. Blocks are the outer loop: a block of h (128 floats wide on AVX-512: 7 MB
-// at N = 13752) is gathered from all over and should stay in cache while every row passes.
-// The rows of edges 16 ahead are prefetched: the addresses come from an index list that no
-// hardware prefetcher follows. What bounds it is the gather: L3 bandwidth while a block of h fits
-// there, DRAM bandwidth beyond.
+// A call handles a range of rows and one block of up to V::kMaxVecs vectors of columns, with the
+// sums of one row in registers. Blocks are the outer loop: a block of h is gathered from all over
+// and should stay in cache while every row passes. The rows of edges 16 ahead are prefetched: the
+// addresses come from an index list that no hardware prefetcher follows. What bounds it is the
+// gather: L3 bandwidth while a block of h fits there, DRAM bandwidth beyond.
+//
+// Variants, interleaved in one process on a busy Zen 4 machine, medians of CPU time, one thread,
+// N / stored entries / d = 13752 / 492k / 600 (A) and 200k / 10M / 128 (C): no prefetch A 103,
+// C 792 ms; prefetch 8, 16, 32 edges ahead A 77, 81, 84, C 615, 725, 715; blocks of 64 instead of
+// 128 columns A 63, C 685 (backward A 91 instead of 154, C 1063 instead of 946): narrow blocks pay
+// only where they make a block of h fit the cache, hence choose_block_cols in
+// propagate_cpu.cpp.
 // The residual is added last. Starting the sums from it costs one addition less and ten times the
 // rounding error, because every later partial sum is then as large as the residual.
 #pragma once
@@ -21,7 +27,7 @@ namespace fastclust {
 
 template <typename T>
 struct PropagateKernel {
-  int64_t block_cols;  // a multiple of 32: blocks never share a word of a bit mask
+  int64_t max_block_cols;  // a multiple of 32: blocks never share a word of a bit mask
   void (*rows)(const PropagateParams<T>&, int64_t row_begin, int64_t row_end, int64_t col);
   void (*segment)(const PropagateParams<T>&, int64_t segment, int64_t col);
   void (*combine)(const PropagateParams<T>&, int64_t hub, int64_t col);
@@ -58,14 +64,6 @@ struct Block {
     tail = V::mask(n_last == 32 ? ~0u : (1u << n_last) - 1u);
   }
 
-  // Bits of vector v in a row of a mask. Blocks begin at a multiple of 32 columns, and W divides
-  // 32, so a vector never straddles two words.
-  static uint32_t bits(const uint32_t* row_words, int v) {
-    const uint32_t shifted = row_words[(v * W) / 32] >> ((v * W) % 32);
-    if constexpr (W == 32) return shifted;
-    return shifted & ((1u << W) - 1u);
-  }
-
   Reg load(const T* row, int v) const {
     return v == NV - 1 ? V::load_masked(row + v * W, tail) : V::load(row + v * W);
   }
@@ -81,16 +79,20 @@ struct Block {
     const T* row = p.h + node * p.h_stride + col;
     if constexpr (kMask) {
       // bits past the last column are zero, so they also cut the tail
-      return V::load_masked(row + v * W, V::mask(bits(p.h_mask + node * words + col / 32, v)));
+      return V::load_masked(row + v * W, V::mask_at(p.h_mask + node * words + col / 32, v));
     } else {
       return load(row, v);
     }
   }
 
-  void prefetch(int64_t edge) const {
+  // Forced inline: gcc 12 takes a function that only prefetches for one without effect and drops
+  // the call.
+  template <bool kMask>
+  __attribute__((always_inline)) void prefetch(int64_t edge) const {
     const int64_t ahead = edge + kAhead < p.indptr[p.n_nodes] ? edge + kAhead : edge;
-    const char* row = reinterpret_cast<const char*>(
-        p.h + static_cast<int64_t>(p.indices[ahead]) * p.h_stride + col);
+    const int64_t node = p.indices[ahead];
+    const char* row = reinterpret_cast<const char*>(p.h + node * p.h_stride + col);
+    if constexpr (kMask) __builtin_prefetch(p.h_mask + node * words + col / 32, 0, 3);
     constexpr int kBytes = NV * W * static_cast<int>(sizeof(T));
 #pragma GCC unroll 16
     for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(row + b, 0, 3);
@@ -102,7 +104,7 @@ struct Block {
   template <bool kCoef, bool kMask>
   void gather(int64_t edge_begin, int64_t edge_end, Reg (&acc)[NV]) const {
     for (int64_t e = edge_begin; e < edge_end; ++e) {
-      prefetch(e);
+      prefetch<kMask>(e);
       const int64_t j = p.indices[e];
       if constexpr (kCoef) {
         T c = p.values != nullptr ? static_cast<T>(p.values[e]) : T(1);
@@ -186,11 +188,13 @@ struct Block {
   }
 };
 
-// Calls f(Block<V, NV>) with NV vectors, as many as the columns from `col` on need.
+// Calls f(Block<V, NV>) with NV vectors, as many as the block of columns from `col` on needs.
 template <typename V, int NV = V::kMaxVecs, typename F>
 void with_block(const PropagateParams<typename V::T>& p, int64_t col, const F& f) {
   if constexpr (NV > 1) {
-    if (p.n_cols - col <= (NV - 1) * V::kWidth) return with_block<V, NV - 1>(p, col, f);
+    const int64_t left = p.n_cols - col;
+    const int64_t width = left < p.block_cols ? left : p.block_cols;
+    if (width <= (NV - 1) * V::kWidth) return with_block<V, NV - 1>(p, col, f);
   }
   f(Block<V, NV>(p, col));
 }
