@@ -1,0 +1,260 @@
+// CUDA kernels of the propagation operator (formula in propagate.h).
+//
+// One warp sums one row, or one segment of a hub row, over one slice of up to 512 float columns:
+// each lane holds the sums of its columns in registers and reads 16 bytes of every neighbour's row
+// at a time. 32 edges are fetched by the 32 lanes at once and handed round by shuffles. Slices are
+// the slow grid index, so that warps move through one slice of h together while it is in L2.
+// Hub segments go first, into scratch memory; a second small kernel adds them in order. No atomics:
+// the same bits in every run. What bounds it by arithmetic: the gather from L2, E d elements.
+// Not measured: no GPU was at hand when this was written.
+#include "propagate/propagate_cuda.h"
+#include "propagate/propagate_map.h"
+
+namespace fastclust {
+namespace {
+
+constexpr int kWarps = 8;  // warps per block
+constexpr int kBlocksPerSm = 2;  // at least: 128 registers a thread, enough that nothing spills
+constexpr unsigned kAll = 0xffffffffu;
+
+// VEC elements moved by one instruction.
+template <typename T, int VEC>
+struct alignas(sizeof(T) * VEC) Pack {
+  T x[VEC];
+};
+
+template <typename T, int VEC>
+__device__ __forceinline__ Pack<T, VEC> load_pack(const T* p) {
+  Pack<T, VEC> r;
+  if constexpr (VEC == 1) {
+    r.x[0] = __ldg(p);
+  } else if constexpr (sizeof(T) == 4) {
+    const float4 v = __ldg(reinterpret_cast<const float4*>(p));
+    r.x[0] = v.x, r.x[1] = v.y, r.x[2] = v.z, r.x[3] = v.w;
+  } else {
+    const double2 v = __ldg(reinterpret_cast<const double2*>(p));
+    r.x[0] = v.x, r.x[1] = v.y;
+  }
+  return r;
+}
+
+template <typename T, int VEC>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T, VEC>& r) {
+  *reinterpret_cast<Pack<T, VEC>*>(p) = r;
+}
+
+// M h of a lane's columns.
+template <typename T, int VEC, bool kMask>
+__device__ __forceinline__ Pack<T, VEC> load_h(const PropagateParams<T>& p, int64_t words,
+                                               int64_t node, int64_t col) {
+  Pack<T, VEC> r = load_pack<T, VEC>(p.h + node * p.h_stride + col);
+  if constexpr (kMask) {
+    const uint32_t bits = lane_bits(__ldg(p.h_mask + node * words + col / 32), col, VEC);
+#pragma unroll
+    for (int k = 0; k < VEC; ++k) r.x[k] = (bits >> k) & 1u ? r.x[k] : T(0);
+  }
+  return r;
+}
+
+template <typename T, int VEC, int SLOTS, bool kMask>
+struct Warp {
+  const PropagateParams<T>& p;
+  int64_t words;
+  int64_t slice;
+  int lane;
+
+  static constexpr WarpShape kShape{VEC, SLOTS};
+
+  __device__ int64_t column(int slot) const { return lane_column(slice, slot, lane, kShape); }
+
+  __device__ void gather(int64_t begin, int64_t end, T (&acc)[SLOTS][VEC]) const {
+    for (int64_t base = begin; base < end; base += 32) {
+      const int count = static_cast<int>(end - base < 32 ? end - base : 32);
+      int32_t j = 0;
+      T c = T(1);
+      if (lane < count) {
+        j = __ldg(p.indices + base + lane);
+        if (p.values != nullptr) c = static_cast<T>(__ldg(p.values + base + lane));
+        if (p.col_scale != nullptr) c *= __ldg(p.col_scale + j);
+      }
+#pragma unroll 4
+      for (int k = 0; k < count; ++k) {
+        const int64_t node = __shfl_sync(kAll, j, k);
+        const T coef = __shfl_sync(kAll, c, k);
+#pragma unroll
+        for (int s = 0; s < SLOTS; ++s) {
+          const int64_t col = column(s);
+          if (col >= p.n_cols) continue;
+          const Pack<T, VEC> h = load_h<T, VEC, kMask>(p, words, node, col);
+#pragma unroll
+          for (int v = 0; v < VEC; ++v) acc[s][v] += coef * h.x[v];
+        }
+      }
+    }
+  }
+
+  // All lanes take part, those past the last column too: they contribute zero bits.
+  __device__ void finish(int64_t i, const T (&acc)[SLOTS][VEC]) const {
+    const T self = !p.self_loops ? T(0) : p.col_scale != nullptr ? __ldg(p.col_scale + i) : T(1);
+    const T scale = p.row_scale != nullptr ? __ldg(p.row_scale + i) : T(1);
+#pragma unroll
+    for (int s = 0; s < SLOTS; ++s) {
+      const int64_t col = column(s);
+      uint32_t bits = 0;
+      if (col < p.n_cols) {
+        // without self loop and residual h_i has no part in row i, not even as 0 * NaN
+        const bool read_own = p.self_loops || p.add_input || p.masked_h != nullptr;
+        Pack<T, VEC> own{}, residual{}, out;
+        if (read_own) own = load_h<T, VEC, kMask>(p, words, i, col);
+        if (p.residual != nullptr) {
+          residual = load_pack<T, VEC>(p.residual + i * p.residual_stride + col);
+        } else if (p.add_input) {
+          residual = own;
+        }
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) {
+          const Finished<T> f = finish_element(acc[s][v], p.self_loops ? own.x[v] : T(0), self,
+                                               scale, residual.x[v], p.relu);
+          out.x[v] = f.value;
+          bits |= static_cast<uint32_t>(f.passed) << v;
+        }
+        store_pack(p.out + i * p.n_cols + col, out);
+        if (p.masked_h != nullptr) store_pack(p.masked_h + i * p.n_cols + col, own);
+      }
+      if (p.out_mask != nullptr) store_bits(i, col, bits);
+    }
+  }
+
+  // Joins the bits of the 32 / VEC lanes that share a word of the mask.
+  __device__ void store_bits(int64_t i, int64_t col, uint32_t bits) const {
+    uint32_t word;
+    if constexpr (VEC == 1) {
+      word = __ballot_sync(kAll, bits);
+    } else {
+      word = bits << (col % 32);
+#pragma unroll
+      for (int step = 1; step < 32 / VEC; step *= 2) word |= __shfl_xor_sync(kAll, word, step);
+    }
+    if (col % 32 == 0 && col < p.n_cols) p.out_mask[i * words + col / 32] = word;
+  }
+};
+
+template <typename T, int VEC, int SLOTS, bool kMask>
+__global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm) propagate_rows(const PropagateParams<T> p) {
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const Warp<T, VEC, SLOTS, kMask> warp{p, mask_words(p.n_cols), static_cast<int64_t>(blockIdx.y),
+                                        static_cast<int>(threadIdx.x % 32)};
+  const WarpWork work = warp_work(unit, p.n_nodes, p.indptr, p.hub);
+  if (!work.any) return;  // the whole warp
+  T acc[SLOTS][VEC] = {};
+  warp.gather(work.edge_begin, work.edge_end, acc);
+  if (work.segment < 0) {
+    warp.finish(work.row, acc);
+    return;
+  }
+#pragma unroll
+  for (int s = 0; s < SLOTS; ++s) {
+    const int64_t col = warp.column(s);
+    if (col >= p.n_cols) continue;
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) p.scratch[work.segment * p.n_cols + col + v] = acc[s][v];
+  }
+}
+
+template <typename T, int VEC, int SLOTS, bool kMask>
+__global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm) propagate_hubs(const PropagateParams<T> p) {
+  const int64_t hub = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const Warp<T, VEC, SLOTS, kMask> warp{p, mask_words(p.n_cols), static_cast<int64_t>(blockIdx.y),
+                                        static_cast<int>(threadIdx.x % 32)};
+  if (hub >= p.hub.n_hubs) return;
+  const int64_t* entry = p.hub.hubs + 3 * hub;
+  T acc[SLOTS][VEC] = {};
+  for (int64_t segment = entry[1]; segment < entry[2]; ++segment) {
+#pragma unroll
+    for (int s = 0; s < SLOTS; ++s) {
+      const int64_t col = warp.column(s);
+      if (col >= p.n_cols) continue;
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) acc[s][v] += p.scratch[segment * p.n_cols + col + v];
+    }
+  }
+  warp.finish(entry[0], acc);
+}
+
+template <typename T, int VEC, int SLOTS, bool kMask>
+cudaError_t launch(const PropagateParams<T>& p, cudaStream_t stream) {
+  const auto blocks = [](int64_t warps) { return static_cast<unsigned>((warps + kWarps - 1) / kWarps); };
+  const unsigned slices = static_cast<unsigned>(warp_slices(p.n_cols, {VEC, SLOTS}));
+  const int64_t units = n_warp_units(p.n_nodes, p.hub);
+  propagate_rows<T, VEC, SLOTS, kMask>
+      <<<dim3(blocks(units), slices), 32 * kWarps, 0, stream>>>(p);
+  if (p.hub.n_hubs > 0) {
+    propagate_hubs<T, VEC, SLOTS, kMask>
+        <<<dim3(blocks(p.hub.n_hubs), slices), 32 * kWarps, 0, stream>>>(p);
+  }
+  return cudaGetLastError();
+}
+
+template <typename T, int VEC, int SLOTS>
+cudaError_t launch_masked(const PropagateParams<T>& p, cudaStream_t stream) {
+  if (p.h_mask != nullptr) return launch<T, VEC, SLOTS, true>(p, stream);
+  return launch<T, VEC, SLOTS, false>(p, stream);
+}
+
+template <typename T, int VEC>
+cudaError_t launch_slots(const PropagateParams<T>& p, int slots, cudaStream_t stream) {
+  if (slots == 1) return launch_masked<T, VEC, 1>(p, stream);
+  if (slots == 2) return launch_masked<T, VEC, 2>(p, stream);
+  return launch_masked<T, VEC, 4>(p, stream);
+}
+
+template <typename T>
+bool rows_aligned(const T* p, int64_t stride) {
+  return p == nullptr || (reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride * sizeof(T) % 16 == 0);
+}
+
+template <typename T>
+__global__ void mask_rows_kernel(int64_t n_nodes, int64_t n_cols, const T* h, int64_t h_stride,
+                                 const uint32_t* h_mask, T* out) {
+  const int64_t words = mask_words(n_cols);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  int64_t k = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (; k < n_nodes * n_cols; k += step) {
+    const int64_t i = k / n_cols, col = k % n_cols;
+    const uint32_t bit = lane_bits(h_mask[i * words + col / 32], col, 1);
+    out[k] = bit ? h[i * h_stride + col] : T(0);
+  }
+}
+
+}  // namespace
+
+template <typename T>
+cudaError_t propagate_cuda(const PropagateParams<T>& p, cudaStream_t stream) {
+  if (p.n_nodes == 0 || p.n_cols == 0) return cudaSuccess;
+  const bool aligned = rows_aligned(p.h, p.h_stride) &&
+                       rows_aligned(p.residual, p.residual_stride) &&
+                       rows_aligned(p.out, p.n_cols) && rows_aligned(p.masked_h, p.n_cols);
+  const WarpShape shape = warp_shape(p.n_cols, aligned, sizeof(T));
+  if (shape.vec == 1) return launch_slots<T, 1>(p, shape.slots, stream);
+  return launch_slots<T, 16 / sizeof(T)>(p, shape.slots, stream);
+}
+
+template <typename T>
+cudaError_t mask_rows_cuda(int64_t n_nodes, int64_t n_cols, const T* h, int64_t h_stride,
+                           const uint32_t* h_mask, T* out, cudaStream_t stream) {
+  const int64_t size = n_nodes * n_cols;
+  if (size == 0) return cudaSuccess;
+  const int64_t blocks = (size + 255) / 256;
+  mask_rows_kernel<<<static_cast<unsigned>(blocks < 8192 ? blocks : 8192), 256, 0, stream>>>(
+      n_nodes, n_cols, h, h_stride, h_mask, out);
+  return cudaGetLastError();
+}
+
+template cudaError_t propagate_cuda(const PropagateParams<float>&, cudaStream_t);
+template cudaError_t propagate_cuda(const PropagateParams<double>&, cudaStream_t);
+template cudaError_t mask_rows_cuda(int64_t, int64_t, const float*, int64_t, const uint32_t*, float*,
+                                    cudaStream_t);
+template cudaError_t mask_rows_cuda(int64_t, int64_t, const double*, int64_t, const uint32_t*,
+                                    double*, cudaStream_t);
+
+}  // namespace fastclust
