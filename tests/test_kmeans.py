@@ -11,7 +11,11 @@ Faults seeded once, each turning the named test red:
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -369,3 +373,116 @@ def test_errors(error, match, arguments):
     call = {"x": torch.arange(8.0).reshape(4, 2), "n_clusters": 2, **arguments}
     with pytest.raises(error, match=match):
         ops.kmeans(call.pop("x"), call.pop("n_clusters"), **call)
+
+
+# --- the CUDA kernels, executed on the CPU over an emulated block ---------------------------------
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA kernels and launchers compiled as ordinary C++."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    library = tmp_path_factory.mktemp("device") / "kmeans_emulated.so"
+    source = ROOT / "tests" / "device" / "kmeans_emulated.cpp"
+    command = [compiler, "-std=c++20", "-O2", "-fPIC", "-shared"]
+    command += ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests"), "-x", "c++", str(source)]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def run_on_device(device, x, k, *, restarts=1, init=-1, seed=0, starts=None, tol=1e-4, max_iter=50):
+    """(starts, centers, n_iter, labels, inertia), all centred and padded."""
+    n, d = x.shape
+    dp = (d + 15) // 16 * 16
+    xc, mean = x.new_empty(n, dp), torch.empty(d, dtype=torch.float64)
+    variance, inertia = torch.empty((), dtype=torch.float64), torch.empty(restarts).double()
+    centers = x.new_empty(restarts, k, dp)
+    starts = torch.empty_like(centers) if starts is None else starts.clone()
+    n_iter, converged = torch.empty(restarts).long(), torch.empty(restarts).bool()
+    labels = torch.empty(restarts, n).int()
+    solve = device.kmeans_double if x.dtype == torch.float64 else device.kmeans_float
+
+    def at(t: torch.Tensor) -> ctypes.c_void_p:
+        return ctypes.c_void_p(t.data_ptr())
+
+    def integer(value: int) -> ctypes.c_int64:
+        return ctypes.c_int64(value)
+
+    solve(
+        *(at(x), integer(n), integer(d), integer(k), integer(restarts), ctypes.c_int(init)),
+        *(integer(seed), ctypes.c_double(tol), integer(max_iter), at(xc), integer(dp), at(mean)),
+        *(at(variance), at(centers), at(starts), at(n_iter), at(converged), at(labels)),
+        at(inertia),
+    )
+    return starts, centers, n_iter, labels, inertia
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "d", "k", "restarts"),
+    [(1, 1, 1, 1), (65, 3, 2, 3), (200, 20, 10, 7), (150, 5, 70, 2), (700, 33, 3, 2)],
+)
+@pytest.mark.parametrize("init", [0, 1, 2])
+def test_cuda_kernels_agree_with_the_cpu(device, dtype, n, d, k, restarts, init):
+    x = (blobs(n, d, max(2, k // 2), 1.0) + 5).to(dtype)
+    starts, centers, n_iter, labels, inertia = run_on_device(
+        device, x, k, restarts=restarts, init=init, seed=3
+    )
+    lib = torch.ops.fastclust
+    xc, _, variance = lib.kmeans_center(x)
+    cpu_starts = lib.kmeans_init(xc, k, restarts, init, 3)
+    torch.testing.assert_close(starts, cpu_starts, rtol=1e-5, atol=1e-5)
+    cpu_centers, cpu_iter, _ = lib.kmeans_lloyd(xc, starts, variance * 1e-4, False, 50)
+    cpu_labels, cpu_inertia = lib.kmeans_assign(xc, cpu_centers)
+    assert torch.equal(labels, cpu_labels)
+    assert torch.equal(n_iter, cpu_iter)
+    torch.testing.assert_close(centers, cpu_centers, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inertia, cpu_inertia, rtol=1e-5, atol=1e-9)
+
+
+def test_cuda_kernels_repair_empty_clusters_and_break_ties(device):
+    x = blobs(120, 4, 3, 3.0)
+    xc, _, variance = torch.ops.fastclust.kmeans_center(x)
+    starts = xc[None, :5].clone()
+    starts[:, 2] = 1e3
+    starts[:, 4] = starts[:, 0]  # equal centres: all ties
+    _, centers, n_iter, labels, _ = run_on_device(device, x, 5, starts=starts)
+    cpu_centers, cpu_iter, _ = torch.ops.fastclust.kmeans_lloyd(
+        xc, starts, variance * 1e-4, False, 50
+    )
+    assert torch.equal(n_iter, cpu_iter)
+    torch.testing.assert_close(centers, cpu_centers)
+    assert torch.bincount(labels[0], minlength=5).min() > 0
+
+
+def test_cuda_kernels_have_no_race(device):
+    x = blobs(200, 20, 10, 0.3).float()
+    results = []
+    for order in (0, 1, 2):  # ascending, descending, random progress of the warps
+        device.set_warp_order(order)
+        results.append(run_on_device(device, x, 10, restarts=3, init=0))
+    device.set_warp_order(0)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 10, 33, 64, 65, 1000])
+def test_cuda_index_maps(device, k):
+    device.group_of.restype = device.chunk_rows.restype = device.begin_of.restype = ctypes.c_int64
+    group = device.group_of(ctypes.c_int64(k))
+    assert group >= 1
+    assert group == 1 or group * k <= 64 < (group + 1) * k
+    rows = device.chunk_rows(ctypes.c_int64(k))
+    assert k * 8 * 8 <= rows  # at most 1/8 byte of partial sums per element of x
+    n = 2**40 + k
+    at = [
+        device.begin_of(ctypes.c_int64(n), ctypes.c_int64(256), ctypes.c_int64(p))
+        for p in range(257)
+    ]
+    assert at[0] == 0
+    assert at[-1] == n
+    assert max(b - a for a, b in itertools.pairwise(at)) <= n // 256 + 1

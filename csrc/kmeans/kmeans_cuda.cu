@@ -8,6 +8,9 @@
 // integers. Same bits on every run; no host synchronisation; can be captured in a CUDA graph.
 // Bound by the products (2 N R K d flops an iteration) on plain FMA units, which keeps float32
 // labels those of the CPU; tensor cores would need a second pass over every doubtful pair.
+#if defined(FASTCLUST_DEVICE_EMULATOR)
+#include FASTCLUST_DEVICE_EMULATOR
+#endif
 #include "kmeans/kmeans_cuda.h"
 
 #include <algorithm>
@@ -630,6 +633,14 @@ __global__ void converge_kernel(int64_t n_restarts, int64_t n_clusters, const do
 
 // --- launchers ----------------------------------------------------------------------------------
 
+#if !defined(FASTCLUST_DEVICE_EMULATOR)
+template <typename... Parameters, typename... Args>
+void launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream,
+            Args... args) {
+  kernel<<<grid, threads, 0, stream>>>(args...);
+}
+#endif
+
 template <typename U>
 U* take(const Allocate& allocate, int64_t count) {
   return static_cast<U*>(allocate(static_cast<size_t>(count) * sizeof(U)));
@@ -649,7 +660,7 @@ template <typename T>
 T* square_norms(const T* x, int64_t n, int64_t width, const Allocate& allocate,
                 cudaStream_t stream) {
   T* norms = take<T>(allocate, n);
-  square_norms_kernel<<<blocks(n, kThreads / 32), kThreads, 0, stream>>>(x, n, width, norms);
+  launch(square_norms_kernel<T>, blocks(n, kThreads / 32), kThreads, stream, x, n, width, norms);
   return norms;
 }
 
@@ -658,8 +669,8 @@ void launch_assign(const Problem<T>& p, const T* x_norms, const T* centers, cons
                    const bool* done, int32_t* labels, cudaStream_t stream) {
   const dim3 grid(blocks(p.n_points, kCudaTile),
                   blocks(p.n_restarts, restarts_per_tile(p.n_clusters)));
-  assign_kernel<<<grid, kThreads, 0, stream>>>(p, x_norms, centers, norms, done, rounding(p),
-                                               labels);
+  launch(assign_kernel<T>, grid, kThreads, stream, p, x_norms, centers, norms, done, rounding(p),
+         labels);
 }
 
 template <typename T>
@@ -678,14 +689,13 @@ void initialize_plus_plus(const Problem<T>& p, int64_t seed, const T* x_norms, T
     const auto grid = static_cast<unsigned>(n_group);
     for (int64_t step = 0; step < p.n_clusters; ++step) {
       const int64_t drawn = step == 0 ? 1 : trials;
-      draw_kernel<<<grid, kThreads, 0, stream>>>(p, r, step, trials, seed, current, current_sums,
-                                                 tiles, candidates);
-      measure_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>(
-          p, x_norms, candidates, n_group * drawn, drawn, step == 0, current, doubtful, tiles,
-          distance, tile_sums);
-      choose_kernel<<<grid, kThreads, 0, stream>>>(p, r, step, drawn, candidates, distance,
-                                                   tile_sums, tiles, current, current_sums,
-                                                   centers);
+      launch(draw_kernel<T>, grid, kThreads, stream, p, r, step, trials, seed, current,
+             current_sums, tiles, candidates);
+      launch(measure_kernel<T>, static_cast<unsigned>(tiles), kThreads, stream, p, x_norms,
+             candidates, n_group * drawn, drawn, step == 0, current, doubtful, tiles, distance,
+             tile_sums);
+      launch(choose_kernel<T>, grid, kThreads, stream, p, r, step, drawn, candidates, distance,
+             tile_sums, tiles, current, current_sums, centers);
     }
   }
 }
@@ -701,13 +711,12 @@ cudaError_t center_cuda(const T* x, int64_t n, int64_t d, T* xc, int64_t dp, dou
   double* partial = take<double>(allocate, n_chunks * d);
   double* squares = take<double>(allocate, d);
   const dim3 grid(blocks(dp, kColumns), static_cast<unsigned>(n_chunks));
-  T* const none = nullptr;
-  column_sums_kernel<<<grid, kColumns, 0, stream>>>(x, n, d, rows, mean, none, dp, partial);
-  column_means_kernel<<<blocks(d, kColumns), kColumns, 0, stream>>>(partial, n_chunks, d, n, mean);
-  column_sums_kernel<<<grid, kColumns, 0, stream>>>(x, n, d, rows, mean, xc, dp, partial);
-  column_means_kernel<<<blocks(d, kColumns), kColumns, 0, stream>>>(partial, n_chunks, d, n,
-                                                                    squares);
-  mean_kernel<<<1, kThreads, 0, stream>>>(squares, d, variance);
+  launch(column_sums_kernel<T>, grid, kColumns, stream, x, n, d, rows, mean, nullptr, dp, partial);
+  launch(column_means_kernel, blocks(d, kColumns), kColumns, stream, partial, n_chunks, d, n, mean);
+  launch(column_sums_kernel<T>, grid, kColumns, stream, x, n, d, rows, mean, xc, dp, partial);
+  launch(column_means_kernel, blocks(d, kColumns), kColumns, stream, partial, n_chunks, d, n,
+         squares);
+  launch(mean_kernel, 1, kThreads, stream, squares, d, variance);
   return cudaGetLastError();
 }
 
@@ -725,8 +734,8 @@ cudaError_t initialize_cuda(const Problem<T>& p, Init init, int64_t seed, T* cen
       cudaMemsetAsync(taken, 0, static_cast<size_t>(p.n_restarts * p.n_points), stream);
   if (status != cudaSuccess) return status;
   const int n_draws = init == Init::kCentral ? kCentralDraws : 1;
-  sample_kernel<<<static_cast<unsigned>(p.n_restarts), kThreads, 0, stream>>>(
-      p, n_draws, seed, x_norms, taken, rows, centers);
+  launch(sample_kernel<T>, static_cast<unsigned>(p.n_restarts), kThreads, stream, p, n_draws, seed,
+         x_norms, taken, rows, centers);
   return cudaGetLastError();
 }
 
@@ -757,19 +766,18 @@ cudaError_t lloyd_cuda(const Problem<T>& p, const double* tolerance, bool norm_r
   status = cudaMemsetAsync(converged, 0, static_cast<size_t>(p.n_restarts), stream);
   if (status != cudaSuccess) return status;
   for (int64_t iteration = 0; iteration < max_iter; ++iteration) {
-    launch_assign(p, x_norms, static_cast<const T*>(centers), static_cast<const T*>(norms),
-                  static_cast<const bool*>(converged), labels, stream);
+    launch_assign<T>(p, x_norms, centers, norms, converged, labels, stream);
     status = cudaMemsetAsync(counts, 0, static_cast<size_t>(n_centers) * sizeof(int32_t), stream);
     if (status != cudaSuccess) return status;
-    count_kernel<<<count_grid, kThreads, 0, stream>>>(p, labels, converged, kCountRows, counts);
-    repair_kernel<<<restarts, kThreads, 0, stream>>>(p, centers, converged, labels, counts,
-                                                     distances, repaired);
-    sums_kernel<<<static_cast<unsigned>(sum_blocks), kThreads, 0, stream>>>(
-        p, labels, converged, rows, n_chunks, partial);
-    means_kernel<<<static_cast<unsigned>(n_centers), 128, 0, stream>>>(
-        p, converged, counts, n_chunks, partial, centers, norms, shift);
-    converge_kernel<<<blocks(p.n_restarts, 32), 32, 0, stream>>>(
-        p.n_restarts, p.n_clusters, shift, repaired, tolerance, norm_rule, n_iter, converged);
+    launch(count_kernel<T>, count_grid, kThreads, stream, p, labels, converged, kCountRows, counts);
+    launch(repair_kernel<T>, restarts, kThreads, stream, p, centers, converged, labels, counts,
+           distances, repaired);
+    launch(sums_kernel<T>, static_cast<unsigned>(sum_blocks), kThreads, stream, p, labels,
+           converged, rows, n_chunks, partial);
+    launch(means_kernel<T>, static_cast<unsigned>(n_centers), 128, stream, p, converged, counts,
+           n_chunks, partial, centers, norms, shift);
+    launch(converge_kernel, blocks(p.n_restarts, 32), 32, stream, p.n_restarts, p.n_clusters, shift,
+           repaired, tolerance, norm_rule, n_iter, converged);
   }
   return cudaGetLastError();
 }
@@ -782,11 +790,11 @@ cudaError_t assign_cuda(const Problem<T>& p, const T* centers, int32_t* labels, 
   const T* norms =
       square_norms(centers, p.n_restarts * p.n_clusters, p.width, allocate, stream);
   auto* sums = take<double>(allocate, p.n_restarts * n_blocks);
-  launch_assign(p, x_norms, centers, norms, nullptr, labels, stream);
+  launch_assign<T>(p, x_norms, centers, norms, nullptr, labels, stream);
   const dim3 grid(static_cast<unsigned>(n_blocks), static_cast<unsigned>(p.n_restarts));
-  inertia_kernel<<<grid, kThreads, 0, stream>>>(p, centers, labels, sums);
-  total_kernel<<<static_cast<unsigned>(p.n_restarts), kThreads, 0, stream>>>(sums, n_blocks,
-                                                                             inertia);
+  launch(inertia_kernel<T>, grid, kThreads, stream, p, centers, labels, sums);
+  launch(total_kernel, static_cast<unsigned>(p.n_restarts), kThreads, stream, sums, n_blocks,
+         inertia);
   return cudaGetLastError();
 }
 

@@ -2,7 +2,9 @@
 // in device memory; `allocate` gives device memory that lives until the work on `stream` is done.
 #pragma once
 
+#if !defined(FASTCLUST_DEVICE_EMULATOR)
 #include <cuda_runtime.h>
+#endif
 
 #include <cstddef>
 #include <functional>
