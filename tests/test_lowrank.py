@@ -511,3 +511,62 @@ def test_products_of_the_centred_rows(n, d, batch, center, layout):
         c = fastclust_ops.lowrank_gram(*rows, mean, d, batch)
         assert (c - padded.mT @ padded).abs().max() < 1e-5 * c.abs().max()
         assert torch.equal(c, c.mT)
+
+
+# ------------------------------------------------------- what CUDA tensors run, on the CPU
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, csr])
+@pytest.mark.parametrize("batch", [8, 30])
+def test_device_composition_equals_the_native_operators(batch, layout, dtype):
+    from fastclust.ops import lowrank_device as device
+
+    x = sparse_binary(30, 9, 0.3).to(dtype)
+    source = layout(x)
+    if source.layout == torch.strided:
+        rows = (source, None, None)
+    else:
+        rows = (source.values(), source.crow_indices().long(), source.col_indices().int())
+    m = -(-30 // batch)
+    tolerance = 50 * torch.finfo(dtype).eps
+    mean = fastclust_ops.lowrank_mean(*rows, 9, batch)
+    assert torch.allclose(device.mean(*rows, 9, batch), mean, atol=tolerance)
+    v = device.normal(x, m, 2, 9, 5, 3)
+    assert torch.allclose(fastclust_ops.lowrank_normal(x, m, 2, 9, 5, 3), v, atol=1e-5)
+    q = torch.randn(m, batch, 5, dtype=dtype)
+    for mu in (mean, None):
+        for ours, native, operand in (
+            (device.gram, fastclust_ops.lowrank_gram, ()),
+            (device.project, fastclust_ops.lowrank_project, (v,)),
+            (device.project_transposed, fastclust_ops.lowrank_project_transposed, (q,)),
+        ):
+            wanted = native(*rows, mu, 9, batch, *operand)
+            assert torch.allclose(ours(*rows, mu, 9, batch, *operand), wanted, atol=tolerance)
+    y = q.clone()
+    y[0, :, 3] = y[0, :, 1] * 2
+    for shift in (None, q):
+        got_q, got_r = device.orthonormalize(y, shift, 2)
+        assert (got_q.double() @ got_r - y).abs().max() < 1e-3
+        if shift is None:
+            assert not got_q[0, :, 3].any()
+    s = device.small_svd(got_r, 1e-15)[1]
+    assert torch.allclose(s, fastclust_ops.lowrank_small_svd(got_r, 1e-15)[1])
+
+
+def test_device_composition_runs_the_whole_algorithm(monkeypatch):
+    import fastclust.ops.lowrank as module
+    from fastclust.ops import lowrank_device as device
+
+    x = sparse_binary(90, 40, 0.2)
+    wanted = {s: ops.low_rank(s, 6, batch_size=40, n_iter=6).to_dense() for s in (x, csr(x))}
+
+    class Operators:
+        def __getattr__(self, name: str):
+            return getattr(device, name.removeprefix("lowrank_"))
+
+    monkeypatch.setattr(module.torch.ops, "fastclust", Operators())
+    for source, result in wanted.items():
+        got = ops.low_rank(source, 6, batch_size=40, n_iter=6).to_dense()
+        assert relative(got, result) < 1e-4
+    assert not ops.low_rank(torch.full((50, 7), 0.1), 2, batch_size=16).to_dense().any()

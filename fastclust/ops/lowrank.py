@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastclust import _library  # noqa: F401  (registers the operators)
+from fastclust.ops import lowrank_device  # noqa: F401  (the same on CUDA tensors)
 
 __all__ = ["LowRank", "LowRankMatrix", "batched_svd", "low_rank"]
 
