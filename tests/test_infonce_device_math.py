@@ -3,6 +3,11 @@
 ``tests/device`` holds a small emulator of a CUDA block; here the very kernel sources, schedulers
 and launch sequence are compiled over it with the ordinary C++ compiler, run, and compared with the
 float64 twin. What a GPU alone can show (the instructions themselves, timing) is not shown here.
+
+Faults seeded once into the sources, and the test that turned red:
+    last tile dropped, diagonal tile counted twice, 1/r_k term skipped: matches_the_twin (among
+    others); chunk table shifted: seams_of_panels_chunks_and_splits; a barrier of the pipeline
+    removed, or one copy too few waited for: no_race (and the twins); no swizzle: bank_conflict.
 """
 
 from __future__ import annotations
