@@ -1,4 +1,11 @@
-"""ops.propagate against its float64 twin: values, gradients, properties, edge shapes."""
+"""ops.propagate against its float64 twin: values, gradients, properties, edge shapes.
+
+Faults that were seeded, one at a time, and the test that turned red first: a hub segment without
+its last edge, a hub table shifted by one segment (test_chunk_tables_cover_every_edge_once and
+test_matches_the_twin); a backward without swapped scales, without the mask, without the residual
+(test_matches_the_twin); a degree without the self loop
+(test_scales_give_the_normalised_adjacency).
+"""
 
 from __future__ import annotations
 
