@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import bound
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from fastclust import _C, ops, reference
 from fastclust.ops.infonce import MAX_SNAPSHOTS, Hardness
-from tolerances import bound
 
 LEVELS = [
     name for name in ("portable", "avx2", "avx512") if name == "portable" or _C.cpu_features()[name]
@@ -484,27 +484,27 @@ def test_named_precisions_are_fp32_on_the_cpu(precision: str) -> None:
 
 
 BAD = [
-    (dict(z=[1.0]), TypeError, "z must be a torch.Tensor"),
-    (dict(z=torch.zeros(4, 3, dtype=torch.float16)), TypeError, "z must be float32 or float64"),
-    (dict(z=torch.zeros(4)), ValueError, "z must have shape"),
-    (dict(z=torch.zeros(3, 2)), ValueError, "2N"),
-    (dict(z=torch.zeros(0, 2)), ValueError, "2N"),
-    (dict(z=torch.full((4, 3), torch.nan)), ValueError, "z must be finite"),
-    (dict(e=torch.zeros(6, 3)), ValueError, "e must have as many rows"),
-    (dict(e=torch.zeros(4, 3, dtype=torch.float64)), TypeError, "e must have the dtype"),
-    (dict(e=torch.full((4, 3), torch.inf)), ValueError, "e must be finite"),
-    (dict(alpha="1"), TypeError, "alpha must be a number"),
-    (dict(alpha=torch.zeros(2)), ValueError, "alpha must be a number"),
-    (dict(alpha=torch.tensor(1)), TypeError, "alpha must be of floating point"),
-    (dict(weights=torch.ones(4, 4)), TypeError, "weights must come from"),
-    (dict(precision="fp16"), ValueError, "precision must be"),
+    ({"z": [1.0]}, TypeError, "z must be a torch.Tensor"),
+    ({"z": torch.zeros(4, 3, dtype=torch.float16)}, TypeError, "z must be float32 or float64"),
+    ({"z": torch.zeros(4)}, ValueError, "z must have shape"),
+    ({"z": torch.zeros(3, 2)}, ValueError, "2N"),
+    ({"z": torch.zeros(0, 2)}, ValueError, "2N"),
+    ({"z": torch.full((4, 3), torch.nan)}, ValueError, "z must be finite"),
+    ({"e": torch.zeros(6, 3)}, ValueError, "e must have as many rows"),
+    ({"e": torch.zeros(4, 3, dtype=torch.float64)}, TypeError, "e must have the dtype"),
+    ({"e": torch.full((4, 3), torch.inf)}, ValueError, "e must be finite"),
+    ({"alpha": "1"}, TypeError, "alpha must be a number"),
+    ({"alpha": torch.zeros(2)}, ValueError, "alpha must be a number"),
+    ({"alpha": torch.tensor(1)}, TypeError, "alpha must be of floating point"),
+    ({"weights": torch.ones(4, 4)}, TypeError, "weights must come from"),
+    ({"precision": "fp16"}, ValueError, "precision must be"),
 ]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD)
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
     """Each wrong argument is named before any kernel runs."""
-    args: dict[str, Any] = dict(z=torch.ones(4, 3), e=torch.ones(4, 2), alpha=0.5) | change
+    args: dict[str, Any] = {"z": torch.ones(4, 3), "e": torch.ones(4, 2), "alpha": 0.5} | change
     with pytest.raises(error, match=message):
         ops.hard_infonce(**args)
 
