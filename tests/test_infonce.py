@@ -1,4 +1,14 @@
-"""hard_infonce, hardness and dense_weights against their twins in fastclust.reference."""
+"""hard_infonce, hardness and dense_weights against their twins in fastclust.reference.
+
+Faults planted once by hand in csrc/infonce/infonce_cpu.cpp, and the tests that each turned red:
+
+- one tile dropped from the row sums: test_sizes (193, 500), test_confident_share,
+  test_panels_of_tiles, test_no_signed_bias;
+- diagonal tiles counted twice: the same, all sizes, and test_equals_nt_xent;
+- the 1/r_k term left out of T: test_sizes (all), test_confident_share, test_panels_of_tiles,
+  test_no_signed_bias;
+- one chunk of the gradient product shifted by a sliver: as for the dropped tile.
+"""
 
 from __future__ import annotations
 
