@@ -659,7 +659,7 @@ border-radius:12px}}
 .cards{{display:grid;grid-template-columns:repeat(auto-fit,minmax(120px,1fr));gap:12px}}
 .card .label{{color:var(--soft);font-size:13px}}
 .card .value{{font-size:28px;font-weight:650;line-height:1.25;font-variant-numeric:tabular-nums}}
-.card.quiet .value{{font-weight:400}}
+.card.quiet .value{{font-weight:400;font-size:22px;line-height:35px}}
 .card .spread{{color:var(--soft);font-size:13px;min-height:1.5em}}
 .note{{margin:12px 0 0;color:var(--soft);font-size:13px;max-width:75ch}}
 .grid{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:24px}}
