@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +43,7 @@ from fastclust.validation import (
 
 __all__ = ["ECNMF", "HSAN", "SSGC"]
 
-Features = npt.NDArray[np.float32] | sp.csr_array
+Features: TypeAlias = npt.NDArray[np.float32] | sp.csr_array
 Self = TypeVar("Self", bound="_GraphClusterer")
 
 PRECISIONS = ("fp32", "tf32", "bf16x3", "bf16")
@@ -65,7 +65,7 @@ _SHARE = Interval(Real, 0, 1, closed="both")
 _RUN_ONLY = ("callbacks", "checkpoint_dir", "checkpoint_every", "device", "resume", "verbose")
 
 
-class _GraphClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
+class _GraphClusterer(ClusterMixin, BaseEstimator):
     """What the three estimators share: input checks, presets, files."""
 
     _name: ClassVar[str]
@@ -857,9 +857,10 @@ def _seed(random_state: Any) -> int:
 
 def _dense_unless_sparse(features: Features) -> Features:
     """CSR features that are hardly sparse, as a dense array."""
-    if sp.issparse(features) and features.nnz > DENSE_FROM * features.shape[0] * features.shape[1]:
-        return np.asarray(features.toarray(), dtype=np.float32)
-    return features
+    if isinstance(features, np.ndarray):
+        return features
+    n, d = features.shape
+    return np.asarray(features.toarray()) if features.nnz > DENSE_FROM * n * d else features
 
 
 def _jsonable_params(estimator: BaseEstimator, seed: int) -> dict[str, Any]:
@@ -881,10 +882,11 @@ def _jsonable_params(estimator: BaseEstimator, seed: int) -> dict[str, Any]:
 def _digest(features: Features, graph: sp.csr_array) -> str:
     """SHA-256 of the data, in hexadecimal."""
     digest = hashlib.sha256()
-    matrices = (graph, features) if sp.issparse(features) else (graph,)
-    arrays = [part for m in matrices for part in (m.indptr, m.indices, m.data)]
-    if not sp.issparse(features):
+    arrays = [graph.indptr, graph.indices, graph.data]
+    if isinstance(features, np.ndarray):
         arrays.append(features)
+    else:
+        arrays += [features.indptr, features.indices, features.data]
     for array in arrays:
         digest.update(f"{array.shape}{array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).data)

@@ -303,8 +303,9 @@ def dense_ecnmf(model: ECNMFModel, abar: Tensor, x: Tensor, x_r: Tensor) -> dict
     """Eqs. 10 to 16 in dense float64."""
     act = torch.relu if model.activation == "relu" else (lambda h: h)
     views = []
-    for features, w, b in zip((x, x_r), model.w, model.b, strict=True):
-        weights, biases = [p.double() for p in w], [p.double() for p in b]
+    for view, features in enumerate((x, x_r)):
+        layers = slice(view * model.n_layers, (view + 1) * model.n_layers)
+        weights, biases = ([p.double() for p in ps[layers]] for ps in (model.w, model.b))
         z = act(abar @ features @ weights[0] + biases[0])
         for weight, bias in zip(weights[1:], biases[1:], strict=True):
             z = act(abar @ (z @ weight + bias) + z)

@@ -227,16 +227,12 @@ class ECNMFModel(nn.Module):
         )
         # Glorot's uniform initialisation for every matrix, zero for every bias.
         generator = torch.Generator().manual_seed(derive_seed(seed, _INITIALISE))
-        self.w = nn.ModuleList()
-        self.b = nn.ModuleList()
+        self.n_layers = n_layers
+        self.w, self.b = nn.ParameterList(), nn.ParameterList()  # by view, then by layer
         for view in self.inputs:
-            shapes = [(view.n_features, width)] + [(width, width)] * (n_layers - 1)
-            self.w.append(nn.ParameterList(_glorot(shape, generator) for shape in shapes))
-            self.b.append(
-                nn.ParameterList(
-                    nn.Parameter(torch.zeros(width), requires_grad=bias) for _ in shapes
-                )
-            )
+            for rows in (view.n_features, *[width] * (n_layers - 1)):
+                self.w.append(_glorot((rows, width), generator))
+                self.b.append(nn.Parameter(torch.zeros(width), requires_grad=bias))
         self.head_w = _glorot((width, n_clusters), generator)
         self.head_b = nn.Parameter(torch.zeros(n_clusters))
         self.to(x.device)
@@ -245,17 +241,15 @@ class ECNMFModel(nn.Module):
 
     def views(self) -> tuple[Tensor, Tensor]:
         """The last embeddings of the two views (Eqs. 10-11), each [N, d]."""
-        first, second = (
-            self._encode(view, list(w), list(b))
-            for view, w, b in zip(self.inputs, self.w, self.b, strict=True)
-        )
-        return first, second
+        return self._encode(0), self._encode(1)
 
-    def _encode(self, view: Any, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-        z = view(weights[0], self.bf16) + biases[0]
+    def _encode(self, view: int) -> Tensor:
+        layers = range(view * self.n_layers, (view + 1) * self.n_layers)
+        first, *later = [(self.w[i], self.b[i]) for i in layers]
+        z = self.inputs[view](first[0], self.bf16) + first[1]
         if self.activation == "relu":
             z = torch.relu(z)
-        for w, b in zip(weights[1:], biases[1:], strict=True):
+        for w, b in later:
             h = _product(z, w, self.bf16, b)
             z = ops.propagate(self.graph, h, residual=z, activation=self.activation)
         return z

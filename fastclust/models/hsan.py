@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastclust import ops
 from fastclust.graph import Graph
-from fastclust.models.inputs import as_tensor, derive_seed, uniform_parameter, unit_rows
+from fastclust.models.inputs import as_tensor, derive_seed, stacked_unit_rows, uniform_parameter
 
 __all__ = ["HSANModel", "confident_nodes", "filtered_attributes"]
 
@@ -203,18 +203,21 @@ class HSANModel(nn.Module):
 
     def attribute_views(self) -> Tensor:
         """Z [2N, d]: unit rows of act(X~ W_v + b_v), view 1 above view 2."""
-        views = []
-        for w, b in zip(self.w, self.b, strict=True):
-            z = nn.functional.linear(self.x, w, b)  # [N, d]
-            views.append(unit_rows(torch.sigmoid(z) if self.activation == "sigmoid" else z))
-        return torch.cat(views)
+        first, second = (
+            nn.functional.linear(self.x, w, b)  # [N, d]
+            for w, b in zip(self.w, self.b, strict=True)
+        )
+        if self.activation == "sigmoid":
+            first, second = torch.sigmoid(first), torch.sigmoid(second)
+        return stacked_unit_rows(first, second)
 
     def structure_views(self) -> Tensor | None:
         """E [2N, d]: unit rows of A V_v + c_v; None without structure encoders."""
         if not self.structure:
             return None
         encoders = zip(self.v, self.c, strict=True)
-        return torch.cat([unit_rows(ops.propagate(self.graph, v) + c) for v, c in encoders])
+        first, second = (ops.propagate(self.graph, v).add_(c) for v, c in encoders)
+        return stacked_unit_rows(first, second)
 
     def embedding(self) -> Tensor:
         """Z = (Z^1 + Z^2) / 2 [N, d], not normalised again."""
@@ -248,6 +251,7 @@ class HSANModel(nn.Module):
         released = self.kmeans == "paper-code"
         confident = confident_nodes(z_mean, result.centers, self.tau, released=released)
         previous = self.weights if self.stale_weights else None
+        self.weights = None  # its memory is needed
         self.weights = ops.hardness(
             self.attribute_views(),
             self.structure_views(),

@@ -11,7 +11,16 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-__all__ = ["as_tensor", "derive_seed", "kmeans_labels", "uniform_parameter", "unit_rows"]
+__all__ = [
+    "as_tensor",
+    "derive_seed",
+    "kmeans_labels",
+    "stacked_unit_rows",
+    "uniform_parameter",
+    "unit_rows",
+]
+
+NORM_FLOOR = 1e-12
 
 
 def as_tensor(
@@ -20,7 +29,7 @@ def as_tensor(
     """A host matrix [N, D] as a tensor: dense stays dense, CSR becomes a sparse CSR tensor."""
     if isinstance(x, Tensor):
         return x.to(device)
-    if not sp.issparse(x):
+    if isinstance(x, np.ndarray):
         return torch.as_tensor(np.ascontiguousarray(x), device=device)
     parts = (x.indptr.astype(np.int64), x.indices.astype(np.int64), x.data)
     indptr, indices, values = (torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
@@ -49,9 +58,39 @@ def uniform_parameter(
     return torch.nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator))
 
 
+class _StackedUnitRows(torch.autograd.Function):
+    """The unit rows of two views in one array. Keeps the result and the norms, not the views."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
+        n, d = first.shape
+        out = first.new_empty(2 * n, d)
+        norms = first.new_empty(2 * n, 1)
+        for half, view in ((slice(0, n), first), (slice(n, None), second)):
+            norms[half] = torch.linalg.vector_norm(view, dim=1, keepdim=True).clamp_min_(NORM_FLOOR)
+            torch.div(view, norms[half], out=out[half])
+        ctx.save_for_backward(out, norms)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        out, norms = ctx.saved_tensors
+        # d(x / |x|): the part of the gradient along the row itself drops out.
+        views = []
+        for g, y, norm in zip(gradients[0].chunk(2), out.chunk(2), norms.chunk(2), strict=True):
+            along = torch.linalg.vecdot(g, y)[:, None]
+            views.append(torch.addcmul(g, y, along, value=-1.0).div_(norm))
+        return views[0], views[1]
+
+
+def stacked_unit_rows(first: Tensor, second: Tensor) -> Tensor:
+    """Two views [N, d] as unit rows in one array [2N, d]; zero rows stay zero."""
+    return _StackedUnitRows.apply(first, second)
+
+
 def unit_rows(x: Tensor) -> Tensor:
     """Rows of x [N, d] divided by their Euclidean norm; zero rows stay zero."""
-    return torch.nn.functional.normalize(x, dim=1)
+    return torch.nn.functional.normalize(x, dim=1, eps=NORM_FLOOR)
 
 
 def kmeans_labels(result: Any) -> npt.NDArray[np.int64]:
