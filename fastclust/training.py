@@ -295,7 +295,8 @@ def train(
             entry: dict[str, Any] = {"epoch": epoch + 1, "loss": value}
             evaluation = None
             if epoch % eval_every == 0 or epoch == epochs - 1:
-                evaluation = _evaluate(state, epoch, value, adjacency, selection)
+                final = epoch == epochs - 1
+                evaluation = _evaluate(state, epoch, value, adjacency, selection, final)
                 entry |= {key: score for key, score in evaluation.items() if key != "labels"}
             entry["seconds"] = time.perf_counter() - started
             state.epochs_done = epoch + 1
@@ -322,7 +323,7 @@ def train(
 
 
 def _evaluate(
-    state: _State, epoch: int, loss: float, adjacency: sp.csr_array, selection: str
+    state: _State, epoch: int, loss: float, adjacency: sp.csr_array, selection: str, final: bool
 ) -> dict[str, Any]:
     """Cluster, score, and keep the clustering if the selection rule prefers it."""
     with torch.no_grad():
@@ -332,7 +333,7 @@ def _evaluate(
     more_is_better = SELECTIONS[selection]
     best = state.best
     if more_is_better is None:
-        score, preferred = float("nan"), True
+        score, preferred = float("nan"), final
     else:
         score = loss if selection == "loss" else scores[selection]
         ahead = score > best.score if more_is_better else score < best.score
