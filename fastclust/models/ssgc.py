@@ -22,12 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 import torch
+from scipy.linalg import eigh
 from scipy.stats import rankdata
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.preprocessing import normalize
 
 from fastclust import ops
 from fastclust.graph import Graph
+from fastclust.models.inputs import as_tensor, kmeans_labels, unit_rows
 
 __all__ = ["ssgc_embedding"]
 
@@ -35,13 +37,15 @@ Features: TypeAlias = Any  # numpy.ndarray or scipy.sparse.csr_array, float32 [N
 Recipe = Literal["multiview", "plain"]
 Weighting = Literal["auto", "l2", "tf-idf"]
 
+_SKETCH_STEPS = 2
 _PAIRS = 256  # leading singular pairs of the attributes that are kept
 _NEGLIGIBLE = 1e-8  # squared singular values below this share of the largest are rounding
+_TINY = 1e-30
 _KEEP = 0.05  # share of the unsmoothed attributes
+_STEPS = (0, 1, 2, 4, 8)  # candidates for T
 _DEFAULT_STEPS = 8
-_OTHER_STEPS = (0, 1, 2, 4)
 _MARGIN = 1.05  # by how much fewer steps must agree better to be preferred
-_SPLITS = 2
+_SPLITS = 4  # of which two are enough where nothing speaks against the default
 _RESTARTS = 3
 _DEGREE_SHARE = 0.9
 _PLAIN_COMPONENTS = 20
@@ -130,12 +134,11 @@ def ssgc_embedding(
     for name in weightings:
         q, energy, mean_energy = _leading_pairs(_weighted(features, name), seed, device)
         smooth = _smoothed(graph, q, (n_steps,))[n_steps]
-        for scale in _scalings(energy, mean_energy, recipe):
-            views.append(_leading_rows(smooth, scale, width))
+        views += _views(smooth, _scalings(energy, mean_energy, recipe), width)
     embedding = views[0]
     if len(views) > 1:
         joined = torch.cat(views, dim=1)  # [N, 8 width]
-        embedding = _leading_rows(joined, torch.ones(joined.shape[1]), width)
+        (embedding,) = _views(joined, [torch.ones(joined.shape[1])], width)
     return embedding, {"recipe": recipe, "n_steps": n_steps, "agreement": agreement}
 
 
@@ -191,9 +194,11 @@ def _encodes_degree(features: Features, adjacency: sp.csr_array) -> bool:
     The share of the variance of log(1 + degree) between columns, corrected for their
     number: an identity matrix explains everything and nothing.
     """
+    n = features.shape[0]
+    if (features.nnz if sp.issparse(features) else np.count_nonzero(features)) != n:
+        return False
     x = sp.csr_array(features)
-    n = x.shape[0]
-    if x.nnz != n or (np.diff(x.indptr) != 1).any():
+    if (np.diff(x.indptr) != 1).any():
         return False
     _, group = np.unique(x.indices, return_inverse=True)
     n_groups = int(group.max()) + 1
@@ -214,21 +219,13 @@ def _leading_pairs(
     Returns Q = X V [N, r], w [r] = squared singular values (float64, on the CPU), |X|_F^2 / D.
     """
     rank = min(_PAIRS, *x.shape)
-    svd = ops.batched_svd(_tensor(x, device), rank, center=False, n_iter=4, seed=seed)
+    svd = ops.batched_svd(as_tensor(x, device), rank, center=False, n_iter=_SKETCH_STEPS, seed=seed)
     u, s = svd.u[0], svd.s[0]
     energy = s.double().cpu() ** 2
     kept = max(1, int((energy > _NEGLIGIBLE * energy[0]).sum()))
     values = x.data if sp.issparse(x) else x
     mean_energy = float(np.square(values, dtype=np.float64).sum()) / x.shape[1]
     return u[:, :kept] * s[:kept], energy[:kept], mean_energy
-
-
-def _tensor(x: Features, device: torch.device | str) -> torch.Tensor:
-    if not sp.issparse(x):
-        return torch.from_numpy(x).to(device)
-    return torch.sparse_csr_tensor(
-        torch.from_numpy(x.indptr), torch.from_numpy(x.indices), torch.from_numpy(x.data), x.shape
-    ).to(device)
 
 
 # --- smoothing and views --------------------------------------------------------------------------
@@ -250,28 +247,33 @@ def _scalings(energy: torch.Tensor, mean_energy: float, recipe: str) -> list[tor
     """Column scalings [r] of the views: none, and three that whiten less or more."""
     if recipe == "plain":
         return [torch.ones_like(energy)]
+    energy = energy.clamp(min=_TINY)  # attributes may all be zero
     return [
         torch.ones_like(energy),
-        energy.clamp(min=torch.finfo(torch.float32).tiny) ** -0.25,
-        (energy + mean_energy).clamp(min=torch.finfo(torch.float32).tiny) ** -0.5,
-        (energy + 10 * mean_energy).clamp(min=torch.finfo(torch.float32).tiny) ** -0.5,
+        energy**-0.25,
+        (energy + mean_energy) ** -0.5,
+        (energy + 10 * mean_energy) ** -0.5,
     ]
 
 
-def _leading_rows(m: torch.Tensor, scale: torch.Tensor, width: int) -> torch.Tensor:
-    """U s of the leading ``width`` singular triplets of M diag(scale), rows of unit length.
+def _views(m: torch.Tensor, scales: list[torch.Tensor], width: int) -> list[torch.Tensor]:
+    """For each scaling: U s of the leading ``width`` singular triplets of M diag(scale), unit rows.
 
-    By the eigenvectors of the small Gram matrix, in float64: [N, c] with few columns c.
+    By eigenvectors of the one small Gram matrix M^T M, in float64; M is [N, c] with few columns.
     """
-    scale = scale.to(torch.float64)
     wide = m.to(torch.float64)
-    gram = (wide.T @ wide).cpu() * scale[:, None] * scale  # [c, c]
-    _, vectors = torch.linalg.eigh(gram)
-    basis = scale[:, None] * vectors.flip(1)[:, :width]  # [c, width]
-    largest = basis.abs().argmax(dim=0, keepdim=True)
-    basis = basis * torch.sign(torch.gather(basis, 0, largest))
-    rows = m @ basis.to(m.dtype).to(m.device)
-    return torch.nn.functional.normalize(rows, dim=1)
+    gram = (wide.T @ wide).cpu().numpy()  # [c, c]
+    n_columns = gram.shape[0]
+    first = max(0, n_columns - width)
+    views = []
+    for scale in scales:
+        c = scale.cpu().numpy()
+        _, vectors = eigh(c[:, None] * gram * c, subset_by_index=(first, n_columns - 1))
+        basis = c[:, None] * vectors[:, ::-1]  # [c, width]
+        largest = np.abs(basis).argmax(axis=0)
+        basis *= np.sign(basis[largest, np.arange(basis.shape[1])])
+        views.append(unit_rows(m @ torch.from_numpy(basis).to(m)))
+    return views
 
 
 # --- the number of steps --------------------------------------------------------------------------
@@ -289,41 +291,56 @@ def _agreement(
 
     What two halves that share no attribute and no edge have in common is structure, not
     noise. The mean NMI over random splits, or None where there is not enough to split.
+    One NMI has a standard deviation of 0.02 to 0.03: on AMAC the mean of two splits leads away
+    from the default in 3 % of the cases, that of four in 0.05 %. So a lead after two splits must
+    hold after four.
     """
     n, d = features.shape
     upper = sp.triu(adjacency, 1).tocoo()
     if d < 2 or upper.nnz < 2:
         return None
     columns = features.tocsc() if sp.issparse(features) else features
-    steps = (*_OTHER_STEPS, _DEFAULT_STEPS)
     rng = np.random.default_rng(seed)
-    scores: dict[int, list[float]] = {t: [] for t in steps}
+    scores: list[dict[int, float]] = []
     for split in range(_SPLITS):
+        if split == _SPLITS // 2 and _choose_steps(_mean(scores)) == _DEFAULT_STEPS:
+            break
         column_order, edge_order = rng.permutation(d), rng.permutation(upper.nnz)
-        labels: dict[int, list[npt.NDArray[np.int64]]] = {t: [] for t in steps}
+        halves = []
         for half in range(2):
             part = columns[:, np.sort(column_order[half::2])]
-            part = part.tocsr() if sp.issparse(part) else part
-            q, energy, _ = _leading_pairs(_weighted(part, weighting), seed + split, device)
+            part = _weighted(part.tocsr() if sp.issparse(part) else part, weighting)
             edges = edge_order[half::2]
             one_way = sp.csr_array(
                 (upper.data[edges], (upper.row[edges], upper.col[edges])), shape=(n, n)
             )
             graph = Graph(one_way + one_way.T, norm="sym").to(device)
-            scale = energy.clamp(min=torch.finfo(torch.float32).tiny) ** -0.25
-            for t, smooth in _smoothed(graph, q, steps).items():
-                rows = _leading_rows(smooth, scale, 2 * n_clusters)
-                found = ops.kmeans(rows, n_clusters, n_init=_RESTARTS, seed=seed + split)
-                labels[t].append(found.labels.cpu().numpy())
-        for t in steps:
-            scores[t].append(float(normalized_mutual_info_score(*labels[t])))
-    return {t: float(np.mean(values)) for t, values in scores.items()}
+            halves.append(_labels_by_steps(part, graph, n_clusters, seed + split))
+        scores.append({t: normalized_mutual_info_score(halves[0][t], halves[1][t]) for t in _STEPS})
+    return _mean(scores)
+
+
+def _labels_by_steps(
+    x: Features, graph: Graph, n_clusters: int, seed: int
+) -> dict[int, npt.NDArray[np.int64]]:
+    """A clustering of one view for every candidate T."""
+    q, energy, mean_energy = _leading_pairs(x, seed, graph.device)
+    scale = _scalings(energy, mean_energy, "multiview")[1]
+    labels = {}
+    for t, smooth in _smoothed(graph, q, _STEPS).items():
+        (rows,) = _views(smooth, [scale], 2 * n_clusters)
+        labels[t] = kmeans_labels(ops.kmeans(rows, n_clusters, n_init=_RESTARTS, seed=seed))
+    return labels
+
+
+def _mean(scores: list[dict[int, float]]) -> dict[int, float]:
+    return {t: float(np.mean([score[t] for score in scores])) for t in _STEPS}
 
 
 def _choose_steps(agreement: dict[int, float] | None) -> int:
     """8 steps, unless fewer agree clearly better."""
     if agreement is None:
         return _DEFAULT_STEPS
-    best = max(_OTHER_STEPS, key=lambda t: agreement[t])
+    best = max(_STEPS, key=lambda t: agreement[t])
     clear = agreement[best] > _MARGIN * agreement[_DEFAULT_STEPS]
     return best if clear else _DEFAULT_STEPS

@@ -1,0 +1,194 @@
+"""The training-free embedding: its parts against dense formulas, its result on real graphs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from sklearn.feature_extraction.text import TfidfTransformer
+
+from fastclust import ops
+from fastclust.datasets import load_dataset
+from fastclust.graph import Graph
+from fastclust.metrics import clustering_scores
+from fastclust.models import ssgc
+from fastclust.models.ssgc import ssgc_embedding
+
+
+def one_hot(columns: np.ndarray) -> sp.csr_array:
+    return sp.csr_array(np.eye(int(columns.max()) + 1, dtype=np.float32)[columns])
+
+
+@pytest.mark.parametrize("recipe", ["multiview", "plain"])
+def test_planted_blocks_are_found(two_blocks, recipe):
+    adjacency, features, labels = two_blocks
+    embedding, info = ssgc_embedding(features, adjacency, 2, recipe=recipe)
+    assert embedding.dtype == torch.float32
+    assert embedding.shape == (60, 4 if recipe == "multiview" else 8)
+    torch.testing.assert_close(embedding.norm(dim=1), torch.ones(60))
+    found = ops.kmeans(embedding, 2).labels.numpy()
+    assert clustering_scores(labels, found)["acc"] > 0.95
+    assert info["recipe"] == recipe
+    assert info["n_steps"] in (0, 1, 2, 4, 8)
+    assert (info["agreement"] is None) == (recipe == "plain")
+
+
+def test_same_seed_same_embedding(two_blocks):
+    adjacency, features, _ = two_blocks
+    first, _ = ssgc_embedding(features, adjacency, 2, seed=3)
+    second, _ = ssgc_embedding(features, adjacency, 2, seed=3)
+    assert torch.equal(first, second)
+
+
+def test_sparse_and_dense_features_agree(two_blocks):
+    adjacency, features, _ = two_blocks
+    features = np.abs(features)
+    dense, _ = ssgc_embedding(features, adjacency, 2, n_steps=4)
+    sparse, _ = ssgc_embedding(sp.csr_array(features), adjacency, 2, n_steps=4)
+    torch.testing.assert_close(dense, sparse, atol=1e-4, rtol=0)
+
+
+def test_plain_is_the_singular_value_decomposition_of_the_smoothed_rows(two_blocks):
+    adjacency, features, _ = two_blocks
+    a = adjacency.toarray() + np.eye(60)
+    d = a.sum(axis=1) ** -0.5
+    s = d[:, None] * a * d
+    x = features / np.linalg.norm(features, axis=1, keepdims=True)
+    powers = sum(np.linalg.matrix_power(s, t) for t in (1, 2, 3)) / 3
+    u, values, _ = np.linalg.svd(0.05 * x + 0.95 * powers @ x, full_matrices=False)
+    expected = (u * values)[:, :3]
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    embedding, _ = ssgc_embedding(features, adjacency, 2, recipe="plain", n_steps=3, n_components=3)
+    got = embedding.numpy()
+    got = got * np.sign((got * expected).sum(axis=0))
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_smoothing_keeps_every_number_of_steps(path_graph):
+    graph = Graph(path_graph, norm="sym")
+    q = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    smoothed = ssgc._smoothed(graph, q, (0, 1, 3))
+    one = ops.propagate(graph, q)
+    two = ops.propagate(graph, one)
+    three = ops.propagate(graph, two)
+    assert torch.equal(smoothed[0], q)
+    torch.testing.assert_close(smoothed[1], 0.05 * q + 0.95 * one)
+    torch.testing.assert_close(smoothed[3], 0.05 * q + 0.95 * (one + two + three) / 3)
+
+
+def test_views_are_leading_singular_vectors_of_the_scaled_matrix():
+    rng = np.random.default_rng(0)
+    m = rng.normal(size=(40, 6)).astype(np.float32)
+    scale = torch.from_numpy(rng.random(6) + 0.1)
+    (view,) = ssgc._views(torch.from_numpy(m), [scale], 2)
+    u, values, _ = np.linalg.svd(m * scale.numpy(), full_matrices=False)
+    expected = (u * values)[:, :2]
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    got = view.numpy()
+    np.testing.assert_allclose(got * np.sign((got * expected).sum(0)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_tf_idf_is_the_smooth_one(dense):
+    rng = np.random.default_rng(0)
+    counts = (rng.random((30, 9)) < 0.3) * rng.integers(1, 5, (30, 9))
+    counts[4] = 0
+    features = counts.astype(np.float32)
+    expected = TfidfTransformer().fit_transform(counts.astype(np.float64)).toarray()
+    got = ssgc._weighted(features if dense else sp.csr_array(features), "tf-idf")
+    np.testing.assert_allclose(got if dense else got.toarray(), expected, atol=1e-6)
+
+
+def test_attributes_that_encode_degrees_are_recognised():
+    rng = np.random.default_rng(0)
+    upper = np.triu(rng.random((80, 80)) < rng.random((80, 1)) * 0.5, 1)
+    adjacency = sp.csr_array((upper | upper.T).astype(np.float32))
+    degree = np.diff(adjacency.indptr)
+    embedding, info = ssgc_embedding(one_hot(degree), adjacency, 4)
+    assert info == {"recipe": "degree", "n_steps": 0, "agreement": None}
+    assert embedding.shape == (80, 1)
+    order = np.argsort(embedding[:, 0].numpy(), kind="stable")
+    assert (np.diff(degree[order]) >= 0).all()
+    # Not so: an identity matrix (a column per node), or classes that say nothing about degrees.
+    assert ssgc_embedding(one_hot(np.arange(80)), adjacency, 4)[1]["recipe"] == "multiview"
+    assert ssgc_embedding(one_hot(np.arange(80) % 5), adjacency, 4)[1]["recipe"] == "multiview"
+    assert ssgc_embedding(one_hot(degree), adjacency, 4, recipe="plain")[1]["recipe"] == "plain"
+
+
+def test_fewer_steps_must_agree_clearly_better():
+    assert ssgc._choose_steps(None) == 8
+    base = {0: 0.1, 1: 0.2, 2: 0.3, 4: 0.52, 8: 0.5}
+    assert ssgc._choose_steps(base) == 8
+    assert ssgc._choose_steps(base | {2: 0.6}) == 2
+    assert ssgc._choose_steps({0: 0.0, 1: 0.0, 2: 0.0, 4: 0.0, 8: 0.0}) == 8
+
+
+def test_no_steps_where_the_graph_is_noise():
+    """Clear clusters in the attributes and random edges: smoothing can only do harm."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 60)
+    features = np.repeat(np.eye(3), 10, axis=1)[labels] + 0.3 * rng.random((180, 30))
+    upper = np.triu(rng.random((180, 180)) < 0.05, 1)
+    adjacency = sp.csr_array((upper | upper.T).astype(np.float32))
+    embedding, info = ssgc_embedding(features.astype(np.float32), adjacency, 3)
+    found = ops.kmeans(embedding, 3).labels.numpy()
+    assert info["n_steps"] < 8
+    assert clustering_scores(labels, found)["acc"] == 1.0
+
+
+@pytest.mark.parametrize("recipe", ["multiview", "plain"])
+@pytest.mark.parametrize(
+    ("features", "adjacency", "n_clusters"),
+    [
+        (np.eye(5, 3, dtype=np.float32), sp.csr_array((5, 5), dtype=np.float32), 2),
+        (np.ones((2, 1), np.float32), sp.csr_array(1 - np.eye(2, dtype=np.float32)), 2),
+        (np.arange(4.0, dtype=np.float32)[:, None], sp.csr_array(np.ones((4, 4)) - np.eye(4)), 3),
+        (np.zeros((6, 4), np.float32), sp.csr_array(np.ones((6, 6)) - np.eye(6)), 2),
+        (sp.csr_array((6, 4), dtype=np.float32), sp.csr_array(np.ones((6, 6)) - np.eye(6)), 2),
+        (-np.eye(6, dtype=np.float32), sp.csr_array(np.ones((6, 6)) - np.eye(6)), 6),
+    ],
+    ids=["no edges", "two nodes", "one feature", "zeros", "sparse zeros", "negative"],
+)
+def test_smallest_cases(features, adjacency, n_clusters, recipe):
+    embedding, _ = ssgc_embedding(features, adjacency.astype(np.float32), n_clusters, recipe=recipe)
+    assert embedding.shape[0] == features.shape[0]
+    assert torch.isfinite(embedding).all()
+    assert ops.kmeans(embedding, n_clusters).labels.shape == (features.shape[0],)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"recipe": "best"}, "recipe must be 'multiview' or 'plain', got 'best'"),
+        ({"weighting": "bm25"}, "weighting must be 'auto', 'l2' or 'tf-idf', got 'bm25'"),
+        ({"weighting": "tf-idf"}, "must be given features of 0 or more, got -1"),
+        ({"n_steps": -1}, "n_steps must be 0 or more, got -1"),
+        ({"n_components": 0}, "n_components must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(path_graph, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        ssgc_embedding(-np.eye(5, dtype=np.float32), path_graph, 2, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "least"),
+    [
+        ("cora", "multiview", 0.67),
+        ("cora", "plain", 0.63),
+        pytest.param("citeseer", "multiview", 0.69, marks=pytest.mark.slow),
+        ("bat", "multiview", 0.77),
+        ("eat", "multiview", 0.53),
+        ("uat", "multiview", 0.56),
+        pytest.param("amap", "multiview", 0.785, marks=pytest.mark.slow),
+        pytest.param("amac", "multiview", 0.53, marks=pytest.mark.slow),
+    ],
+)
+def test_real_graphs(data_root, name, recipe, least):
+    dataset = load_dataset(name, root=data_root)
+    embedding, _ = ssgc_embedding(
+        dataset.features, dataset.adjacency, dataset.n_clusters, recipe=recipe
+    )
+    found = ops.kmeans(embedding, dataset.n_clusters).labels.numpy()
+    assert clustering_scores(dataset.labels, found)["acc"] >= least
