@@ -19,10 +19,11 @@ __all__ = ["LowRank", "LowRankMatrix", "batched_svd", "low_rank"]
 
 Recombine = Literal["merge", "block", "per_batch", "literal"]
 
-# One iteration multiplies by X_c^T X_c this many times, orthonormalised in between. With the Gram
-# matrix at hand a product is cheap; three bring the default n_iter=2 below 0.2 % excess error on
-# every benchmark graph, where two classical power iterations leave up to 2 %.
-_PRODUCTS_PER_ITERATION = 3
+# One iteration multiplies by X_c^T X_c this many times, orthonormalised in between; on the Gram
+# matrix, where a product is cheap, once more. The default n_iter=2 leaves at most 0.21 % excess
+# error on the benchmark graphs, where two classical power iterations leave up to 2 %.
+_PRODUCTS_BY_ROWS = 3
+_PRODUCTS_BY_GRAM = 4
 
 # A sparse axpy runs at about an eighth of the speed of a packed matrix product.
 _SPARSE_SLOWDOWN = 8
@@ -189,7 +190,8 @@ def batched_svd(
     center : bool
         Whether to subtract the column means of each batch.
     n_iter : int
-        Iterations; each multiplies by ``X_c^T X_c`` three times. 0: a plain random projection.
+        Iterations; each multiplies by ``X_c^T X_c`` three times, four where the Gram matrix is at
+        hand. 0: a plain random projection.
     oversample : int
         Extra columns of the random sketch.
     seed : int
@@ -231,8 +233,8 @@ def batched_svd(
         omega = omega.expand(n_batches, rows.n_cols, width).contiguous()
 
     means = rows.mean(batch)  # [M, D]
-    products = n_iter * _PRODUCTS_PER_ITERATION
-    by_gram = _gram_is_cheaper(rows, batch, width, products)
+    by_gram = _gram_is_cheaper(rows, batch, width, n_iter)
+    products = n_iter * (_PRODUCTS_BY_GRAM if by_gram else _PRODUCTS_BY_ROWS)
     parts = []
     group = max(1, _GRAM_BYTES // (rows.n_cols**2 * rows.values.element_size())) if by_gram else 0
     for first, part in rows.groups(batch, group or n_batches):
@@ -435,7 +437,7 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.fastclust.lowrank_multiply(a.contiguous(), b.contiguous())
 
 
-def _gram_is_cheaper(rows: _Rows, batch: int, width: int, products: int) -> bool:
+def _gram_is_cheaper(rows: _Rows, batch: int, width: int, n_iter: int) -> bool:
     """Whether to iterate on D x D Gram matrices rather than on the rows; multiply-adds compared."""
     d = rows.n_cols
     if d * d * rows.values.element_size() > _GRAM_BYTES:
@@ -445,7 +447,8 @@ def _gram_is_cheaper(rows: _Rows, batch: int, width: int, products: int) -> bool
     if rows.indptr is not None:
         sparse_pass = _SPARSE_SLOWDOWN * rows.values.shape[0] * batch / rows.n_rows * width
         row_pass = min(row_pass, sparse_pass)
-    return build + products * d * d * width < 2 * products * row_pass
+    by_gram = build + n_iter * _PRODUCTS_BY_GRAM * d * d * width
+    return by_gram < n_iter * _PRODUCTS_BY_ROWS * 2 * row_pass
 
 
 # ---------------------------------------------------------------------------------------- input
