@@ -61,7 +61,9 @@ BUDGETS = {
     r"range_kernel<MmaPath<bf16, 4>>": Budget(TWO_BLOCKS, {"BF16": 128}),
     # float64 and the small kernels around: bounded by memory or by plain arithmetic.
     r"(forward|tile|product|range)_kernel<PlainPath<double>.*>": Budget(ONE_BLOCK, {}),
-    r"(pack|sum|loss|inverse|finish|alpha|range_finish|rank|tile_mask)_kernel(<.*>)?": Budget(64, {}),
+    r"(pack|sum|loss|inverse|finish|alpha|range_finish|rank|tile_mask)_kernel(<.*>)?": Budget(
+        64, {}
+    ),
 }
 
 
