@@ -30,6 +30,7 @@ from fastclust.graph import Graph
 from fastclust.models.ecnmf import ECNMFModel
 from fastclust.models.hsan import HSANModel, filtered_attributes
 from fastclust.models.inputs import as_tensor, kmeans_labels
+from fastclust.models.ssgc import Recipe, Weighting, ssgc_embedding
 from fastclust.presets import preset
 from fastclust.training import SELECTIONS, Trainable, print_progress, train
 from fastclust.validation import (
@@ -755,17 +756,24 @@ checkpoint_dir, checkpoint_every, resume, verbose
 class SSGC(_GraphClusterer):
     """Simple spectral graph clustering: smooth the attributes, truncate, k-means. No training.
 
-    The mean of the first T powers of the symmetric propagation applied to unit attribute rows is
-    cut to its leading singular vectors; unit rows of these are clustered.
+    The attributes are averaged over the first T powers of the symmetric propagation
+    (Zhu and Koniusz, ICLR 2021) and cut to leading singular vectors; unit rows of these are
+    clustered. By default several views are joined and T is chosen without labels, see
+    :func:`fastclust.models.ssgc.ssgc_embedding`, which ``fit`` calls.
 
     Parameters
     ----------
     n_clusters : int, default 8
         K.
-    n_steps : int, default 8
-        T.
+    recipe : {"multiview", "plain"}, default "multiview"
+        Eight views of the attributes joined, or one.
+    n_steps : int, optional
+        T; by default 8, or fewer where ``"multiview"`` finds that they agree better.
     n_components : int, optional
-        Singular vectors kept; default 2 K, or less where the data allow less.
+        Singular vectors kept; default 2 K (``"multiview"``) or 20, or less where the data
+        allow less.
+    weighting : {"auto", "l2", "tf-idf"}, default "auto"
+        How attribute rows are weighted.
     random_state, device, n_init, n_neighbors
         As for :class:`HSAN`.
 
@@ -773,6 +781,11 @@ class SSGC(_GraphClusterer):
     ----------
     labels_ : ndarray int64 [N]
     embedding_ : ndarray float32 [N, n_components]
+        Or [N, 1], ranks of degrees, where the attributes encode nothing but degrees.
+    recipe_ : str
+        ``"multiview"``, ``"plain"`` or ``"degree"``.
+    n_steps_ : int
+        The T used.
     n_iter_ : int
         Always 0.
     """
@@ -780,24 +793,30 @@ class SSGC(_GraphClusterer):
     _name = "ssgc"
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **_GraphClusterer._parameter_constraints,
-        "n_steps": [_COUNT],
+        "recipe": [StrOptions({"multiview", "plain"})],
+        "n_steps": [Interval(Integral, 0, None, closed="left"), None],
         "n_components": [_COUNT, None],
+        "weighting": [StrOptions({"auto", "l2", "tf-idf"})],
     }
 
     def __init__(
         self,
         n_clusters: int = 8,
         *,
-        n_steps: int = 8,
+        recipe: Recipe = "multiview",
+        n_steps: int | None = None,
         n_components: int | None = None,
+        weighting: Weighting = "auto",
         random_state: Any = 0,
         device: str | torch.device = "auto",
         n_init: int = 10,
         n_neighbors: int = 10,
     ) -> None:
         self.n_clusters = n_clusters
+        self.recipe = recipe
         self.n_steps = n_steps
         self.n_components = n_components
+        self.weighting = weighting
         self.random_state = random_state
         self.device = device
         self.n_init = n_init
@@ -813,20 +832,21 @@ class SSGC(_GraphClusterer):
             raise ValueError(
                 f"n_components must be at most min(N, D) = {limit}, got {self.n_components}"
             )
-        components = self.n_components or min(2 * self.n_clusters, limit)
-        abar = Graph(graph, norm="sym").to(device)
-        x = as_tensor(features, device)
-        x = x.to_dense() if x.layout == torch.sparse_csr else x
-        x = torch.nn.functional.normalize(x, dim=1)
-        mean, power = torch.zeros_like(x), x
-        for _ in range(self.n_steps):
-            power = ops.propagate(abar, power)
-            mean += power / self.n_steps
-        svd = ops.batched_svd(mean, components, center=False, n_iter=7, seed=self.seed_)
-        z = torch.nn.functional.normalize(svd.u[0] * svd.s[0], dim=1)
+        z, info = ssgc_embedding(
+            features,
+            graph,
+            self.n_clusters,
+            recipe=self.recipe,
+            n_steps=self.n_steps,
+            n_components=self.n_components,
+            weighting=self.weighting,
+            seed=self.seed_,
+            device=device,
+        )
         result = ops.kmeans(z, self.n_clusters, n_init=self.n_init, seed=self.seed_)
         self.labels_ = kmeans_labels(result)
         self.embedding_ = z.cpu().numpy()
+        self.recipe_, self.n_steps_ = info["recipe"], info["n_steps"]
         self.history_, self.n_iter_ = [], 0
         self.parameters_ = {}
         return self
