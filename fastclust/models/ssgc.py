@@ -37,17 +37,17 @@ Features: TypeAlias = Any  # numpy.ndarray or scipy.sparse.csr_array, float32 [N
 Recipe = Literal["multiview", "plain"]
 Weighting = Literal["auto", "l2", "tf-idf"]
 
-_SKETCH_STEPS = 2
+_SKETCH_STEPS = 2  # power iterations; with four the scores are the same
 _PAIRS = 256  # leading singular pairs of the attributes that are kept
 _NEGLIGIBLE = 1e-8  # squared singular values below this share of the largest are rounding
-_TINY = 1e-30
+_TINY = 1e-30  # energy of a column that holds nothing, before its inverse is taken
 _KEEP = 0.05  # share of the unsmoothed attributes
 _STEPS = (0, 1, 2, 4, 8)  # candidates for T
 _DEFAULT_STEPS = 8
 _MARGIN = 1.05  # by how much fewer steps must agree better to be preferred
 _SPLITS = 4  # of which two are enough where nothing speaks against the default
 _RESTARTS = 3
-_DEGREE_SHARE = 0.9
+_DEGREE_SHARE = 0.9  # of the degrees' variance, to be taken for an encoding of degrees
 _PLAIN_COMPONENTS = 20
 
 
