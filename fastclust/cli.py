@@ -8,6 +8,8 @@ shows the traceback of any of them.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import difflib
 import errno
 import os
@@ -60,11 +62,23 @@ class Interrupted(KeyboardInterrupt):
 def run(main: Callable[[], int]) -> NoReturn:
     """Run ``main`` and leave the process with the exit code that its outcome stands for."""
     signal.signal(signal.SIGTERM, _raise_interrupt)
+    _map_large_blocks()
     warnings.simplefilter("always")
     warnings.showwarning = _show_warning
     code = guarded(main)
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _map_large_blocks() -> None:
+    """Have glibc map every block of a megabyte or more on its own and return it when freed.
+
+    Left to itself, glibc keeps blocks of up to 32 MB in its heap after the first of them is freed.
+    An epoch on Amazon Computers allocates and frees dozens of 31 MB arrays; they split the heap,
+    and the process peaked at 1.3 to 1.5 GB where 0.85 GB are in use.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def guarded(main: Callable[[], int]) -> int:
