@@ -2,8 +2,10 @@
 
 HSAN: the settings published with the method; those for ``amac`` are ours (the method was never
 reported there), and so is ``lr`` for it. ECN-MF: rank, width and lr as published; propagation, row
-normalisation and all else that the paper leaves open as they clustered best in short trials, for
-``amac`` and ``amap`` by analogy. A data set without an entry gets the constructor's defaults.
+normalisation and all else that the paper leaves open as they clustered best in short trials judged
+by the true labels, for ``amac`` and ``amap`` by analogy: so scores with these settings are an upper
+range, not what a user without labels should expect. A data set without an entry gets the
+constructor's defaults.
 
 ``lr`` is the published learning rate. HSAN's default rule (averaged gradients) does not use it: its
 rate follows from the number of epochs, see :class:`fastclust.HSAN`.
