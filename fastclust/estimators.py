@@ -88,6 +88,7 @@ class _GraphClusterer(ClusterMixin, BaseEstimator):
     n_iter_: int
     n_features_in_: int
     parameters_: dict[str, torch.Tensor]
+    resolved_: dict[str, Any]  # what fit took for keywords that leave the choice to it
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -154,7 +155,8 @@ class _GraphClusterer(ClusterMixin, BaseEstimator):
         tensors["embedding"] = torch.from_numpy(self.embedding_)
         save_file(tensors, folder / "model.safetensors", {"fastclust": __version__})
         fitted = {
-            key: getattr(self, key) for key in ("history_", "n_iter_", "n_features_in_", "seed_")
+            key: getattr(self, key)
+            for key in ("history_", "n_iter_", "n_features_in_", "seed_", "resolved_")
         }
         for key in ("selected_epoch_",):
             if hasattr(self, key):
@@ -227,10 +229,8 @@ class _TrainedClusterer(_GraphClusterer):
     verbose: int
     selected_epoch_: int
 
-    def _build(
-        self, features: Features, graph: sp.csr_array, device: torch.device
-    ) -> tuple[Trainable, dict[str, Any]]:
-        """The model, and the resolved optimizer and lr."""
+    def _build(self, features: Features, graph: sp.csr_array, device: torch.device) -> Trainable:
+        """The model; sets ``resolved_``."""
         raise NotImplementedError
 
     def fit(self: Self, X: Any, y: Any = None, *, adjacency: Any = None) -> Self:
@@ -261,7 +261,8 @@ class _TrainedClusterer(_GraphClusterer):
         assert isinstance(self, _TrainedClusterer)
         features, graph = self._checked_input(X, adjacency)
         self.seed_ = _seed(self.random_state)
-        model, rule = self._build(features, graph, _device(self.device))
+        model = self._build(features, graph, _device(self.device))
+        rule = {key: self.resolved_[key] for key in ("optimizer", "lr")}
         identity = None
         if self.checkpoint_dir is not None:
             identity = {
@@ -382,6 +383,8 @@ class HSAN(_TrainedClusterer):
     selected_epoch_ : int
         The epoch that labels, embedding and parameters are from.
     parameters_ : dict of tensors
+    resolved_ : dict
+        What fit took for keywords that leave the choice to it (lr, optimizer, ...).
 
     Examples
     --------
@@ -485,23 +488,28 @@ class HSAN(_TrainedClusterer):
             return self.optimizer
         return "accumulated" if self.protocol == "paper-code" else "averaged"
 
-    def _build(
-        self, features: Features, graph: sp.csr_array, device: torch.device
-    ) -> tuple[Trainable, dict[str, Any]]:
+    def _build(self, features: Features, graph: sp.csr_array, device: torch.device) -> Trainable:
         released = self.protocol == "paper-code"
         optimizer = self._optimizer()
         lr = self.lr
         if lr is None:
             averaged = min(AVERAGED_PATH / self.epochs, AVERAGED_LR_MAX)
             lr = averaged if optimizer == "averaged" else 1e-3
+        self.resolved_ = {
+            "lr": float(lr),
+            "optimizer": optimizer,
+            "n_input": self._n_components(*features.shape),
+            "stale_weights": released if self.stale_weights is None else self.stale_weights,
+            "kmeans": self.kmeans or ("paper-code" if released else "k-means++"),
+        }
         x = filtered_attributes(
             features,
             graph,
             filter_steps=self.filter_steps,
-            n_input=self._n_components(*features.shape),
+            n_input=self.resolved_["n_input"],
             device=device,
         )
-        model = HSANModel(
+        return HSANModel(
             x,
             Graph(graph, norm="none", self_loops=False).to(device),
             n_clusters=self.n_clusters,
@@ -511,15 +519,14 @@ class HSAN(_TrainedClusterer):
             beta=self.beta,
             structure=self.structure,
             weights=self.weights,
-            stale_weights=released if self.stale_weights is None else self.stale_weights,
+            stale_weights=self.resolved_["stale_weights"],
             refresh_every=self.refresh_every,
             clamp_alpha=optimizer == "averaged",
-            kmeans=self.kmeans or ("paper-code" if released else "k-means++"),
+            kmeans=self.resolved_["kmeans"],
             n_init=self.n_init,
             precision=self.precision,
             seed=self.seed_,
         )
-        return model, {"optimizer": optimizer, "lr": float(lr)}
 
     def _n_components(self, n_nodes: int, n_features: int) -> int | None:
         limit = min(n_nodes, n_features)
@@ -697,32 +704,36 @@ checkpoint_dir, checkpoint_every, resume, verbose
         self.resume = resume
         self.verbose = verbose
 
-    def _build(
-        self, features: Features, graph: sp.csr_array, device: torch.device
-    ) -> tuple[Trainable, dict[str, Any]]:
+    def _build(self, features: Features, graph: sp.csr_array, device: torch.device) -> Trainable:
         literal = self.protocol == "paper-code"
-        rank = self._rank(*features.shape)
+        self.resolved_ = {
+            "lr": 1e-4 if self.lr is None else float(self.lr),
+            "optimizer": self.optimizer or "adam",
+            "rank": self._rank(*features.shape),
+            "activation": self.activation or ("relu" if literal else "identity"),
+            "row_normalise": not literal if self.row_normalise is None else self.row_normalise,
+            "head": self.head or ("random" if literal else "kmeans"),
+        }
         x = as_tensor(_dense_unless_sparse(features), device)
         x_low_rank = ops.low_rank(
             x,
-            rank,
+            self.resolved_["rank"],
             batch_size=self.batch_size,
             recombine=self.recombine,
             add_mean=self.add_mean,
             seed=self.seed_,
         )
-        row_normalise = not literal if self.row_normalise is None else self.row_normalise
-        model = ECNMFModel(
+        return ECNMFModel(
             x,
             x_low_rank,
             Graph(graph, norm=self.norm).to(device),
             n_clusters=self.n_clusters,
             width=self.width,
             n_layers=self.n_layers,
-            activation=self.activation or ("relu" if literal else "identity"),
+            activation=self.resolved_["activation"],
             bias=self.bias,
-            row_normalise=row_normalise,
-            head=self.head or ("random" if literal else "kmeans"),
+            row_normalise=self.resolved_["row_normalise"],
+            head=self.resolved_["head"],
             view_loss=self.view_loss,
             kl=self.kl,
             bce=self.bce,
@@ -737,8 +748,6 @@ checkpoint_dir, checkpoint_every, resume, verbose
             precision=self.precision,
             seed=self.seed_,
         )
-        lr = 1e-4 if self.lr is None else float(self.lr)
-        return model, {"optimizer": self.optimizer or "adam", "lr": lr}
 
     def _rank(self, n_nodes: int, n_features: int) -> int:
         rows = n_nodes if self.batch_size is None else min(self.batch_size, n_nodes)
@@ -847,6 +856,7 @@ class SSGC(_GraphClusterer):
         self.labels_ = kmeans_labels(result)
         self.embedding_ = z.cpu().numpy()
         self.recipe_, self.n_steps_ = info["recipe"], info["n_steps"]
+        self.resolved_ = {"recipe": self.recipe_, "n_steps": self.n_steps_}
         self.history_, self.n_iter_ = [], 0
         self.parameters_ = {}
         return self

@@ -404,6 +404,7 @@ def train_seed(
         "selected_epoch": getattr(estimator, "selected_epoch_", None),
         "seconds": seconds,
         **peak_memory(),
+        "resolved": plain(estimator.resolved_),
     }
     return run, estimator, history
 
@@ -474,7 +475,8 @@ def summarise(plan: Plan, dataset: Dataset, runs: list[dict[str, Any]]) -> dict[
             name: float(np.std(values, ddof=1)) if len(values) > 1 else None
             for name, values in columns.items()
         },
-        "config": plan.parameters,
+        # With what the first seed took for settings that leave the choice to the method.
+        "config": plan.parameters | (runs[0]["resolved"] if runs else {}),
         "machine": {
             "cpu": cpu_name(),
             "cpu_level": str(_C.cpu_level()),

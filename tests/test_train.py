@@ -126,6 +126,7 @@ def test_digits_from_the_shell(tmp_path: Path) -> None:
     assert result["dataset"] == "digits" and result["model"] == "ecnmf"
     assert (result["n_nodes"], result["n_features"], result["n_clusters"]) == (1797, 64, 10)
     assert result["config"]["width"] == 32 and result["config"]["epochs"] == 2
+    assert result["config"]["lr"] == 1e-4 and result["config"]["rank"] == 50, "what fit chose"
     assert result["versions"]["fastclust"] == fastclust.__version__
     (run,) = result["runs"]
     assert set(run["metrics"]) == {"acc", "nmi", "ari", "f1"}
