@@ -229,7 +229,8 @@ def resolve(settings: dict[str, Any]) -> tuple[Plan, Dataset]:
     else:
         dataset = load_dataset(dataset_name, root=data_root)
         dataset_name = dataset.name
-        preset = MODELS[model].for_dataset(dataset_name)
+        # The preset may depend on what is asked for: HSAN's published rates go with its protocol.
+        preset = MODELS[model].for_dataset(dataset_name, **settings)
     parameters = {key: value for key, value in preset.get_params().items() if key in hints}
     # K is never the default of the class: it is given, or the number of classes.
     parameters |= {"n_clusters": dataset.n_clusters} | settings

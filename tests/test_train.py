@@ -666,3 +666,57 @@ def test_interrupt_without_out_says_so(blocks: str) -> None:
     rest = process.stderr.read()
     assert process.wait(timeout=120) == 130
     assert "nothing is kept" in rest and "Traceback" not in rest
+
+
+def test_published_rates_go_with_the_protocol(
+    data_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """HSAN's published learning rate of eat, 1e-4, is for accumulated gradients and plain Adam."""
+    base = ("--dataset", "eat", "--model", "hsan", "--epochs", "1", *SMALL[:2])
+    base += ("--data-root", str(data_root))
+    rates = {}
+    for name, more in {
+        "standard": (),
+        "paper-code": ("--protocol", "paper-code"),
+        "adam": ("--set", "optimizer=adam"),
+        "own": ("--protocol", "paper-code", "--set", "lr=0.01"),
+    }.items():
+        code, out, err = call(capsys, *base, *more, "--quiet", "--json")
+        assert code == 0, err
+        rates[name] = json.loads(out)["config"]["lr"]
+    assert rates == {"standard": 3e-3, "paper-code": 1e-4, "adam": 1e-4, "own": 0.01}
+
+
+def test_labels_change_nothing_but_the_scores(parts: dict[str, np.ndarray], tmp_path: Path) -> None:
+    """Training with permuted labels gives the same clusters, embedding, model and curves."""
+    results = []
+    for name, model in (
+        ("true", "hsan"),
+        ("permuted", "hsan"),
+        ("true", "ecnmf"),
+        ("permuted", "ecnmf"),
+    ):
+        labels = parts["labels"]
+        if name == "permuted":
+            labels = np.random.default_rng(1).permutation(labels)
+        folder = tmp_path / model / name
+        folder.mkdir(parents=True)
+        np.savez(folder / "blocks.npz", **(parts | {"labels": labels}))
+        out = folder / "run"
+        arguments = ("--dataset", str(folder / "blocks.npz"), "--model", model, "--quiet")
+        arguments += ("--epochs", "12", "--selection", "inertia", *SMALL[:2], "--out", str(out))
+        assert cli.guarded(lambda given=arguments: train.main(given)) == 0
+        found = {
+            f: (out / f).read_bytes()
+            for f in ("assignments.csv", "embedding.npy", "model.safetensors")
+        }
+        rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+        scores = [
+            [row.pop(key) for key in ("acc", "nmi", "ari", "f1")] for row in rows if "acc" in row
+        ]
+        for row in rows:
+            del row["seconds"]
+        results.append((found, rows, scores))
+    for true, permuted in (results[:2], results[2:]):
+        assert true[:2] == permuted[:2]
+        assert true[2] != permuted[2], "the scores do see the labels"

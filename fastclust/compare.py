@@ -1,0 +1,636 @@
+"""``python -m fastclust.compare``: every method on every graph, in tables that can be believed.
+
+Each method is trained by ``python -m fastclust.train`` in a process and a run directory of its own;
+what is compared is read from there afterwards, so that an interrupted comparison goes on where it
+stopped and one training run serves every rule that chooses an epoch:
+
+``last``
+    The last epoch, as ``fit`` leaves it.
+``inertia``, ``calinski-harabasz``, ``davies-bouldin``, ``modularity``, ``loss``
+    The evaluated epoch that the rule prefers; no rule sees a label.
+``oracle``
+    The evaluated epoch with the best accuracy **by the true labels**. No user without labels can
+    have it; it is here because most published numbers of the field were chosen so, and nowhere
+    else in this package.
+
+Floors, which need no training, stand beside them, and the published numbers, marked as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+
+from fastclust import cli, metrics, ops
+from fastclust.cli import Interrupted, UsageError, note
+from fastclust.datasets import DATASET_NAMES, Dataset, load_dataset
+from fastclust.estimators import HSAN
+from fastclust.info import versions
+from fastclust.models.hsan import filtered_attributes
+from fastclust.models.inputs import as_tensor
+from fastclust.report import LABEL_SCORES
+from fastclust.rundir import write_atomically
+from fastclust.train import MODELS
+from fastclust.training import SELECTIONS
+
+__all__ = ["main"]
+
+ORACLE = "oracle"
+# Rules that every evaluation of a run has the score of; the silhouette is taken only on demand.
+LABEL_FREE = tuple(rule for rule in SELECTIONS if rule not in ("last", "silhouette"))
+GRAPHS = ("cora", "citeseer", "amap", "amac", "bat", "eat", "uat")
+
+# What else than the protocols is worth comparing, by model: a name and what it sets.
+ABLATIONS: dict[str, dict[str, dict[str, str]]] = {
+    "hsan": {
+        "plain Adam": {"optimizer": "adam"},
+        "weights 1": {"weights": "none"},
+        "no structure": {"structure": "false"},
+        "weights 1, no structure": {"weights": "none", "structure": "false"},
+        "stale weights": {"stale_weights": "true"},
+    },
+    "ecnmf": {
+        "random head": {"head": "random"},
+        "pseudo labels once": {"update_every": "1000000"},
+        "rank 5": {"rank": "5"},
+        "block, B 1024": {"recombine": "block", "batch_size": "1024"},
+        "literal, B 1024": {"recombine": "literal", "batch_size": "1024"},
+        "merge, B 1024": {"recombine": "merge", "batch_size": "1024"},
+    },
+    "ssgc": {"one view": {"recipe": "plain"}},
+}
+
+# ACC, NMI, ARI, F1 in percent as their authors report them; how the epoch was chosen.
+PUBLISHED: dict[str, tuple[str, dict[str, tuple[float, float, float, float]]]] = {
+    "HSAN (AAAI 2023)": (
+        "best epoch by the labels, ten runs",
+        {
+            "cora": (77.07, 59.21, 57.52, 75.11),
+            "citeseer": (71.15, 45.06, 47.05, 63.01),
+            "amap": (77.02, 67.21, 58.01, 72.03),
+            "bat": (77.15, 53.21, 52.20, 77.13),
+            "eat": (56.69, 33.25, 26.85, 57.26),
+            "uat": (56.04, 26.99, 25.22, 54.20),
+        },
+    ),
+    "ECN-MF (CMC 2024)": (
+        "last epoch, ten runs",
+        {
+            "cora": (71.57, 54.75, 48.62, 64.45),
+            "citeseer": (71.80, 45.07, 46.63, 64.53),
+            "eat": (51.87, 24.05, 22.75, 50.64),
+            "uat": (52.01, 24.73, 23.78, 43.93),
+            "amap": (76.88, 68.21, 58.98, 71.58),
+            "amac": (54.12, 35.59, 33.21, 32.99),
+        },
+    ),
+    "Dink-Net (ICML 2023)": (
+        "best epoch by the labels",
+        {
+            "cora": (78.10, 62.28, 61.61, 72.66),
+            "citeseer": (70.36, 45.87, 46.96, 65.96),
+            "amap": (81.71, 74.36, 68.40, 73.92),
+        },
+    ),
+}
+
+COLUMNS = (
+    "dataset", "model", "protocol", "selection", "seed", *LABEL_SCORES, "epochs", "seconds",
+    "peak_memory_bytes", "variant", "selected_epoch",
+)  # fmt: skip
+
+DESCRIPTION = """\
+Train every method on every graph and make the tables: last epoch, a rule that sees no label, and
+the oracle (the epoch with the best accuracy by the true labels, as most papers report), with floors
+and published numbers beside them. Interrupt it when you like: the same command goes on."""
+
+EPILOG = """\
+examples:
+  python -m fastclust.compare --datasets bat,eat,uat --seeds 0-9 --out compare
+  python -m fastclust.compare --datasets cora --models hsan --protocol standard,paper-code \\
+      --ablation --seeds 0-2 --out ablation
+
+what comes out:
+  DIR/results.csv   one row per run and selection; scores in [0, 1]
+  DIR/results.md    the tables
+  DIR/*.svg         accuracy by epoch, accuracy by method (needs matplotlib)
+  DIR/runs/         the run directories of fastclust.train, one per method and graph"""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to cluster that is compared: a model, its protocol and what else is set."""
+
+    model: str
+    protocol: str = "standard"
+    variant: str = ""
+    settings: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def title(self) -> str:
+        """As the tables name it."""
+        parts = [p for p in (self.variant, self.protocol) if p and p != "standard"]
+        return self.model + (f" ({', '.join(parts)})" if parts else "")
+
+    @property
+    def folder(self) -> str:
+        """As its run directory is called."""
+        parts = (self.model, self.protocol, self.variant)
+        return "-".join("".join(c if c.isalnum() else "_" for c in p) for p in parts if p)
+
+
+# --- running -----------------------------------------------------------------------------------
+
+
+def methods(
+    models: Sequence[str], protocols: Sequence[str], ablation: bool, settings: Mapping[str, str]
+) -> list[Method]:
+    """What is to be run; SSGC has one protocol only, and ablations start from the standard one."""
+    common = tuple(settings.items())
+    found: dict[Method, None] = {}
+    for model in models:
+        for protocol in protocols if model != "ssgc" else protocols[:1]:
+            kept = protocol if model != "ssgc" else "standard"
+            found[Method(model, kept, settings=_accepted(model, common))] = None
+        if ablation:
+            for variant, changes in ABLATIONS[model].items():
+                merged = _accepted(model, common) + tuple(changes.items())
+                found[Method(model, variant=variant, settings=merged)] = None
+    return list(found)
+
+
+def _accepted(model: str, settings: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """The settings that this model has; what no model has is refused by :func:`main`."""
+    names = MODELS[model]().get_params()
+    return tuple((key, value) for key, value in settings if key in names)
+
+
+def train_command(
+    method: Method, dataset: str, folder: Path, arguments: argparse.Namespace
+) -> list[str]:
+    """The command line that trains one method on one graph; what is finished is kept."""
+    command = [sys.executable, "-m", "fastclust.train", "--dataset", dataset]
+    command += ["--model", method.model, "--out", str(folder), "--resume", "--quiet"]
+    command += ["--seeds", ",".join(map(str, arguments.seeds)), "--device", arguments.device]
+    if arguments.data_root is not None:
+        command += ["--data-root", arguments.data_root]
+    if method.model != "ssgc":
+        command += ["--protocol", method.protocol, "--precision", arguments.precision]
+        if arguments.epochs is not None:
+            command += ["--epochs", str(arguments.epochs)]
+    for key, value in method.settings:
+        command += ["--set", f"{key}={value}"]
+    return command
+
+
+def run_method(command: Sequence[str], title: str, quiet: bool) -> str | None:
+    """Run one training command; returns what went wrong, or None."""
+    began = time.monotonic()
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode == 130:
+        raise Interrupted(f"{title}: interrupted; the same command goes on from there")
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        note(f"{title} failed: {lines[-1]}", kind="error")
+        return lines[-1]
+    if not quiet:
+        note(f"{title}: {cli.duration(time.monotonic() - began)}")
+    return None
+
+
+# --- reading what the runs left ------------------------------------------------------------------
+
+
+def method_rows(
+    method: Method, dataset: str, folder: Path, seeds: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """One row per finished seed and selection rule of one run directory."""
+    try:
+        runs = json.loads((folder / "result.json").read_text())["runs"]
+    except (OSError, ValueError, KeyError):
+        return
+    for position, run in enumerate(runs):
+        if run["seed"] not in seeds:
+            continue
+        row = {
+            "dataset": dataset,
+            "model": method.model,
+            "protocol": method.protocol,
+            "variant": method.variant,
+            "seed": run["seed"],
+            "epochs": run["epochs"],
+            "seconds": run["seconds"],
+            "peak_memory_bytes": run["peak_memory_bytes"],
+        }
+        scores = {name: run["metrics"][name] for name in LABEL_SCORES}
+        yield row | scores | {"selection": "last", "selected_epoch": run["epochs"]}
+        place = folder if position == 0 else folder / f"seed-{run['seed']}"
+        history = read_history(place)
+        for rule in (*LABEL_FREE, ORACLE):
+            chosen = select(history, rule)
+            if chosen is not None:
+                scores = {name: chosen[name] for name in LABEL_SCORES}
+                yield row | scores | {"selection": rule, "selected_epoch": chosen["epoch"]}
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The evaluated epochs of one seed, with their scores against the labels."""
+    try:
+        lines = (folder / "history.jsonl").read_text().splitlines()
+    except OSError:
+        return []
+    return [entry for entry in map(json.loads, lines) if "acc" in entry]
+
+
+def select(history: Sequence[Mapping[str, Any]], rule: str) -> Mapping[str, Any] | None:
+    """The entry that a rule prefers, the first of equals; None without any score."""
+    key, more_is_better = ("acc", True) if rule == ORACLE else (rule, SELECTIONS[rule])
+    scored = [entry for entry in history if entry.get(key) is not None]
+    if not scored:
+        return None
+    return (max if more_is_better else min)(scored, key=lambda entry: float(entry[key]))
+
+
+# --- floors ------------------------------------------------------------------------------------
+
+
+def _degree_bins(dataset: Dataset, seed: int) -> npt.NDArray[np.int64]:
+    degree = np.asarray(dataset.adjacency.sum(axis=1)).reshape(-1)
+    rank = np.empty(degree.size, dtype=np.int64)
+    rank[np.argsort(degree, kind="stable")] = np.arange(degree.size)
+    return rank * int(dataset.n_clusters or 1) // degree.size
+
+
+def _kmeans_attributes(dataset: Dataset, seed: int) -> npt.NDArray[np.int64]:
+    x = dataset.features
+    dense = x.toarray() if sp.issparse(x) else x
+    return _kmeans(np.asarray(dense, dtype=np.float32), dataset, seed)
+
+
+def _kmeans_filtered(dataset: Dataset, seed: int) -> npt.NDArray[np.int64]:
+    steps = HSAN.for_dataset(dataset.name).filter_steps
+    x = filtered_attributes(dataset.features, dataset.adjacency, filter_steps=steps, n_input=None)
+    return _kmeans(np.asarray(x), dataset, seed)
+
+
+def _kmeans(x: npt.NDArray[np.float32], dataset: Dataset, seed: int) -> npt.NDArray[np.int64]:
+    result = ops.kmeans(as_tensor(x, "cpu"), int(dataset.n_clusters or 1), seed=seed)
+    return np.asarray(result.labels)
+
+
+FLOORS: dict[str, Callable[[Dataset, int], npt.NDArray[np.int64]]] = {
+    "nodes ranked by degree, K equal bins": _degree_bins,
+    "k-means on X": _kmeans_attributes,
+    "k-means on S^t X": _kmeans_filtered,
+}
+
+
+def floor_rows(dataset: Dataset, path: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Rows of the clusterings that need no training; kept in ``path`` once they are known."""
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        known = []
+    rows = {(row["model"], row["seed"]): row for row in known}
+    for name, cluster in FLOORS.items():
+        for seed in seeds if cluster is not _degree_bins else seeds[:1]:
+            if (name, seed) in rows:
+                continue
+            began = time.perf_counter()
+            scores = metrics.clustering_scores(dataset.labels, cluster(dataset, seed))
+            rows[name, seed] = {
+                "dataset": dataset.name,
+                "model": name,
+                "protocol": "floor",
+                "selection": "last",
+                "seed": seed,
+                **scores,
+                "epochs": 0,
+                "seconds": time.perf_counter() - began,
+                "peak_memory_bytes": None,
+                "variant": "",
+                "selected_epoch": 0,
+            }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(list(rows.values())))
+    return [row for (_, seed), row in rows.items() if seed in seeds]
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """All rows, in the columns of :data:`COLUMNS`."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: row.get(name, "") for name in COLUMNS} for row in rows)
+    write_atomically(path, text.getvalue())
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation of shares, in percent.
+
+    Examples
+    --------
+    >>> spread([0.5, 0.52]), spread([0.5])
+    ('51.00 ± 1.41', '50.00')
+    """
+    mean = f"{100 * np.mean(values):.2f}"
+    return mean if len(values) < 2 else f"{mean} ± {100 * np.std(values, ddof=1):.2f}"
+
+
+def _grouped(
+    rows: Iterable[Mapping[str, Any]], *names: str
+) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [list(header), rule, *lines])
+
+
+def _title(model: str, protocol: str, variant: str) -> str:
+    return model if protocol == "floor" else Method(model, protocol, variant).title
+
+
+def overview(
+    rows: Sequence[Mapping[str, Any]], datasets: Sequence[str], rule: str, score: str
+) -> str:
+    """One score of every method: graphs as columns; last, label-free and oracle as rows."""
+    lines = []
+    kept = [row for row in rows if row["selection"] in ("last", rule, ORACLE)]
+    groups = _grouped(kept, "model", "protocol", "variant", "selection")
+    for (model, protocol, variant, selection), members in groups.items():
+        cells = []
+        for dataset in datasets:
+            values = [row[score] for row in members if row["dataset"] == dataset]
+            cells.append(spread(values) if values else "")
+        name = _title(model, protocol, variant)
+        how = "no training" if protocol == "floor" else selection
+        lines.append([name, "**oracle**" if how == ORACLE else how, *cells])
+    column = LABEL_SCORES.index(score)
+    for name, (how, table) in PUBLISHED.items():
+        cells = [f"{table[d][column]:.2f}" if d in table else "" for d in datasets]
+        if any(cells):
+            lines.append([f"*published:* {name}", how, *cells])
+    return _markdown(["method", "epoch chosen by", *datasets], lines)
+
+
+def dataset_table(rows: Sequence[Mapping[str, Any]], dataset: str) -> str:
+    """Everything measured on one graph."""
+    lines = []
+    rows = [row for row in rows if row["dataset"] == dataset]
+    for key, members in _grouped(rows, "model", "protocol", "variant", "selection").items():
+        *method, selection = key
+        cells = [spread([row[score] for row in members]) for score in LABEL_SCORES]
+        seconds = float(np.mean([row["seconds"] for row in members]))
+        memory = [row["peak_memory_bytes"] for row in members if row["peak_memory_bytes"]]
+        lines.append(
+            [
+                _title(*method),
+                "no training" if key[1] == "floor" else selection,
+                *cells,
+                str(len(members)),
+                str(members[0]["epochs"]),
+                cli.duration(seconds),
+                f"{max(memory) / 1e6:.0f} MB" if memory else "",
+            ]
+        )
+    for name, (how, table) in PUBLISHED.items():
+        if dataset in table:
+            scores = [f"{value:.2f}" for value in table[dataset]]
+            lines.append([f"*published:* {name}", how, *scores, "", "", "", ""])
+    header = ["method", "epoch chosen by", "ACC", "NMI", "ARI", "F1", "seeds", "epochs", "time",
+              "peak memory"]  # fmt: skip
+    return _markdown(header, lines)
+
+
+def page(
+    rows: Sequence[Mapping[str, Any]],
+    datasets: Sequence[str],
+    rule: str,
+    command: str,
+    failures: Mapping[str, str],
+    plots: Sequence[Path],
+) -> str:
+    """The whole ``results.md``."""
+    made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
+    parts = [
+        "# Results",
+        f"Made by\n\n```\n{command}\n```\n\nwith {made_with}.",
+        "Scores in percent, mean ± sample standard deviation over seeds; ACC and F1 after the best "
+        "one-to-one map of clusters to classes. Training sees no label. **last** is the last "
+        f"epoch, **{rule}** the evaluated epoch which that score prefers, without labels. "
+        "**oracle** is the evaluated epoch with the best accuracy by the true labels, the protocol "
+        "of most published numbers: nobody without labels can choose it. Published numbers were "
+        "not measured here.",
+        f"## Accuracy\n\n{overview(rows, datasets, rule, 'acc')}",
+        f"## NMI\n\n{overview(rows, datasets, rule, 'nmi')}",
+    ]
+    parts += [f"## {dataset}\n\n{dataset_table(rows, dataset)}" for dataset in datasets]
+    if plots:
+        parts.append("## Plots\n\n" + "\n\n".join(f"![{p.stem}]({p.name})" for p in plots))
+    if failures:
+        lines = "\n".join(f"- {title}: {why}" for title, why in failures.items())
+        parts.append(f"## Not finished\n\n{lines}")
+    return "\n\n".join(parts) + "\n"
+
+
+# --- plots -------------------------------------------------------------------------------------
+
+
+def plot_curves(
+    dataset: str, histories: Mapping[str, list[list[dict[str, Any]]]], path: Path
+) -> None:
+    """Accuracy by epoch: the mean over seeds and the range between the worst and the best."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for title, runs in histories.items():
+        epochs = [entry["epoch"] for entry in min(runs, key=len)]
+        values = 100 * np.array([[entry["acc"] for entry in run[: len(epochs)]] for run in runs])
+        (line,) = axes.plot(epochs, values.mean(0), label=title)
+        axes.fill_between(
+            epochs, values.min(0), values.max(0), alpha=0.15, color=line.get_color(), linewidth=0
+        )
+    axes.set(title=dataset, xlabel="epoch", ylabel="ACC (%)")
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def plot_bars(rows: Sequence[Mapping[str, Any]], dataset: str, path: Path) -> None:
+    """Accuracy of every method at the last epoch, with one standard deviation."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row["dataset"] == dataset and row["selection"] == "last"]
+    groups = _grouped(rows, "model", "protocol", "variant")
+    titles = [_title(*key) for key in groups]
+    values = [100 * np.array([row["acc"] for row in members]) for members in groups.values()]
+    figure = Figure(figsize=(7, 0.8 + 0.32 * len(titles)), layout="constrained")
+    axes = figure.subplots()
+    errors = [float(v.std(ddof=1)) if v.size > 1 else 0.0 for v in values]
+    axes.barh(titles, [float(v.mean()) for v in values], xerr=errors, height=0.7)
+    axes.invert_yaxis()
+    axes.set(title=f"{dataset}, last epoch", xlabel="ACC (%)")
+    figure.savefig(path)
+
+
+def draw(
+    out: Path,
+    datasets: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    histories: Mapping[str, Mapping[str, list[list[dict[str, Any]]]]],
+) -> list[Path]:
+    """All plots; none, with a note, where matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        note("no plots: matplotlib is not installed (pip install matplotlib)")
+        return []
+    paths = []
+    for dataset in datasets:
+        if histories[dataset]:
+            paths.append(out / f"curves-{dataset}.svg")
+            plot_curves(dataset, histories[dataset], paths[-1])
+        if any(row["dataset"] == dataset for row in rows):
+            paths.append(out / f"methods-{dataset}.svg")
+            plot_bars(rows, dataset, paths[-1])
+    return paths
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def _names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """An argparse type: a comma-separated list of allowed names, each once; ``all`` is all."""
+
+    def parse(text: str) -> list[str]:
+        names = list(allowed) if text == "all" else [part.strip() for part in text.split(",")]
+        for name in names:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(
+                    f"must be names out of {', '.join(allowed)}, joined by commas, got {name!r}"
+                    + cli.did_you_mean(name, allowed)
+                )
+        return list(dict.fromkeys(names))
+
+    return parse
+
+
+def build_parser() -> cli.Parser:
+    """The arguments of CONTRACT and what serves them."""
+    parser = cli.Parser(prog="python -m fastclust.compare", description=DESCRIPTION, epilog=EPILOG)
+    add = parser.add_argument
+    add("--datasets", type=_names(DATASET_NAMES), default=list(GRAPHS), metavar="A,B",
+        help="graphs with labels (default: cora,citeseer,amap,amac,bat,eat,uat)")  # fmt: skip
+    add("--models", type=_names(tuple(MODELS)), default=list(MODELS), metavar="A,B",
+        help="hsan, ecnmf, ssgc (default: all three)")  # fmt: skip
+    add("--protocol", type=_names(("standard", "paper-code")), default=["standard"], metavar="A,B",
+        help="standard, paper-code or both (default: standard)")  # fmt: skip
+    add("--seeds", type=cli.parse_seeds, default=[*range(10)], metavar="0-9", help="default: 0-9")
+    add("--ablation", action="store_true", help="also the variants that leave something out")
+    add("--label-free", choices=LABEL_FREE, default="inertia", metavar="RULE",
+        help=f"the rule of the tables' middle column: {', '.join(LABEL_FREE)} (default: inertia); "
+        "results.csv has them all")  # fmt: skip
+    add("--epochs", type=cli.count, metavar="N", help="default: the presets'")
+    add("--precision", choices=("fp32", "tf32", "bf16x3", "bf16"), default="fp32")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--data-root", metavar="DIR", help="folder of the graphs, as for fastclust.train")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+        help="a hyper-parameter for every model that has it")  # fmt: skip
+    add("--jobs", type=cli.count, default=1, metavar="N",
+        help="training processes at once; share the cores by OMP_NUM_THREADS")  # fmt: skip
+    add("--out", required=True, metavar="DIR", help="where the tables and runs go")
+    add("--quiet", action="store_true", help="no progress on stderr")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the comparison as the arguments say; returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = build_parser().parse_args(given)
+    settings = {}
+    for text in arguments.settings:
+        key, equals, value = text.partition("=")
+        if not equals or not any(key in MODELS[m]().get_params() for m in arguments.models):
+            raise UsageError(f"--set must be KEY=VALUE with a hyper-parameter, got {text!r}")
+        settings[key] = value
+    wanted = methods(arguments.models, arguments.protocol, arguments.ablation, settings)
+    datasets = [load_dataset(name, root=arguments.data_root) for name in arguments.datasets]
+    out = Path(arguments.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out must be a directory, got {str(out)!r}: {error.strerror}") from None
+
+    tasks = {
+        (dataset.name, method): out / "runs" / dataset.name / method.folder
+        for dataset in datasets
+        for method in wanted
+    }
+    failures: dict[str, str] = {}
+
+    def work(task: tuple[str, Method]) -> None:
+        name, method = task
+        title = f"{method.title} on {name}"
+        command = train_command(method, name, tasks[task], arguments)
+        problem = run_method(command, title, arguments.quiet)
+        if problem is not None:
+            failures[title] = problem
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        try:
+            for _ in pool.map(work, tasks):
+                pass
+        except KeyboardInterrupt:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+    rows: list[dict[str, Any]] = []
+    histories: dict[str, dict[str, list[list[dict[str, Any]]]]] = {}
+    for dataset in datasets:
+        rows += floor_rows(dataset, out / "floors" / f"{dataset.name}.json", arguments.seeds)
+        histories[dataset.name] = {}
+        for method in wanted:
+            folder = tasks[dataset.name, method]
+            rows += method_rows(method, dataset.name, folder, arguments.seeds)
+            folders = [folder, *sorted(folder.glob("seed-*"))]
+            curves = [curve for curve in map(read_history, folders) if curve]
+            if curves:
+                histories[dataset.name][method.title] = curves
+    write_csv(rows, out / "results.csv")
+    plots = draw(out, arguments.datasets, rows, histories)
+    command = shlex.join(["python", "-m", "fastclust.compare", *given])
+    rule = arguments.label_free
+    text = page(rows, arguments.datasets, rule, command, failures, plots)
+    write_atomically(out / "results.md", text)
+    print(overview(rows, arguments.datasets, rule, "acc"), flush=True)
+    if not arguments.quiet:
+        note("oracle: the epoch with the best accuracy by the true labels; no user can choose it")
+        note(f"tables: {out / 'results.md'}, {out / 'results.csv'}")
+    return 2 if failures else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,190 @@
+"""python -m fastclust.compare: what is run, which epoch each rule takes, tables, resuming."""
+
+from __future__ import annotations
+
+import csv
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastclust import cli, compare
+from fastclust.compare import FLOORS, LABEL_FREE, Method, methods, overview, select
+from fastclust.datasets import load_dataset
+from fastclust.training import SELECTIONS
+
+SMALL = ("--datasets", "digits", "--seeds", "0,3", "--epochs", "3", "--set", "width=8",
+         "--set", "n_init=2", "--set", "eval_every=1")  # fmt: skip
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Run the command in this process: exit code, stdout, stderr."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            code = cli.guarded(lambda: compare.main(arguments))
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
+    return code, *capsys.readouterr()
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+# --- rules ---------------------------------------------------------------------------------------
+
+
+def test_rules_prefer_the_best_epoch_and_the_first_of_equals() -> None:
+    history = [
+        {"epoch": 1, "acc": 0.5, "loss": 3.0, "inertia": 0.7, "modularity": 0.1},
+        {"epoch": 11, "acc": 0.9, "loss": 2.0, "inertia": 0.4, "modularity": 0.3},
+        {"epoch": 21, "acc": 0.9, "loss": 1.0, "inertia": None, "modularity": 0.3},
+    ]
+    assert select(history, "oracle")["epoch"] == 11
+    assert select(history, "loss")["epoch"] == 21
+    assert select(history, "inertia")["epoch"] == 11, "an epoch without the score is passed over"
+    assert select(history, "modularity")["epoch"] == 11
+    assert select(history, "davies-bouldin") is None
+    assert select([], "oracle") is None
+
+
+def test_no_rule_but_the_oracle_reads_a_label() -> None:
+    """The scores against the labels are replaced: every other rule takes the same epoch."""
+    rng = np.random.default_rng(0)
+    history = [
+        {"epoch": e, "acc": rng.random(), **{r: rng.random() for r in LABEL_FREE}}
+        for e in range(30)
+    ]
+    swapped = [entry | {"acc": 1 - entry["acc"]} for entry in history]
+    for rule in LABEL_FREE:
+        assert select(history, rule)["epoch"] == select(swapped, rule)["epoch"]
+    assert select(history, "oracle")["epoch"] != select(swapped, "oracle")["epoch"]
+    assert set(LABEL_FREE) < set(SELECTIONS), "the oracle is no selection of the estimators"
+
+
+def test_methods_are_each_run_once() -> None:
+    found = methods(["hsan", "ssgc"], ["standard", "paper-code"], False, {"width": "8"})
+    assert [m.title for m in found] == ["hsan", "hsan (paper-code)", "ssgc"]
+    assert found[0].settings == (("width", "8"),) and found[2].settings == ()
+    found = methods(["hsan"], ["standard"], True, {})
+    assert Method("hsan", variant="plain Adam", settings=(("optimizer", "adam"),)) in found
+    assert len({m.folder for m in found}) == len(found)
+
+
+def test_degree_bins_are_equal_and_ordered() -> None:
+    digits = load_dataset("digits")
+    bins = FLOORS["nodes ranked by degree, K equal bins"](digits, 0)
+    sizes = np.bincount(bins)
+    assert sizes.size == 10 and sizes.max() - sizes.min() <= 1
+    degree = np.asarray(digits.adjacency.sum(axis=1)).reshape(-1)
+    for lower, upper in zip(range(9), range(1, 10), strict=True):
+        assert degree[bins == lower].max() <= degree[bins == upper].min()
+
+
+def test_published_numbers_are_marked() -> None:
+    text = overview([], ["cora", "amac"], "inertia", "acc")
+    assert (
+        "| *published:* HSAN (AAAI 2023) | best epoch by the labels, ten runs | 77.07 |  |" in text
+    )
+    assert "| *published:* ECN-MF (CMC 2024) | last epoch, ten runs | 71.57 | 54.12 |" in text
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compare")
+    arguments = (*SMALL, "--models", "hsan,ssgc", "--out", str(out), "--quiet")
+    assert cli.guarded(lambda: compare.main(arguments)) == 0
+    return out
+
+
+def test_one_row_per_run_and_selection(comparison: Path) -> None:
+    rows = read(comparison / "results.csv")
+    assert list(rows[0])[:11] == [
+        "dataset", "model", "protocol", "selection", "seed", "acc", "nmi", "ari", "f1", "epochs",
+        "seconds",
+    ]  # fmt: skip
+    hsan = [row for row in rows if row["model"] == "hsan"]
+    assert {(row["selection"], row["seed"]) for row in hsan} == {
+        (rule, seed) for rule in ("last", "oracle", *LABEL_FREE) for seed in ("0", "3")
+    }
+    ssgc = [row for row in rows if row["model"] == "ssgc"]
+    assert [(row["selection"], row["seed"]) for row in ssgc] == [("last", "0"), ("last", "3")]
+    assert {row["model"] for row in rows} == {"hsan", "ssgc", *FLOORS}
+    assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("acc", "nmi", "f1"))
+    for seed in ("0", "3"):
+        by_rule = {row["selection"]: float(row["acc"]) for row in hsan if row["seed"] == seed}
+        assert by_rule["oracle"] == max(by_rule.values())
+
+
+def test_rows_are_what_the_run_directories_hold(comparison: Path) -> None:
+    result = json.loads(
+        (comparison / "runs" / "digits" / "hsan-standard" / "result.json").read_text()
+    )
+    rows = read(comparison / "results.csv")
+    for run in result["runs"]:
+        (row,) = (
+            r for r in rows
+            if (r["model"], r["selection"], r["seed"]) == ("hsan", "last", str(run["seed"]))
+        )  # fmt: skip
+        assert float(row["acc"]) == run["metrics"]["acc"]
+        assert int(row["peak_memory_bytes"]) == run["peak_memory_bytes"] > 0
+        assert row["epochs"] == row["selected_epoch"] == "3"
+
+
+def test_the_page_says_what_everything_is(comparison: Path) -> None:
+    text = (comparison / "results.md").read_text()
+    assert "python -m fastclust.compare --datasets digits" in text and "torch 2" in text
+    assert "**oracle**" in text and "true labels" in text and "no training" in text
+    assert "±" in text and "## digits" in text
+    pytest.importorskip("matplotlib")
+    assert (comparison / "curves-digits.svg").stat().st_size > 1000
+    assert "![curves-digits](curves-digits.svg)" in text
+
+
+def test_a_finished_comparison_is_not_run_again(
+    comparison: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = comparison / "runs" / "digits" / "hsan-standard"
+    before = (folder / "history.jsonl").stat().st_mtime_ns
+    rows = read(comparison / "results.csv")
+    code, out, err = call(capsys, *SMALL, "--models", "hsan,ssgc", "--out", str(comparison))
+    assert code == 0 and "| hsan | last |" in out, err
+    assert "no user can choose it" in err
+    assert (folder / "history.jsonl").stat().st_mtime_ns == before
+    assert read(comparison / "results.csv") == rows
+
+
+def test_a_method_that_fails_is_told_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--datasets", "digits", "--seeds", "0", "--epochs", "1", "--models", "ecnmf,ssgc")
+    code, _, err = call(capsys, *arguments, "--set", "rank=5000", "--out", str(tmp_path))
+    assert code == 2
+    assert "ecnmf on digits failed" in err and "rank must be at most" in err
+    assert "ecnmf on digits: error: rank" in (tmp_path / "results.md").read_text()
+    assert {row["model"] for row in read(tmp_path / "results.csv")} == {"ssgc", *FLOORS}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--datasets", "corra"), "did you mean cora?"),
+        (("--models", "hsam"), "did you mean hsan?"),
+        (("--set", "widht=3"), "--set must be KEY=VALUE with a hyper-parameter, got 'widht=3'"),
+        (("--out", "/dev/null/x"), "--out must be a directory"),
+    ],
+)
+def test_wrong_usage_is_one_line(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[Any] = ["--datasets", "digits", "--out", str(tmp_path), *arguments]
+    code, _, err = call(capsys, *given)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
