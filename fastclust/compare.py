@@ -278,8 +278,7 @@ def _degree_bins(dataset: Dataset, seed: int) -> npt.NDArray[np.int64]:
 
 def _kmeans_attributes(dataset: Dataset, seed: int) -> npt.NDArray[np.int64]:
     x = dataset.features
-    dense = x.toarray() if sp.issparse(x) else x
-    return _kmeans(np.asarray(dense, dtype=np.float32), dataset, seed)
+    return _kmeans(x.toarray() if isinstance(x, sp.csr_array) else x, dataset, seed)
 
 
 def _kmeans_filtered(dataset: Dataset, seed: int) -> npt.NDArray[np.int64]:
