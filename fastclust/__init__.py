@@ -5,6 +5,7 @@ from fastclust._version import __version__
 from fastclust.datasets import load_dataset, load_npz
 from fastclust.estimators import ECNMF, HSAN, SSGC
 from fastclust.graph import Graph
+from fastclust.synthetic import make_attributed_sbm
 
 __all__ = [
     "ECNMF",
@@ -14,6 +15,7 @@ __all__ = [
     "__version__",
     "load_dataset",
     "load_npz",
+    "make_attributed_sbm",
     "metrics",
     "ops",
 ]
