@@ -248,6 +248,6 @@ def _count(name: str, value: Any, least: int) -> int:
 
 
 def _in_range(name: str, value: Any, low: float, high: float) -> None:
-    if not isinstance(value, Real) or not low <= value <= high or value == math.inf:
+    if not isinstance(value, Real) or not low <= float(value) <= high or value == math.inf:
         upper = f" and at most {high:g}" if high < math.inf else ""
         raise ValueError(f"{name} must be a number of at least {low:g}{upper}, got {value!r}")
