@@ -11,10 +11,12 @@ namespace fastclust {
 
 #if defined(FASTCLUST_STANDALONE)
 
-int num_threads() {
-  const unsigned n = std::thread::hardware_concurrency();
-  return n == 0 ? 1 : static_cast<int>(n);
+namespace {
+int threads_in_force = 2;
 }
+
+int num_threads() { return threads_in_force; }
+void set_num_threads(int n) { threads_in_force = n; }
 
 void detail::run_workers(int n_workers, WorkerFn fn, void* context) {
   std::vector<std::thread> threads;

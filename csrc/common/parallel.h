@@ -15,6 +15,9 @@ namespace fastclust {
 
 // Threads that parallel work may use now (torch.get_num_threads()).
 int num_threads();
+#if defined(FASTCLUST_STANDALONE)
+void set_num_threads(int n);  // not while parallel work is running
+#endif
 
 namespace detail {
 using WorkerFn = void (*)(void* context, int worker);
