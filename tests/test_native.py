@@ -25,7 +25,7 @@ CXX = shutil.which("g++") or shutil.which("c++")
 pytestmark = pytest.mark.slow
 
 ENVIRONMENT = {
-    "ASAN_OPTIONS": "max_malloc_fill_size=1073741824:malloc_fill_byte=255:detect_stack_use_after_return=1",
+    "ASAN_OPTIONS": "max_malloc_fill_size=1073741824:malloc_fill_byte=255",
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     "TSAN_OPTIONS": "halt_on_error=1",
 }
