@@ -48,7 +48,7 @@ def epoch_of(parameters: list[nn.Parameter], loss: Callable[[], Tensor]) -> Call
     return epoch
 
 
-def csr(dataset: Dataset, norm: str) -> Tensor:
+def csr(dataset: Dataset, norm: str, device: str) -> Tensor:
     """D^-1 (A + I), or A, as a torch sparse CSR matrix [N, N]."""
     n = dataset.n_nodes
     dense_index = dataset.adjacency.tocoo()
@@ -58,7 +58,8 @@ def csr(dataset: Dataset, norm: str) -> Tensor:
         rows, cols = np.r_[rows, np.arange(n)], np.r_[cols, np.arange(n)]
         values = (1.0 / np.bincount(rows, minlength=n)[rows]).astype(np.float32)
     index = torch.from_numpy(np.stack([rows, cols]).astype(np.int64))
-    return torch.sparse_coo_tensor(index, torch.from_numpy(values), (n, n)).to_sparse_csr()
+    matrix = torch.sparse_coo_tensor(index, torch.from_numpy(values), (n, n))
+    return matrix.to(device).to_sparse_csr()
 
 
 class SparseProduct(torch.autograd.Function):
@@ -74,12 +75,12 @@ class SparseProduct(torch.autograd.Function):
         return None, None, ctx.a_transposed @ gradients[0]
 
 
-def ecnmf_ours(dataset: Dataset) -> Callable[[], float]:
-    x = torch.from_numpy(np.asarray(dataset.features.todense(), dtype=np.float32))
+def ecnmf_ours(dataset: Dataset, device: str = "cpu") -> Callable[[], float]:
+    x = torch.from_numpy(np.asarray(dataset.features.todense(), dtype=np.float32)).to(device)
     model = ECNMFModel(
         x,
         ops.low_rank(x, RANK, seed=0),
-        Graph(dataset.adjacency, norm="rw"),
+        Graph(dataset.adjacency, norm="rw").to(device),
         n_clusters=int(dataset.n_clusters or 0),
         width=WIDTH,
         update_every=10**6,
@@ -94,17 +95,19 @@ def ecnmf_ours(dataset: Dataset) -> Callable[[], float]:
     return epoch_of([p for p in model.parameters() if p.requires_grad], loss)
 
 
-def ecnmf_eager(dataset: Dataset) -> Callable[[], float]:
-    x = torch.from_numpy(np.asarray(dataset.features.todense(), dtype=np.float32))
+def ecnmf_eager(dataset: Dataset, device: str = "cpu") -> Callable[[], float]:
+    x = torch.from_numpy(np.asarray(dataset.features.todense(), dtype=np.float32)).to(device)
     views = [x, ops.low_rank(x, RANK, seed=0).to_dense()]
-    abar = csr(dataset, "rw")
+    abar = csr(dataset, "rw", device)
     transposed = abar.to_sparse_coo().t().to_sparse_csr()
     k = int(dataset.n_clusters or 0)
     torch.manual_seed(0)
     layers = [[nn.Linear(x.shape[1], WIDTH), nn.Linear(WIDTH, WIDTH)] for _ in views]
-    head = nn.Linear(WIDTH, k)
-    pseudo = torch.arange(0, dataset.n_nodes, 2)
-    one_hot = nn.functional.one_hot(torch.arange(len(pseudo)) % k, k).float()
+    head = nn.Linear(WIDTH, k).to(device)
+    for layer in [layer for pair in layers for layer in pair]:
+        layer.to(device)
+    pseudo = torch.arange(0, dataset.n_nodes, 2, device=device)
+    one_hot = nn.functional.one_hot(torch.arange(len(pseudo), device=device) % k, k).float()
 
     def loss() -> Tensor:
         encoded = []
@@ -123,15 +126,17 @@ def ecnmf_eager(dataset: Dataset) -> Callable[[], float]:
     return epoch_of([*parameters, *head.parameters()], loss)
 
 
-def hsan_inputs(dataset: Dataset, width: int) -> tuple[HSANModel, Tensor, Tensor]:
+def hsan_inputs(dataset: Dataset, width: int, device: str) -> tuple[HSANModel, Tensor, Tensor]:
     """A model with weights, and the labels and confident nodes that they come from."""
     n_input = 500 if dataset.n_features > 500 else None
-    x = filtered_attributes(dataset.features, dataset.adjacency, filter_steps=2, n_input=n_input)
-    graph = Graph(dataset.adjacency, norm="none", self_loops=False)
+    x = filtered_attributes(
+        dataset.features, dataset.adjacency, filter_steps=2, n_input=n_input, device=device
+    )
+    graph = Graph(dataset.adjacency, norm="none", self_loops=False).to(device)
     model = HSANModel(x, graph, n_clusters=int(dataset.n_clusters or 0), width=width)
     rng = np.random.default_rng(0)
-    labels = torch.from_numpy(rng.integers(0, model.n_clusters, dataset.n_nodes))
-    confident = torch.from_numpy(rng.random(dataset.n_nodes) < 0.9)
+    labels = torch.from_numpy(rng.integers(0, model.n_clusters, dataset.n_nodes)).to(device)
+    confident = torch.from_numpy(rng.random(dataset.n_nodes) < 0.9).to(device)
     with torch.no_grad():
         model.weights = ops.hardness(
             model.attribute_views(),
@@ -144,19 +149,19 @@ def hsan_inputs(dataset: Dataset, width: int) -> tuple[HSANModel, Tensor, Tensor
     return model, labels, confident
 
 
-def hsan_ours(dataset: Dataset, width: int = 1500) -> Callable[[], float]:
-    model, _, _ = hsan_inputs(dataset, width)
+def hsan_ours(dataset: Dataset, width: int = 1500, device: str = "cpu") -> Callable[[], float]:
+    model, _, _ = hsan_inputs(dataset, width, device)
     return epoch_of(list(model.parameters()), model.loss)
 
 
-def hsan_eager(dataset: Dataset, width: int = 1500) -> Callable[[], float]:
-    model, _, _ = hsan_inputs(dataset, width)
+def hsan_eager(dataset: Dataset, width: int = 1500, device: str = "cpu") -> Callable[[], float]:
+    model, _, _ = hsan_inputs(dataset, width, device)
     assert model.weights is not None
     weights = ops.dense_weights(model.weights)  # [2N, 2N]
-    adjacency = csr(dataset, "none")
+    adjacency = csr(dataset, "none", device)
     n = dataset.n_nodes
-    other = torch.arange(2 * n).roll(n)
-    diagonal = torch.eye(2 * n, dtype=torch.bool)
+    other = torch.arange(2 * n, device=device).roll(n)
+    diagonal = torch.eye(2 * n, dtype=torch.bool, device=device)
 
     def loss() -> Tensor:
         z = model.attribute_views()

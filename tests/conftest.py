@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,6 +29,14 @@ def data_root(pytestconfig: pytest.Config) -> Path:
     if not (Path(root) / "cora.npz").is_file():
         absent(f"FASTCLUST_DATA={root} holds no cora.npz")
     return Path(root)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The CPU, and the GPU where there is one: the test runs on each."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    return str(request.param)
 
 
 @pytest.fixture

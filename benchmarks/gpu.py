@@ -1,0 +1,1031 @@
+"""The parts of ``benchmarks/gpu.sh``: tests, sanitizer, ceilings, kernels and trainings on a GPU.
+
+Every part runs in a process of its own with a time limit, since a faulty kernel takes the CUDA
+context of its process with it, and writes its JSON after every case, so that a part cut short keeps
+what it measured::
+
+    python benchmarks/gpu.py --out DIR                # all parts
+    python benchmarks/gpu.py --out DIR infonce train  # some
+    python benchmarks/gpu.py --out DIR --tiny         # on CPU tensors of tiny shapes: a dry run
+
+A JSON holds ``subject``, ``card`` (name, clocks, driver), ``versions``, ``commit``, ``tiny``,
+``rows`` (one measurement each) and ``errors`` (case and message). Times are medians in
+milliseconds; rates count useful work, and ``share`` is the rate (for bf16x3 that of its three
+products) over the card's own measured ceiling. Nothing here changes a setting of the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+if importlib.util.find_spec("fastclust") is None:  # not installed: a dry run in a built checkout
+    sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+# Graphs by name: nodes, stored entries, features, share of ones, clusters, and rank of the low-rank
+# view; made up in these shapes where FASTCLUST_DATA does not name the real ones.
+SHAPES = {
+    "cora": (2708, 10556, 1433, 0.013, 7, 40),
+    "amap": (7650, 238162, 745, 0.35, 8, 20),
+    "amac": (13752, 491722, 767, 0.35, 10, 70),
+    "tiny": (120, 600, 40, 0.2, 3, 5),
+}
+
+
+# ---- one part's report --------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """What one part measured; ``case`` adds rows and survives a failing one."""
+
+    subject: str
+    part: str
+    out: Path
+    device: str
+    tiny: bool
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[dict[str, str]] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    def write(self) -> None:
+        """Put the state into ``<subject>.json``."""
+        content = {
+            "subject": self.subject,
+            "device": self.device,
+            "tiny": self.tiny,
+            "card": card(),
+            "versions": versions(),
+            "commit": commit(),
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "rows": self.rows,
+            "errors": self.errors,
+        }
+        path = self.out / f"{self.subject}.json"
+        path.with_suffix(".new").write_text(json.dumps(content, indent=1) + "\n")
+        path.with_suffix(".new").replace(path)
+
+    def case(self, name: str, run: Callable[[], dict[str, Any] | None], **labels: Any) -> None:
+        """Run one measurement; its dictionary becomes a row, an exception an error."""
+        try:
+            found = run()
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}".strip()[:500]
+            named = {k: str(v) for k, v in labels.items()}
+            self.errors.append({"part": self.part, "case": name, **named, "error": message})
+            print(f"  {name} {labels}: {message}", flush=True)
+        else:
+            if found is not None:
+                self.rows.append({"part": self.part, "case": name, **labels, **rounded(found)})
+                print(f"  {self.rows[-1]}", flush=True)
+        if self.device == "cuda":
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.empty_cache()
+        self.write()
+
+    def ceiling(self, name: str) -> float | None:
+        """A rate measured by the part ``ceilings``, if it ran."""
+        with contextlib.suppress(OSError, ValueError):
+            for row in json.loads((self.out / "ceilings.json").read_text())["rows"]:
+                if row["case"] == name:
+                    return float(row["rate"])
+        return None
+
+    def share(self, rate: float, ceiling: str) -> dict[str, Any]:
+        """``share`` of a measured ceiling, where there is one."""
+        limit = self.ceiling(ceiling)
+        return {} if limit is None else {"share": rate / limit, "ceiling": ceiling}
+
+
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """Five digits are more than a timing holds."""
+    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
+
+
+def commit() -> str:
+    """Commit of the tree, with ``+`` where tracked files differ from it."""
+    if os.environ.get("FASTCLUST_COMMIT"):
+        return os.environ["FASTCLUST_COMMIT"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD").strip()
+        changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno").strip()
+        return head + ("+" if changed else "")
+    return "unknown"
+
+
+def card() -> dict[str, str]:
+    """Name, driver and clocks of the GPU as nvidia-smi reads them now; empty without one."""
+    fields = (
+        "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
+        "power.limit", "temperature.gpu",
+    )  # fmt: skip
+    try:
+        text = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    values = text.splitlines()[0].split(", ")
+    return dict(zip(fields, values, strict=False))
+
+
+def versions() -> dict[str, str]:
+    """Versions that timings depend on."""
+    from fastclust.info import versions as package_versions
+
+    return package_versions() | {"cuda": str(torch.version.cuda)}
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
+
+
+# ---- timing -------------------------------------------------------------------------------------
+
+
+def measure(run: Callable[[], Any], device: str, seconds: float = 1.0) -> dict[str, float]:
+    """Median and least time in ms, and peak device bytes beyond what stood before."""
+    cuda = device == "cuda"
+    run()  # builds, allocations, handles
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    result = run()
+    del result
+    if cuda:
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    once = time.perf_counter() - start
+    times = []
+    for _ in range(int(min(50, max(3, seconds / max(once, 1e-6)))) if seconds else 1):
+        if cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        else:
+            start = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - start))
+    row = {"ms": statistics.median(times), "ms_min": min(times), "repeats": len(times)}
+    return row | ({"peak_bytes": peak} if cuda else {})
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """``run`` as a replay of a CUDA graph: one launch for all of its kernels."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return kept
+
+    return replay
+
+
+@contextlib.contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """Let torch's float32 products run in tf32, as an eager user may."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def sibling(name: str) -> ModuleType:
+    """Another benchmark file as a module, for its peers and generators."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", HERE / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+
+def dataset_path(name: str, folder: Path) -> str:
+    """What ``--dataset`` takes: the name where the real graph is at hand, else a made-up file."""
+    root = os.environ.get("FASTCLUST_DATA")
+    if root and (Path(root) / f"{name}.npz").is_file():
+        return name
+    path = folder / f"{name}-like.npz"
+    if not path.is_file():
+        made_up(name, path)
+    return str(path)
+
+
+def made_up(name: str, path: Path) -> None:
+    """A graph in the shape of a named one: communities, power law of degrees, binary features."""
+    n, entries, width, density, k, _ = SHAPES[name]
+    adjacency = sibling("test_propagate").community_graph.__wrapped__(n, entries, k)
+    rng = np.random.default_rng(1)
+    labels = np.random.default_rng(0).integers(0, k, n)  # as community_graph draws them
+    topics = rng.random((k, width)) ** 2
+    topics *= density / topics.mean()
+    features = rng.random((n, width)) < (0.5 * density + 0.5 * topics[labels])
+    rows = np.concatenate([[0], np.cumsum(features.sum(1))])
+    np.savez_compressed(
+        path,
+        adj_indptr=adjacency.indptr.astype(np.int64),
+        adj_indices=adjacency.indices.astype(np.int32),
+        x_indptr=rows.astype(np.int64),
+        x_indices=np.nonzero(features)[1].astype(np.int32),
+        x_data=np.ones(int(rows[-1]), np.float32),
+        shape_x=np.array([n, width]),
+        labels=labels.astype(np.int64),
+    )
+
+
+def load(name: str, folder: Path) -> Any:
+    """The graph as a :class:`fastclust.datasets.Dataset`."""
+    from fastclust import load_dataset
+
+    where = dataset_path(name, folder)
+    return load_dataset(Path(where) if where.endswith(".npz") else where)
+
+
+def randn(*shape: int, device: str, seed: int = 0) -> Tensor:
+    """Normal numbers, drawn on the device."""
+    return torch.randn(*shape, device=device, generator=torch.Generator(device).manual_seed(seed))
+
+
+# ---- parts --------------------------------------------------------------------------------------
+
+
+def ceilings(report: Report) -> None:
+    """Copy bandwidth and matrix rates of this card."""
+    device = report.device
+    size = 2**16 if report.tiny else 2**28  # floats: 1 GiB read, 1 GiB written
+    source, target = randn(size, device=device), torch.empty(size, device=device)
+
+    def copy() -> dict[str, Any]:
+        found = measure(lambda: target.copy_(source), device)
+        return found | {"rate": 8 * size / found["ms"] / 1e6, "unit": "GB/s"}
+
+    report.case("copy", copy)
+    n = 128 if report.tiny else 8192
+
+    def product(dtype: torch.dtype, allow: bool) -> dict[str, Any]:
+        a, b = (randn(n, n, device=device, seed=s).to(dtype) for s in range(2))
+        with tf32(allow):
+            found = measure(lambda: a @ b, device)
+        return found | {"rate": 2 * n**3 / found["ms"] / 1e9, "unit": "TFLOP/s"}
+
+    report.case("gemm-bf16", lambda: product(torch.bfloat16, False))
+    report.case("gemm-tf32", lambda: product(torch.float32, True))
+    report.case("gemm-fp32", lambda: product(torch.float32, False))
+
+
+def infonce(report: Report) -> None:
+    """The loss, forward and backward, at every size, in every precision, beside eager torch."""
+    from fastclust import ops
+
+    device, tiny = report.device, report.tiny
+    dense_loss = sibling("test_infonce").dense_loss
+    sizes = {"tiny": 60} if tiny else {name: SHAPES[name][0] for name in ("cora", "amap", "amac")}
+    sizes |= {} if tiny else {"50k": 50_000, "100k": 100_000}
+    d = 12 if tiny else 500
+    hopper = device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    for case, n in sizes.items():
+        z, e = (normalize(randn(2 * n, d, device=device, seed=s)).requires_grad_() for s in (0, 1))
+        alpha = torch.tensor(0.7, device=device, requires_grad=True)
+        labels = torch.randint(0, 7, (n,), generator=torch.Generator().manual_seed(2)).to(device)
+        confident = (torch.rand(n, generator=torch.Generator().manual_seed(3)) < 0.7).to(device)
+        weights = ops.hardness(z, e, alpha, labels, confident, 1.0)
+        leaves = (z, e, alpha)
+
+        def row(
+            step: Callable[[], Tensor], products: float, both: bool, n: int = n
+        ) -> dict[str, Any]:
+            found = measure(step, device, 0.3 if n > 20_000 else 1.0)
+            work = (4 if both else 1) * (2 * n) ** 2 * 2 * d
+            rate = work / found["ms"] / 1e9
+            found |= {"rate": rate, "unit": "TFLOP/s"} | report.share(rate * products, "gemm-bf16")
+            if "peak_bytes" in found:  # the step's own results are not extra
+                found["extra_bytes"] = found["peak_bytes"] - (2 * 2 * n * d * 4 if both else 0)
+            return found
+
+        def ours(precision: str, w: Any, both: bool, leaves: Any = leaves) -> Callable[[], Any]:
+            def step() -> Any:
+                loss = ops.hard_infonce(*leaves, weights=w, precision=precision)
+                return torch.autograd.grad(loss, leaves) if both else loss.detach()
+
+            return step
+
+        modes = [
+            ("", precision, kind) for precision in ("bf16", "bf16x3", "tf32") for kind in (0, 1)
+        ]
+        if hopper:  # the path of its own for Hopper, on request until a card has confirmed it
+            modes += [("sm90", p, kind) for p in ("bf16", "bf16x3") for kind in (0, 1)]
+        for path, precision, weighted in modes:
+            if n > 20_000 and (precision == "tf32" or (n > 50_000 and weighted)):
+                continue
+            for both in (False, True):
+                w = weights if weighted else None
+                with environment(FASTCLUST_SM90="1" if path else "0"):
+                    report.case(
+                        case,
+                        lambda p=precision, w=w, b=both: row(
+                            ours(p, w, b), 3 if p == "bf16x3" else 1, b
+                        ),
+                        peer=f"fastclust {path}".strip(), precision=precision,
+                        weights="snapshot" if weighted else "none",
+                        what="forward+backward" if both else "forward",
+                    )  # fmt: skip
+        if n > 14_000:
+            continue
+        dense = ops.dense_weights(weights)
+        for allow in (False, True):
+
+            def eager(leaves: Any = leaves, dense: Any = dense) -> Any:
+                return torch.autograd.grad(dense_loss(*leaves, dense), leaves)
+
+            with tf32(allow):
+                report.case(
+                    case, lambda step=eager: row(step, 1, True), peer="eager torch",
+                    precision="tf32" if allow else "fp32", weights="given dense",
+                    what="forward+backward",
+                )  # fmt: skip
+        del dense
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Environment variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def propagate(report: Report) -> None:
+    """One residual propagation at AMAC's shape against cuSPARSE."""
+    dataset = load("tiny" if report.tiny else "amac", report.out)
+    for d in (8,) if report.tiny else (64, 500):
+        propagate_case(report, dataset.name, dataset.adjacency, d, copies=4)
+
+
+def propagate_large(report: Report) -> None:
+    """The same at five million nodes and a hundred million entries."""
+    import scipy.sparse as sp
+
+    n, per_node, d = (300, 4, 8) if report.tiny else (5_000_000, 10, 256)
+    g = torch.Generator(report.device).manual_seed(0)
+    ends = torch.randint(0, n, (2, n * per_node), device=report.device, generator=g)
+    keys = torch.cat([ends[0] * n + ends[1], ends[1] * n + ends[0]])[
+        torch.cat([ends[0] != ends[1]] * 2)
+    ]
+    keys = torch.unique(keys)
+    indptr = torch.searchsorted(keys, torch.arange(n + 1, device=report.device) * n)
+    columns = (keys % n).int().cpu().numpy()
+    data = np.ones(len(columns), np.float32)
+    adjacency = sp.csr_array((data, columns, indptr.int().cpu().numpy()), shape=(n, n))
+    del ends, keys, indptr
+    propagate_case(report, "100M" if not report.tiny else "tiny", adjacency, d, copies=1)
+
+
+def propagate_case(report: Report, case: str, adjacency: Any, d: int, copies: int) -> None:
+    """ours, torch's CSR product and cuSPARSE's two algorithms on one graph."""
+    from fastclust import Graph, ops
+
+    device, n, entries = report.device, adjacency.shape[0], adjacency.nnz
+    inputs = [randn(n, d, device=device, seed=s) for s in range(copies)]  # more than a cache holds
+    turn = iter(range(10**9))
+
+    def next_input() -> Tensor:
+        return inputs[next(turn) % copies]
+
+    # Each operand once, indices once: what no cache can save. Gathers that miss come on top.
+    least_bytes = 4 * entries + 8 * n + 4 * 2 * n * d
+    gathered = 4 * (entries * (d + 1) + 2 * n * d)
+
+    def row(step: Callable[[], Any]) -> dict[str, Any]:
+        found = measure(step, device)
+        rate = least_bytes / found["ms"] / 1e6
+        found |= {"rate": rate, "unit": "GB/s"} | report.share(rate, "copy")
+        return found | {"gathered_gb_s": gathered / found["ms"] / 1e6, "d": d}
+
+    graph = Graph(adjacency).to(device)
+
+    def fused() -> Tensor:
+        h = next_input()
+        return ops.propagate(graph, h, residual=h, activation="relu")
+
+    report.case(case, lambda: row(fused), peer="fastclust", what="relu(Abar H + H)")
+    plain = Graph(adjacency, norm="none", self_loops=False).to(device)
+    report.case(
+        case, lambda: row(lambda: ops.propagate(plain, next_input())), peer="fastclust", what="A H"
+    )
+    leaf = inputs[0].detach().requires_grad_()
+    ones = torch.ones_like(leaf)
+
+    def both() -> Any:
+        out = ops.propagate(graph, leaf, residual=leaf, activation="relu")
+        return torch.autograd.grad(out, leaf, ones)
+
+    report.case(case, lambda: row(both), peer="fastclust", what="forward+backward")
+
+    index = torch.int32 if entries < 2**31 else torch.int64
+    matrix = torch.sparse_csr_tensor(
+        torch.from_numpy(adjacency.indptr).to(index), torch.from_numpy(adjacency.indices).to(index),
+        torch.from_numpy(adjacency.data).float(), adjacency.shape, check_invariants=False,
+    ).to(device)  # fmt: skip
+    report.case(case, lambda: row(lambda: matrix @ next_input()), peer="torch CSR", what="A H")
+    if device != "cuda":
+        return
+    for algorithm in ("CSR_ALG2", "CSR_ALG3"):
+
+        def peer(algorithm: str = algorithm) -> dict[str, Any]:
+            product = cusparse(adjacency, algorithm)
+            got = torch.from_dlpack(product(inputs[0]))[:1000]
+            torch.testing.assert_close(got, (matrix @ inputs[0])[:1000], rtol=1e-3, atol=1e-3)
+            return row(lambda: product(next_input()))
+
+        report.case(case, peer, peer=f"cuSPARSE {algorithm}", what="A H")
+
+
+def cusparse(adjacency: Any, algorithm: str) -> Callable[[Tensor], Any]:
+    """A H by one named algorithm of cusparseSpMM, through CuPy; CSR_ALG3 is deterministic."""
+    import cupy
+    import cupyx.scipy.sparse
+    from cupy_backends.cuda.libs import cusparse as library
+    from cupyx.cusparse import SpMatDescriptor
+
+    code = {"CSR_ALG2": 6, "CSR_ALG3": 12}[algorithm]  # as in cusparse.h; CuPy does not name them
+    a = cupyx.scipy.sparse.csr_matrix(adjacency.astype(np.float32))
+    sparse = SpMatDescriptor.create(a)
+    one, zero = np.array(1.0, np.float32), np.array(0.0, np.float32)
+    handle = cupy.cuda.device.get_cusparse_handle()
+    kept: dict[str, Any] = {}
+
+    def product(h: Tensor) -> Any:
+        if "out" not in kept:
+            kept["out"] = cupy.empty(tuple(h.shape), cupy.float32)
+            kept["result"] = row_major(kept["out"])
+        dense = row_major(cupy.from_dlpack(h.detach()))
+        arguments = (
+            handle, 0, 0, one.ctypes.data, sparse.desc, dense.desc, zero.ctypes.data,
+            kept["result"].desc, 0, code,
+        )  # fmt: skip
+        if "buffer" not in kept:
+            size = max(1, library.spMM_bufferSize(*arguments))
+            kept["buffer"] = cupy.empty(size, cupy.int8)
+        library.spMM(*arguments, kept["buffer"].data.ptr)
+        return kept["out"]
+
+    return product
+
+
+def row_major(array: Any) -> Any:
+    """A descriptor of a row-major CuPy array; CuPy's own wrapper takes column-major ones only."""
+    from cupy_backends.cuda.libs import cusparse as library
+    from cupyx.cusparse import DnMatDescriptor
+
+    rows, columns = array.shape
+    real32, order_row = 0, 2  # CUDA_R_32F, CUSPARSE_ORDER_ROW
+    desc = library.createDnMat(rows, columns, columns, array.data.ptr, real32, order_row)
+    return DnMatDescriptor(desc, None, library.destroyDnMat)
+
+
+def lowrank(report: Report) -> None:
+    """All row batches of AMAC at its rank, eager and as a CUDA graph, against svd_lowrank."""
+    from fastclust import ops
+
+    device = report.device
+    name = "tiny" if report.tiny else "amac"
+    dataset = load(name, report.out)
+    rank = SHAPES[name][5]
+    x = torch.from_numpy(np.asarray(dataset.features.todense(), dtype=np.float32)).to(device)
+    for batch in (None,) if report.tiny else (1024, 2048, None):
+        labels: dict[str, Any] = {"rank": rank, "batch_size": batch or len(x)}
+
+        def ours(batch: int | None = batch) -> Any:
+            return ops.batched_svd(x, rank, batch_size=batch)
+
+        def peer(batch: int | None = batch) -> Any:
+            return [
+                torch.svd_lowrank(b - b.mean(0), min(rank + 10, *b.shape), niter=2)
+                for b in x.split(batch or len(x))
+            ]
+
+        report.case(name, lambda f=ours: measure(f, device), peer="fastclust", **labels)
+        if device == "cuda":
+            report.case(
+                name,
+                lambda f=ours: measure(captured(f), device),
+                peer="fastclust, CUDA graph",
+                **labels,
+            )
+        report.case(name, lambda f=peer: measure(f, device), peer="torch.svd_lowrank", **labels)
+
+
+def kmeans(report: Report) -> None:
+    """Ten restarts at AMAC's shape, against Lloyd's iterations in plain torch of as many steps."""
+    from fastclust import ops
+
+    device = report.device
+    n, k = (200, 3) if report.tiny else (SHAPES["amac"][0], SHAPES["amac"][4])
+    for d in (6,) if report.tiny else (500, 1500):
+        means = 0.15 * randn(k, d, device=device)
+        x = means[torch.arange(n, device=device) % k] + randn(n, d, device=device, seed=1)
+
+        def ours(x: Tensor = x) -> dict[str, Any]:
+            found = measure(lambda: ops.kmeans(x, k, n_init=10), device)
+            best = ops.kmeans(x, k, n_init=10)
+            return found | {"inertia": float(best.inertia), "iterations": best.n_iter}
+
+        def peer(x: Tensor = x) -> dict[str, Any]:
+            steps = ops.kmeans(x, k, n_init=10).n_iter
+
+            def lloyd() -> Tensor:
+                best = torch.full((), torch.inf, device=x.device)
+                for restart in range(10):
+                    g = torch.Generator(device).manual_seed(restart)
+                    centers = x[torch.randperm(len(x), device=device, generator=g)[:k]]
+                    for _ in range(steps):
+                        distance, labels = torch.cdist(x, centers).min(1)
+                        sums = torch.zeros_like(centers).index_add_(0, labels, x)
+                        count = torch.bincount(labels, minlength=k).clamp_min(1)
+                        centers = sums / count[:, None]
+                    best = torch.minimum(best, distance.square().sum())
+                return best
+
+            return measure(lloyd, device) | {"inertia": float(lloyd()), "iterations": steps}
+
+        report.case("amac" if not report.tiny else "tiny", ours, peer="fastclust", d=d)
+        report.case("amac" if not report.tiny else "tiny", peer, peer="torch Lloyd", d=d)
+
+
+# ---- whole trainings ----------------------------------------------------------------------------
+
+# model, graph, epochs, seeds, further options
+RUNS = [
+    ("ecnmf", "cora", 1000, "0-2", []),
+    ("hsan", "cora", 400, "0-2", []),
+    ("ecnmf", "amac", 1000, "0", []),
+    ("hsan", "amac", 400, "0", ["--set", "width=500"]),
+]
+TINY_RUNS = [("ecnmf", "tiny", 3, "0-1", []), ("hsan", "tiny", 3, "0-1", ["--set", "width=16"])]
+
+
+def train_once(run: tuple[Any, ...], device: str, folder: Path, seconds: float) -> dict[str, Any]:
+    """``python -m fastclust.train`` in a process of its own; the JSON it prints."""
+    model, name, epochs, seeds, options = run
+    command = [
+        sys.executable, "-m", "fastclust.train", "--dataset", dataset_path(name, folder),
+        "--model", model, "--epochs", str(epochs), "--seeds", seeds, "--device", device, "--json",
+        "--quiet", *options,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=folder)
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}: {done.stderr[-400:]}")
+    return json.loads(done.stdout)
+
+
+def train_row(result: dict[str, Any]) -> dict[str, Any]:
+    """Metrics, seconds and memory of one result, per seed and on average."""
+    runs = result["runs"]
+    gpu = [run["peak_gpu_memory_bytes"] for run in runs if "peak_gpu_memory_bytes" in run]
+    return {
+        "seconds": statistics.mean(run["seconds"] for run in runs),
+        "epochs": runs[0]["epochs"],
+        "seeds": len(runs),
+        "acc": result["mean"]["acc"],
+        "acc_std": result["std"]["acc"],
+        "nmi": result["mean"]["nmi"],
+        "nmi_std": result["std"]["nmi"],
+        **({"peak_bytes": max(gpu)} if gpu else {}),
+    }
+
+
+def train_cpu(report: Report) -> None:
+    """The small trainings on the CPU: what the GPU's metrics must agree with."""
+    for run in TINY_RUNS if report.tiny else RUNS[:2]:
+        report.case(
+            run[1], lambda r=run: train_row(train_once(r, "cpu", report.out, 400)), model=run[0]
+        )
+
+
+def train(report: Report) -> None:
+    """Trainings on the device, agreement with the CPU, epochs against eager ones and as a graph."""
+    for run in TINY_RUNS if report.tiny else RUNS:
+        row = lambda r=run: train_row(train_once(r, report.device, report.out, 120))  # noqa: E731
+        report.case(run[1], row, model=run[0], what="training")
+    agreement(report)
+    bench = sibling("test_train")
+    for model, name in (
+        ("ecnmf", "tiny" if report.tiny else "amac"),
+        ("hsan", "tiny" if report.tiny else "cora"),
+    ):
+        for side in ("ours", "eager"):
+
+            def epoch(model: str = model, name: str = name, side: str = side) -> dict[str, Any]:
+                make = getattr(bench, f"{model}_{side}")
+                return measure(make(load(name, report.out), device=report.device), report.device)
+
+            report.case(
+                name,
+                epoch,
+                model=model,
+                what="epoch",
+                peer="fastclust" if side == "ours" else "eager torch",
+            )
+    if report.device == "cuda":
+        for model, name in (
+            ("ecnmf", "amac"),
+            ("ecnmf", "cora"),
+            ("hsan", "cora"),
+            ("hsan", "amac"),
+        ):
+            report.case(
+                name, lambda m=model, n=name: captured_epoch(m, load(n, report.out)), model=model,
+                what="epoch", peer="fastclust, CUDA graph",
+            )  # fmt: skip
+
+
+def captured_epoch(model_name: str, dataset: Any) -> dict[str, Any]:
+    """One epoch between refreshes (loss, gradients, Adam) as a CUDA graph, beside the eager one."""
+    from fastclust import Graph, ops
+    from fastclust.models.ecnmf import ECNMFModel
+    from fastclust.models.hsan import HSANModel, filtered_attributes
+
+    k = int(dataset.n_clusters)
+    if model_name == "ecnmf":
+        x = torch.from_numpy(np.asarray(dataset.features.todense(), dtype=np.float32)).cuda()
+        graph = Graph(dataset.adjacency).to("cuda")
+        model: Any = ECNMFModel(x, ops.low_rank(x, 40), graph, n_clusters=k)
+    else:
+        features = filtered_attributes(
+            dataset.features, dataset.adjacency, filter_steps=2, n_input=500, device="cuda"
+        )
+        graph = Graph(dataset.adjacency, norm="none", self_loops=False).to("cuda")
+        model = HSANModel(features, graph, n_clusters=k, width=500)
+    model.begin()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    adam = torch.optim.Adam(parameters, lr=1e-4, fused=True, capturable=True)
+
+    def epoch() -> Tensor:
+        adam.zero_grad(set_to_none=True)
+        loss = model.loss()
+        loss.backward()
+        adam.step()
+        return loss.detach()
+
+    epoch()
+    model.after_step(0)  # refreshes weights or pseudo labels; the captured epoch lies between
+    eager = measure(epoch, "cuda")
+    graph_replay = measure(captured(epoch), "cuda")
+    return graph_replay | {"eager_ms": eager["ms"]}
+
+
+def agreement(report: Report) -> None:
+    """Whether mean metrics on device and CPU differ by no more than the spread over seeds."""
+    try:
+        cpu = json.loads((report.out / "train-cpu.json").read_text())["rows"]
+    except (OSError, ValueError):
+        cpu = []
+    for row in [r for r in report.rows if r.get("what") == "training"]:
+        same = [c for c in cpu if (c["case"], c["model"]) == (row["case"], row["model"])]
+        for other in same:
+            allowed = max(0.02, 2 * max(row["acc_std"] or 0, other["acc_std"] or 0))
+            report.rows.append(
+                {
+                    "part": "train",
+                    "case": row["case"],
+                    "model": row["model"],
+                    "what": "agreement",
+                    "acc": row["acc"],
+                    "acc_cpu": other["acc"],
+                    "allowed": round(allowed, 4),
+                    "agrees": abs(row["acc"] - other["acc"]) <= allowed,
+                }
+            )
+    report.write()
+
+
+# ---- correctness --------------------------------------------------------------------------------
+
+TEST_FILES = [
+    "test_infonce_cuda.py", "test_ops_on_device.py", "test_propagate.py", "test_kmeans.py",
+    "test_lowrank.py", "test_infonce.py", "test_infonce_device_math.py",
+]  # fmt: skip
+
+
+def tests(report: Report) -> None:
+    """The op tests, on CUDA tensors where there are any, and 1000 runs with the same bits."""
+    files = [str(ROOT / "tests" / f) for f in TEST_FILES if (ROOT / "tests" / f).is_file()]
+    select = (
+        ["-k", "test_range_and_permutation or test_loss_on"]
+        if report.tiny
+        else ["-m", "not slow or gpu"]
+    )
+    parallel = ["-n", "6"] if importlib.util.find_spec("xdist") and not report.tiny else []
+
+    def run() -> dict[str, Any]:
+        command = [sys.executable, "-m", "pytest", "-q", "-x" if report.tiny else "--maxfail=40"]
+        command += ["-p", "no:cacheprovider", *parallel, *select, *files]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
+        print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
+        lines = [line for line in done.stdout.splitlines() if line.strip()]
+        failed = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))]
+        if done.returncode not in (0, 5):  # 5: nothing selected, in a dry run
+            raise RuntimeError(f"{lines[-1] if lines else 'no output'}: {'; '.join(failed[:10])}")
+        return {"summary": lines[-1]}
+
+    report.case("pytest", run)
+    report.case("determinism", lambda: determinism(report))
+
+
+def determinism(report: Report) -> dict[str, Any]:
+    """1000 runs of every kernel with the same bits."""
+    runs = 3 if report.tiny else 1000
+    steps = dict(small_calls(report.device))
+    for name, step in steps.items():
+        first = [t.clone() for t in step()]
+        for _ in range(runs):
+            if not all(torch.equal(a, b) for a, b in zip(first, step(), strict=True)):
+                raise AssertionError(f"{name}: other bits")
+    return {"runs": runs, "kernels": len(steps)}
+
+
+def small_calls(device: str) -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
+    """Every kernel on shapes with ragged edges, checked against its CPU twin once."""
+    import scipy.sparse as sp
+
+    from fastclust import Graph, ops
+
+    n, dz, de = 150, 70, 37
+    views = [normalize(randn(2 * n, d, device="cpu", seed=d)) for d in (dz, de)]
+    labels = torch.arange(n) % 3
+    for dtype in (torch.float32, torch.float64):
+        z, e = (v.to(device, dtype).requires_grad_() for v in views)
+        alpha = torch.tensor(0.7, device=device, dtype=dtype, requires_grad=True)
+        w = ops.hardness(z, e, alpha, labels.to(device), (labels > 0).to(device), 1.5)
+        kinds = ("fp32",) if dtype == torch.float64 else ("bf16", "tf32", "bf16x3")
+        for precision in kinds:
+            for weights in (None, w):
+
+                def loss(
+                    p: str = precision, w: Any = weights, v: Any = (z, e, alpha)
+                ) -> list[Tensor]:
+                    out = ops.hard_infonce(*v, weights=w, precision=p)
+                    return [out.detach(), *torch.autograd.grad(out, v)]
+
+                kind = "weighted" if weights is not None else "plain"
+                yield f"infonce {precision} {kind} {str(dtype)[6:]}", loss
+        rng = np.random.default_rng(0)
+        upper = np.triu(rng.random((n, n)) < 0.1, 1)
+        upper[0] = True
+        upper[0, 0] = False
+        graph = Graph(sp.csr_array((upper | upper.T).astype(np.float32))).to(device)
+        for d in (1, 33, 128):
+            h = randn(n, d, device="cpu", seed=d).to(device, dtype).requires_grad_()
+
+            def spread(graph: Any = graph, h: Tensor = h) -> list[Tensor]:
+                out = ops.propagate(graph, h, residual=h, activation="relu")
+                return [out.detach(), *torch.autograd.grad(out, h, torch.ones_like(out))]
+
+            yield f"propagate {d} {str(dtype)[6:]}", spread
+        x = randn(n, 21, device="cpu").to(device, dtype)
+        for init in (None, "random", "paper-code"):
+
+            def cluster(x: Tensor = x, init: Any = init) -> list[Tensor]:
+                result = ops.kmeans(x, 5, n_init=3, init=init)
+                return [result.labels, result.centers]
+
+            yield f"kmeans {init} {str(dtype)[6:]}", cluster
+
+        def factors(x: Tensor = x) -> list[Tensor]:
+            svd = ops.batched_svd(x, 6, batch_size=64)
+            return [svd.u, svd.s, svd.vh]
+
+        yield f"lowrank {str(dtype)[6:]}", factors
+
+
+def sanitizer(report: Report) -> None:
+    """compute-sanitizer's four tools over every kernel on small shapes, side by side."""
+    tools = ("memcheck", "racecheck", "initcheck", "synccheck")
+    path = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    child = [sys.executable, str(Path(__file__)), "--small-calls", "--out", str(report.out)]
+    if report.tiny:
+        report.case("dry run", lambda: {"ok": not subprocess.run([*child, "--tiny"]).returncode})
+        return
+    running = {}
+    for path_name, value in (("", "0"), ("sm90 ", "1")):
+        for tool in tools:
+            command = [path, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5"]
+            # Every tensor in an allocation of its own, so that overruns are seen.
+            env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FASTCLUST_SM90": value}
+            with contextlib.suppress(OSError):
+                running[path_name + tool] = subprocess.Popen(
+                    [*command, *child],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    env=env,
+                )
+    deadline = time.perf_counter() + 130
+    for tool, process in running.items():
+
+        def finish(process: Any = process) -> dict[str, Any]:
+            try:
+                text, _ = process.communicate(timeout=max(1, deadline - time.perf_counter()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                text, _ = process.communicate()
+                raise TimeoutError(f"not done in time: {text[-300:]}") from None
+            print(text[-1500:], flush=True)
+            summary = [line for line in text.splitlines() if "SUMMARY" in line]
+            if process.returncode:
+                raise RuntimeError(f"exit code {process.returncode}: {text[-700:]}")
+            return {"summary": summary[-1].strip("= ") if summary else "no summary line"}
+
+        report.case(tool, finish)
+    if not running:
+        report.errors.append(
+            {"part": "sanitizer", "case": "all", "error": "compute-sanitizer is not here"}
+        )
+        report.write()
+
+
+# ---- all parts ----------------------------------------------------------------------------------
+
+# part: function, time limit in seconds. The order is that of importance.
+PARTS: dict[str, tuple[Callable[[Report], None], float]] = {
+    "ceilings": (ceilings, 25),
+    "tests": (tests, 210),
+    "infonce": (infonce, 100),
+    "propagate": (propagate, 40),
+    "sanitizer": (sanitizer, 140),
+    "train": (train, 170),
+    "lowrank": (lowrank, 25),
+    "kmeans": (kmeans, 25),
+    "propagate-large": (propagate_large, 70),
+}
+# One file per subject: parts of one subject share it.
+SUBJECTS = {"tests": "checks", "sanitizer": "checks", "propagate-large": "propagate"}
+
+
+def run_part(name: str, out: Path, tiny: bool) -> int:
+    """One part in this process; rows of another part of the same subject stay."""
+    device = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
+    report = Report(SUBJECTS.get(name, name), name, out, device, tiny)
+    with contextlib.suppress(OSError, ValueError):
+        before = json.loads((out / f"{report.subject}.json").read_text())
+        report.rows = [r for r in before["rows"] if r["part"] != name]
+        report.errors = [e for e in before["errors"] if e["part"] != name]
+    others = len(report.errors)
+    function = train_cpu if name == "train-cpu" else PARTS[name][0]
+    try:
+        function(report)
+    except Exception as error:  # outside of a case: the preparation of one
+        message = f"{type(error).__name__}: {error}"[:500]
+        report.errors.append({"part": name, "case": "preparation", "error": message})
+    report.write()
+    return 1 if report.errors[others:] else 0
+
+
+def run_all(names: list[str], out: Path, tiny: bool, seconds: float) -> int:
+    """Every part in a process of its own, within the time left; a summary at the end."""
+    end = time.perf_counter() + seconds
+    arguments = ["--out", str(out), *(["--tiny"] if tiny else [])]
+    log = (out / "log.txt").open("a")
+    for old in (SUBJECTS.get(n, n) for n in names):
+        (out / f"{old}.json").unlink(missing_ok=True)
+    background = None
+    if "train" in names:  # on half of the cores, beside everything else
+        threads = str(max(1, (os.cpu_count() or 2) // 2))
+        background = subprocess.Popen(
+            [sys.executable, __file__, "--one", "train-cpu", *arguments],
+            stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": threads},
+        )  # fmt: skip
+    summary = []
+    for name in names:
+        start = time.perf_counter()
+        limit = min(PARTS[name][1], end - start - 5)
+        if limit < 5:
+            summary.append((name, "not started: no time left", 0.0))
+            continue
+        if name == "train" and tiny and background is not None:
+            background.wait()
+        print(f"== {name} (at most {limit:.0f} s)", file=log, flush=True)
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--one", name, *arguments], stdout=log, stderr=log
+        )
+        try:
+            code = process.wait(timeout=limit)
+            word = "ok" if code == 0 else "with errors"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            word = "cut off"
+        summary.append((name, word, time.perf_counter() - start))
+        print(f"{name}: {word}, {summary[-1][2]:.0f} s", flush=True)
+    if background is not None and background.poll() is None:
+        background.kill()
+        background.wait()
+    log.close()
+    fold_in_cpu(out)
+    for leftover in out.glob("*-like.npz"):
+        leftover.unlink()
+    print_summary(out, names)
+    return 0 if all(word == "ok" for _, word, _ in summary) else 1
+
+
+def fold_in_cpu(out: Path) -> None:
+    """Move the rows of the CPU trainings into train.json: one file per subject."""
+    path = out / "train-cpu.json"
+    with contextlib.suppress(OSError, ValueError):
+        cpu, content = json.loads(path.read_text()), json.loads((out / "train.json").read_text())
+        content["cpu_rows"] = cpu["rows"]
+        content["errors"] += cpu["errors"]
+        (out / "train.json").write_text(json.dumps(content, indent=1) + "\n")
+    path.unlink(missing_ok=True)
+
+
+def print_summary(out: Path, names: list[str]) -> None:
+    """Rows and errors of every subject, a line each."""
+    for subject in dict.fromkeys(SUBJECTS.get(n, n) for n in names):
+        try:
+            content = json.loads((out / f"{subject}.json").read_text())
+        except (OSError, ValueError):
+            print(f"{subject}: no result")
+            continue
+        print(f"{subject}: {len(content['rows'])} rows, {len(content['errors'])} errors")
+        for row in content["rows"]:
+            print("   ", *(f"{k}={v}" for k, v in row.items() if k != "part" and v is not None))
+        for error in content["errors"]:
+            print("    ERROR", json.dumps(error)[:400])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line; 0 when every part went through without an error."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--tiny", action="store_true", help="CPU tensors of tiny shapes")
+    parser.add_argument("--seconds", type=float, default=560, help="for all parts together")
+    parser.add_argument("--one", metavar="PART", help="run this part in this process")
+    parser.add_argument("--small-calls", action="store_true", help="call every kernel once")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all"
+    )
+    arguments = parser.parse_args(argv)
+    unknown = sorted(
+        {*arguments.parts, *([arguments.one] if arguments.one else [])} - {*PARTS, "train-cpu"}
+    )
+    if unknown:
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.small_calls:
+        for name, step in small_calls("cpu" if arguments.tiny else "cuda"):
+            step()
+            print(name, flush=True)
+        return 0
+    if arguments.one:
+        return run_part(arguments.one, arguments.out, arguments.tiny)
+    return run_all(arguments.parts or list(PARTS), arguments.out, arguments.tiny, arguments.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Writes the README's GPU table from the JSON files that ``benchmarks/gpu.sh`` left.
+
+::
+
+    python benchmarks/gpu_table.py OUT     # takes OUT's files into benchmarks/results/gpu, rewrites
+    python benchmarks/gpu_table.py         # rewrites from what is there
+    python benchmarks/gpu_table.py --check # exit code 1 if README.md is not what the files say
+
+Only files of a real card count: dry runs and runs on the CPU are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+BEGIN, END = "<!-- gpu table: begin -->", "<!-- gpu table: end -->"
+NOTHING = (
+    "No GPU has been measured yet. `benchmarks/gpu.sh OUT` on a machine with one builds, tests and "
+    "measures everything in ten minutes, and `python benchmarks/gpu_table.py OUT` fills this place."
+)
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """Results by subject."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        if content["tiny"] or content["device"] != "cuda":
+            raise SystemExit(f"{path} is no measurement of a GPU (a dry run, or on the CPU)")
+        found[content["subject"]] = content
+    return found
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: the card, a line per measurement and its peers, and what failed."""
+    if not results:
+        return NOTHING
+    first = next(iter(results.values()))
+    card, versions = first["card"], first["versions"]
+    commits = sorted({content["commit"] for content in results.values()})
+    lines = [
+        f"{card.get('name', 'GPU of unknown name')}, driver {card.get('driver_version', '?')}, "
+        f"torch {versions.get('torch', '?')}, CUDA {versions.get('cuda', '?')}, "
+        f"commit {', '.join(commits)}. Medians; a share is of the card's own rate, measured in the "
+        "same run.",
+        "",
+        "| what | of | time | share of ceiling | memory |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for content in results.values():
+        for row in content["rows"]:
+            line = table_line(content["subject"], row)
+            if line:
+                lines.append(line)
+    errors = sum(len(content["errors"]) for content in results.values())
+    if errors:
+        lines += [
+            "",
+            f"{errors} cases failed; see `errors` in the files of `benchmarks/results/gpu`.",
+        ]
+    return "\n".join(lines)
+
+
+def table_line(subject: str, row: dict[str, Any]) -> str | None:
+    """One measurement; None for rows that are no timing."""
+    if "ms" in row:
+        duration = f"{row['ms']:.3g} ms"
+    elif "seconds" in row:
+        duration = f"{row['seconds']:.3g} s"
+    else:
+        return None
+    kind = row.get("model") or subject
+    details = [row[key] for key in ("case", "what", "precision") if row.get(key)]
+    details += [f"{key} {row[key]}" for key in ("d", "rank", "batch_size", "epochs") if key in row]
+    if row.get("weights") == "snapshot":
+        details.append("weighted")
+    rate = f"{row['rate']:.3g} {row['unit']}" if "rate" in row else ""
+    if "share" in row:
+        rate += f" = {100 * row['share']:.0f} %"
+    if "acc" in row:
+        rate = f"ACC {100 * row['acc']:.1f}, NMI {100 * row['nmi']:.1f}"
+    memory = f"{row['peak_bytes'] / 2**20:.0f} MiB" if row.get("peak_bytes") else ""
+    who = row.get("peer", "fastclust")
+    return f"| {kind}: {', '.join(map(str, details))} | {who} | {duration} | {rate} | {memory} |"
+
+
+def rewritten(text: str, content: str) -> str:
+    """README with ``content`` between the markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"README.md must hold the lines {BEGIN} and {END}")
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def main(
+    argv: list[str] | None = None, results: Path = RESULTS, readme: Path = ROOT / "README.md"
+) -> int:
+    """Parse the command line and rewrite README.md, or check it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("out", nargs="?", type=Path, help="folder that gpu.sh filled")
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    arguments = parser.parse_args(argv)
+    if arguments.out is not None:
+        if not read(arguments.out):
+            raise SystemExit(f"{arguments.out} holds no JSON of gpu.sh")
+        results.mkdir(parents=True, exist_ok=True)
+        for old in results.glob("*.json"):
+            old.unlink()
+        for path in arguments.out.glob("*.json"):
+            shutil.copy(path, results / path.name)
+    text = readme.read_text()
+    wanted = rewritten(text, table(read(results)))
+    if arguments.check:
+        return 0 if wanted == text else 1
+    readme.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
