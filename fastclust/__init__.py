@@ -1,6 +1,6 @@
 """fastclust: clustering of attributed graphs with fused CPU and CUDA kernels."""
 
-from fastclust import metrics, ops
+from fastclust import metrics, ops, plot
 from fastclust._version import __version__
 from fastclust.datasets import load_dataset, load_npz
 from fastclust.estimators import ECNMF, HSAN, SSGC
@@ -18,4 +18,5 @@ __all__ = [
     "make_attributed_sbm",
     "metrics",
     "ops",
+    "plot",
 ]

@@ -8,6 +8,8 @@ Internal scores of an embedding: :func:`inertia`, :func:`calinski_harabasz`, :fu
 :func:`davies_bouldin`; of a graph: :func:`modularity`, :func:`conductance`. A clustering for which
 such a score is not defined (a single cluster, every node its own) gets the worst value, so that a
 collapsed clustering is never preferred.
+
+Where a clustering is good and where it is not: :func:`per_cluster`, :func:`node_margin`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 from scipy.optimize import linear_sum_assignment
 from sklearn import metrics as _sklearn
+from sklearn.metrics.pairwise import euclidean_distances
 
 from fastclust.validation import check_adjacency, check_features, check_labels
 
@@ -31,6 +34,8 @@ __all__ = [
     "davies_bouldin",
     "inertia",
     "modularity",
+    "node_margin",
+    "per_cluster",
     "purity",
     "silhouette",
 ]
@@ -189,9 +194,7 @@ def modularity(adjacency: Any, labels: Any) -> float:
     float
         ``sum_k (inside_k / 2m - (volume_k / 2m)^2)``, in [-1/2, 1); 0 for a graph without edges.
     """
-    inside, volume = _volumes(adjacency, labels)
-    total = volume.sum()
-    return float((inside / total - (volume / total) ** 2).sum()) if total > 0 else 0.0
+    return float(per_cluster(adjacency, labels)["modularity"].sum())
 
 
 def conductance(adjacency: Any, labels: Any) -> float:
@@ -200,10 +203,77 @@ def conductance(adjacency: Any, labels: Any) -> float:
     Parameters as for :func:`modularity`. In [0, 1], less is better; a cluster for which one side
     has no edges counts 1.
     """
+    return float(per_cluster(adjacency, labels)["conductance"].mean())
+
+
+def per_cluster(adjacency: Any, labels: Any) -> dict[str, npt.NDArray[Any]]:
+    """Size, modularity and conductance of every cluster.
+
+    Parameters as for :func:`modularity`.
+
+    Returns
+    -------
+    dict
+        ``cluster`` (the names, sorted), ``nodes`` int64, ``modularity`` (they add up to
+        :func:`modularity`) and ``conductance`` (their mean is :func:`conductance`), float64; each
+        [K'] for the K' clusters that have nodes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> two_pairs = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
+    >>> per_cluster(two_pairs, [7, 7, 3, 3])["modularity"]
+    array([0.25, 0.25])
+    """
     inside, volume = _volumes(adjacency, labels)
-    smaller = np.minimum(volume, volume.sum() - volume)
+    total = volume.sum()
+    share = volume / total if total > 0 else volume
+    smaller = np.minimum(volume, total - volume)
     cut = volume - inside
-    return float(np.where(smaller > 0, cut / np.where(smaller > 0, smaller, 1.0), 1.0).mean())
+    names, nodes = np.unique(np.asarray(labels), return_counts=True)
+    return {
+        "cluster": names,
+        "nodes": nodes,
+        "modularity": (inside / total if total > 0 else inside) - share**2,
+        "conductance": np.where(smaller > 0, cut / np.where(smaller > 0, smaller, 1.0), 1.0),
+    }
+
+
+def node_margin(x: Any, labels: Any) -> npt.NDArray[np.float64]:
+    """How clearly each node lies in its own cluster: its silhouette with respect to the centres.
+
+    With a the distance of a node to the mean of its cluster and b that to the nearest other mean,
+    ``(b - a) / max(a, b)`` (the simplified silhouette of Hruschka et al., 2004): near 1 for a node
+    in the middle of its cluster, 0 between two clusters, below 0 nearer to another one. It costs
+    N x K distances where the silhouette costs N x N.
+
+    Parameters as for :func:`inertia`.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 [N] in [-1, 1]; 0 everywhere for a single cluster.
+
+    Examples
+    --------
+    >>> node_margin([[0.0], [2.0], [9.0], [11.0]], [0, 0, 1, 1]).round(2)
+    array([0.9 , 0.88, 0.88, 0.9 ])
+    """
+    x, labels = _embedding(x, labels)
+    means = _means(x, labels)  # [K', d]
+    if len(means) < 2:
+        return np.zeros(labels.size)
+    margin = np.empty(labels.size)
+    for start in range(0, labels.size, _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        distance = euclidean_distances(x[rows].astype(np.float64), means)  # [rows, K']
+        own = labels[rows, None]
+        a = np.take_along_axis(distance, own, axis=1)[:, 0]
+        np.put_along_axis(distance, own, np.inf, axis=1)
+        b = distance.min(axis=1)
+        larger = np.maximum(a, b)
+        margin[rows] = np.divide(b - a, larger, out=np.zeros_like(a), where=larger > 0)
+    return margin
 
 
 def _contingency(
@@ -242,6 +312,17 @@ def _scorable(labels: npt.NDArray[np.int64]) -> bool:
 
 def _scatter(x: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> float:
     """Sum of squared distances to the cluster means, in float64, a block of rows at a time."""
+    means = _means(x, labels)
+    total = 0.0
+    for start in range(0, labels.size, _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        gap = x[rows] - means[labels[rows]]
+        total += float(np.einsum("ij,ij->", gap, gap))
+    return total
+
+
+def _means(x: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Mean of every cluster, [K', d], in float64, a block of rows at a time."""
     counts = np.bincount(labels)
     one_hot = sp.csr_array(
         (np.ones(labels.size), labels, np.arange(labels.size + 1)),
@@ -251,13 +332,7 @@ def _scatter(x: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> float
     for start in range(0, labels.size, _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         means += one_hot[rows].T @ x[rows].astype(np.float64)
-    means /= counts[:, None]
-    total = 0.0
-    for start in range(0, labels.size, _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        gap = x[rows] - means[labels[rows]]
-        total += float(np.einsum("ij,ij->", gap, gap))
-    return total
+    return means / counts[:, None]
 
 
 def _volumes(

@@ -192,3 +192,34 @@ def test_graph_scores_without_edges():
 def test_graph_and_labels_must_agree(path_graph):
     with pytest.raises(ValueError, match=r"labels must hold one label per node \(5\), got 2"):
         metrics.modularity(path_graph, [0, 1])
+
+
+def test_per_cluster_adds_up(two_blocks):
+    adjacency, _, labels = two_blocks
+    parts = metrics.per_cluster(adjacency, np.array([8, 3])[labels])
+    assert parts["cluster"].tolist() == [3, 8]
+    assert parts["nodes"].tolist() == np.bincount(labels)[::-1].tolist()
+    assert parts["modularity"].sum() == pytest.approx(metrics.modularity(adjacency, labels))
+    assert parts["conductance"].mean() == pytest.approx(metrics.conductance(adjacency, labels))
+    graph = nx.from_scipy_sparse_array(adjacency)
+    assert parts["conductance"][1] == pytest.approx(
+        nx.conductance(graph, set(np.flatnonzero(labels == 0)))
+    )
+
+
+def test_node_margin_by_hand():
+    x = np.array([[0.0], [2.0], [9.0], [11.0], [5.0]])
+    labels = [0, 0, 1, 1, 1]
+    first, second = 1.0, 25 / 3
+    a = np.array([1, 1, 9 - second, 11 - second, second - 5])
+    b = np.array([second, second - 2, 8, 10, 5 - first])
+    assert metrics.node_margin(x, labels) == pytest.approx((b - a) / np.maximum(a, b))
+    assert metrics.node_margin(x, [4] * 5).tolist() == [0] * 5
+    assert metrics.node_margin(np.ones((4, 2)), [0, 0, 1, 1]).tolist() == [0] * 4
+
+
+def test_node_margin_of_a_misplaced_node_is_negative(two_blocks):
+    x = np.r_[np.zeros(6), np.ones(6), 0.0][:, None]
+    labels = np.r_[np.zeros(6, int), np.ones(7, int)]
+    margin = metrics.node_margin(x, labels)
+    assert margin[-1] < 0 < margin[:-1].min()

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import html.parser
+import io
 import json
 import re
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from fastclust import report
+from fastclust import plot, report
 from fastclust.datasets import Dataset
 
 
@@ -78,7 +84,7 @@ class Checker(html.parser.HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.append(tag)
-        self.addresses += [str(v) for k, v in attrs if k in ("src", "href", "srcset", "action")]
+        self.addresses += [str(v) for k, v in attrs if k in ("src", "href", "srcset", "xlink:href")]
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -112,8 +118,9 @@ def test_page_is_whole_and_needs_no_network(
     checker = Checker()
     checker.feed(text)
     assert checker.open == []
-    assert checker.addresses == []
-    assert not re.search(r"https?://|@import|url\(|<script", text)
+    assert all(address.startswith(("#", "data:image/png;")) for address in checker.addresses)
+    assert not re.search(r"https?://|@import|url\((?!#)|<script", text)
+    assert "could not be drawn" not in text
     assert "prefers-color-scheme:dark" in text and 'name="viewport"' in text
     assert "&lt;toy&gt;" in text and "<toy>" not in text
     assert ("by label" in text) == labelled
@@ -140,35 +147,108 @@ def test_page_without_history_and_with_many_clusters(tmp_path: Path) -> None:
     (tmp_path / "history.jsonl").unlink()
     text = report.write_page(tmp_path, result, dataset).read_text()
     assert "Learning curves" not in text
-    assert "--c39:" in text
+    assert "could not be drawn" not in text
 
 
-@pytest.mark.parametrize("shape", [(40, 1), (40, 3), (3000, 8)])
-def test_projection_shapes(shape: tuple[int, int]) -> None:
-    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    nodes, points, method = report.project(x, max_nodes=500)
-    assert len(nodes) == len(points) == min(shape[0], 500)
-    assert points.shape[1] == 2 and np.isfinite(points).all()
-    assert (np.diff(nodes) > 0).all() and method == "t-SNE"
+def test_a_figure_that_fails_leaves_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no <ink>")
+
+    monkeypatch.setattr(plot, "similarity", fail)
+    result, dataset = make_run(tmp_path)
+    text = report.write_page(tmp_path, result, dataset).read_text()
+    assert text.count("could not be drawn") == 1 and "no &lt;ink&gt;" in text
+    assert text.count("<svg") >= 8
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_projection_of_a_collapsed_embedding(value: float) -> None:
-    _, points, _ = report.project(np.full((50, 4), value, dtype=np.float32))
-    assert np.isfinite(points).all()
+def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    report.write_page(tmp_path, *make_run(tmp_path))
+    assert dict(matplotlib.rcParams) == before
+    assert "matplotlib.pyplot" not in sys.modules or not plt.get_fignums()
 
 
+def test_nodes_are_ordered_by_margin(tmp_path: Path) -> None:
+    _, dataset = make_run(tmp_path)
+    clusters = np.loadtxt(tmp_path / "assignments.csv", delimiter=",", skiprows=1, dtype=int)[:, 1]
+    (_, clear), (_, hard) = report._nodes(clusters, dataset.features, dataset)
+    assert [row["margin"] for row in clear] == sorted((r["margin"] for r in clear), reverse=True)
+    assert hard[0]["margin"] <= hard[1]["margin"] < 0 < clear[-1]["margin"]
+    # make_run puts some nodes of other classes into cluster 0: those are the hardest.
+    assert hard[0]["cluster"] == 0 != hard[0]["label"]
+
+
+# --- in a browser --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, or a clear skip."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install .[test]")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium on PATH: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """The page of a labelled run of two seeds, and that of one without labels."""
+    found = {}
+    for labelled, seeds in ((True, (0, 1)), (False, (0,))):
+        root = tmp_path_factory.mktemp("run")
+        result, dataset = make_run(root, n=300, k=7, labelled=labelled, seeds=seeds)
+        found[labelled] = report.write_page(root, result, dataset)
+    return found
+
+
+@pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0.5, 0.5), (-3, 12345), (1e-9, 2e-9), (0, 0), (7.1, 7.2), (-1, -1)]
+    ("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (320, "dark")]
 )
-def test_ticks_span_the_range(low: float, high: float) -> None:
-    ticks = report._ticks(low, high)
-    assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 7
+def test_page_in_a_browser(
+    browser: Any, pages: dict[bool, Path], width: int, scheme: str, labelled: bool
+) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    page = context.new_page()
+    complaints: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(pages[labelled].as_uri())
+    picture = plt.imread(io.BytesIO(page.screenshot(full_page=True)))[..., :3]  # [h, w, 3]
+    text = page.inner_text("body")
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    # Every drawing has a size, lies within its section, and its text is at least 7.5 pixels high.
+    boxes = page.evaluate(
+        "[...document.querySelectorAll('svg')].map(s => [s.getBoundingClientRect().right,"
+        " s.closest('section').getBoundingClientRect().right, s.getBoundingClientRect().height,"
+        " ...[...s.querySelectorAll('text')].slice(0, 1).map("
+        "  t => parseFloat(getComputedStyle(t).fontSize) * s.getScreenCTM().a)])"
+    )
+    context.close()
 
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (1e-6, "1e-6"), (2.5e7, "2.5e7"), (0.25, "0.25"), (12000.0, "12000")],
-)
-def test_numbers_on_axes(value: float, text: str) -> None:
-    assert report._number(value) == text
+    assert complaints == []
+    assert all(url.startswith(("file:", "data:")) for url in requests)
+    assert wide <= width, "the page scrolls sideways"
+    words = ["HSAN on <toy>", "Embedding", "Learning curves", "Clusters", "Nodes", "hardest"]
+    words += ["ACC", "by label"] if labelled else ["silhouette"]
+    assert [word for word in words if word not in text] == []
+    assert len(boxes) >= 7
+    for right, limit, height, *letters in boxes:
+        assert right <= limit and height > 60
+        assert all(size >= 7.5 for size in letters)
+    # Not blank, and in the scheme asked for: all palette colours show on the right background.
+    page_is_dark = float(np.median(picture)) < 0.5
+    assert page_is_dark == (scheme == "dark")
+    pixels = picture.reshape(-1, 3)
+    for color in plot.PALETTE[:7]:
+        near = np.abs(pixels - matplotlib.colors.to_rgb(color)).max(axis=1) < 0.02
+        assert near.sum() > 50, color
