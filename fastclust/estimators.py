@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
@@ -17,25 +18,32 @@ import scipy.sparse as sp
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from sklearn.base import BaseEstimator, ClusterMixin
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    ClusterMixin,
+    TransformerMixin,
+)
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from fastclust import ops
-from fastclust._library import cuda_loaded, cuda_status
 from fastclust._version import __version__
 from fastclust.datasets import nearest_neighbor_graph
 from fastclust.graph import Graph
 from fastclust.models.ecnmf import ECNMFModel
-from fastclust.models.hsan import HSANModel, filtered_attributes
-from fastclust.models.inputs import as_tensor, kmeans_labels
-from fastclust.models.ssgc import Recipe, Weighting, ssgc_embedding
+from fastclust.models.hsan import HSANModel, filtered_attributes, principal_axes
+from fastclust.models.inputs import as_tensor, kmeans_labels, nearest_center, project, unit_rows
+from fastclust.models.n_clusters import estimate_n_clusters
+from fastclust.models.ssgc import Recipe, Weighting, ssgc_embedding, ssgc_projection
 from fastclust.presets import preset
 from fastclust.training import SELECTIONS, Trainable, print_progress, train
 from fastclust.validation import (
     DataWarning,
+    align_adjacency,
     check_adjacency,
+    check_device,
     check_features,
     check_n_clusters,
     is_graph_data,
@@ -62,68 +70,172 @@ _WEIGHT = Interval(Real, 0, None, closed="left")
 _RATE = Interval(Real, 0, None, closed="neither")
 _SHARE = Interval(Real, 0, 1, closed="both")
 
+# Names in ``parameters_`` of the projection that attributes go through first.
+AXES = ("components", "mean")
+
+# Fitted attributes that go into config.json.
+_FITTED = (
+    "history_", "n_iter_", "n_features_in_", "seed_", "resolved_", "selected_epoch_",
+    "n_clusters_", "n_clusters_evidence_", "recipe_", "n_steps_",
+)  # fmt: skip
+
 # Keywords that say how a run is watched and kept, not what it computes.
 _RUN_ONLY = ("callbacks", "checkpoint_dir", "checkpoint_every", "device", "resume", "verbose")
 
 
-class _GraphClusterer(ClusterMixin, BaseEstimator):
-    """What the three estimators share: input checks, presets, files."""
+class _Fitted:
+    """What ``fit`` leaves; apart from the keywords, which dataclasses collect."""
+
+    labels_: npt.NDArray[np.int64]
+    embedding_: npt.NDArray[np.float32]
+    history_: list[dict[str, Any]]
+    n_iter_: int
+    n_features_in_: int
+    n_clusters_: int
+    n_clusters_evidence_: dict[str, Any] | None
+    parameters_: dict[str, torch.Tensor]
+    resolved_: dict[str, Any]  # what fit took for keywords that leave the choice to it
+    selected_epoch_: int
+    seed_: int
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class _GraphClusterer(
+    _Fitted, ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator
+):
+    """What the three estimators share: keywords, input checks, new nodes, presets, files."""
+
+    n_clusters: int | Literal["auto"] = field(default=8, kw_only=False)
+    random_state: Any = 0
+    device: str | torch.device = "auto"
+    n_init: int = 10
+    n_neighbors: int = 10
 
     _name: ClassVar[str]
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "n_clusters": [Integral],
+        "n_clusters": [Integral, StrOptions({"auto"})],
         "random_state": ["random_state"],
         "n_neighbors": [_COUNT],
         "n_init": [_COUNT],
         "device": [str, torch.device],
     }
 
-    n_clusters: int
-    n_neighbors: int
-    device: str | torch.device
-    random_state: Any
-    labels_: npt.NDArray[np.int64]
-    embedding_: npt.NDArray[np.float32]
-    history_: list[dict[str, Any]]
-    n_iter_: int
-    n_features_in_: int
-    parameters_: dict[str, torch.Tensor]
-    resolved_: dict[str, Any]  # what fit took for keywords that leave the choice to it
-
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
+        tags.transformer_tags.preserves_dtype = []  # embeddings are float32
         return tags
 
-    def _checked_input(self, X: Any, adjacency: Any) -> tuple[Features, sp.csr_array]:
-        """Features and canonical adjacency from anything :meth:`fit` accepts."""
-        check_n_clusters(self.n_clusters, minimum=1)
-        self._validate_params()
+    @property
+    def _n_features_out(self) -> int:
+        return int(self.embedding_.shape[1])
+
+    def _checked_input(
+        self, X: Any, adjacency: Any, *, reset: bool
+    ) -> tuple[Features, sp.csr_array | None]:
+        """Features and canonical adjacency, or None, from anything :meth:`fit` accepts."""
         if is_graph_data(X):
             if adjacency is not None:
                 raise ValueError("adjacency must be None where X brings its own graph")
-            features, graph = unpack_graph_data(X)
-            X = features
+            X, graph = unpack_graph_data(X)
+            features = X
         else:
             features = check_features(X, name="X")
             graph = None
-        validate_data(self, X if hasattr(X, "columns") else features, skip_check_array=True)
+            if adjacency is not None:
+                adjacency = align_adjacency(adjacency, X)
+                graph = check_adjacency(adjacency, int(features.shape[0]))
+        named = X if hasattr(X, "columns") else features
+        validate_data(self, named, reset=reset, skip_check_array=True)
+        return features, graph
+
+    def _prepare(self, X: Any, adjacency: Any) -> tuple[Features, sp.csr_array, torch.device]:
+        """Checked data of a fit; sets ``seed_``, ``n_clusters_`` and its evidence."""
+        auto = isinstance(self.n_clusters, str) and self.n_clusters == "auto"
+        if not auto:
+            check_n_clusters(self.n_clusters, minimum=1)
+        self._validate_params()
+        device = check_device(self.device)
+        features, graph = self._checked_input(X, adjacency, reset=True)
         n = int(features.shape[0])
         if n == 1:
             raise ValueError("X must have at least 2 rows, one per node, got n_samples=1")
-        if check_n_clusters(self.n_clusters, n, minimum=1) == 1:
+        if graph is None:
+            graph = nearest_neighbor_graph(features, min(self.n_neighbors, n - 1))
+        self.seed_ = _seed(self.random_state)
+        if auto:
+            self.n_clusters_, self.n_clusters_evidence_ = estimate_n_clusters(
+                features, graph, seed=self.seed_, device=device
+            )
+            return features, graph, device
+        self.n_clusters_ = check_n_clusters(self.n_clusters, n, minimum=1)
+        self.n_clusters_evidence_ = None
+        if self.n_clusters_ == 1:
             # scikit-learn's contract wants one cluster to work; it is hardly what anyone wants.
             warnings.warn(
                 "n_clusters should be at least 2, got 1: all nodes are one cluster",
                 DataWarning,
                 stacklevel=3,
             )
+        return features, graph, device
+
+    # --- new nodes --------------------------------------------------------------------------------
+
+    def transform(self, X: Any, *, adjacency: Any = None) -> npt.NDArray[np.float32]:
+        """Embed nodes with what was learned; nothing is trained.
+
+        Parameters
+        ----------
+        X : as for :meth:`fit`
+            Attributes [M, D] of the nodes, with the D columns of the training data.
+        adjacency : as for :meth:`fit`
+            The graph [M, M] that these nodes make up: another graph, or the training graph with new
+            nodes and their edges appended (X then holds the old rows too). None: nodes without
+            edges, each embedded from its own attributes alone.
+
+        Returns
+        -------
+        ndarray float32 [M, d]
+            For the training graph this is ``embedding_``, up to rounding and, for ECN-MF and SSGC,
+            to the error of the randomised decomposition behind it.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Unusable data, or the method defines no embedding of other nodes: ECN-MF with several
+            batches whose low-rank views are not merged, SSGC where it fell back to degrees.
+        """
+        return self._infer(X, adjacency)[1]
+
+    def predict(self, X: Any, *, adjacency: Any = None) -> npt.NDArray[np.int64]:
+        """The cluster of each node, int64 [M]; arguments and errors as for :meth:`transform`.
+
+        HSAN and SSGC take the nearest of the trained centres, ECN-MF its softmax head.
+        """
+        return self._infer(X, adjacency)[0]
+
+    def fit_transform(
+        self, X: Any, y: Any = None, *, adjacency: Any = None
+    ) -> npt.NDArray[np.float32]:
+        """``fit`` followed by ``transform`` of the same data; y is ignored."""
+        return self.fit(X, adjacency=adjacency).transform(X, adjacency=adjacency)
+
+    def _infer(self, X: Any, adjacency: Any) -> tuple[Any, Any]:
+        check_is_fitted(self)
+        features, graph = self._checked_input(X, adjacency, reset=False)
         if graph is None:
-            if adjacency is None:
-                graph = nearest_neighbor_graph(features, min(self.n_neighbors, n - 1))
-            else:
-                graph = check_adjacency(adjacency, n)
-        return features, graph
+            n = int(features.shape[0])
+            graph = sp.csr_array((n, n), dtype=np.float32)
+        labels, embedding = self._predict(features, graph, check_device(self.device))
+        return labels.cpu().numpy(), embedding.float().cpu().numpy()
+
+    def _predict(
+        self, features: Features, graph: sp.csr_array, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clusters int64 [M] and embedding [M, d] of other nodes."""
+        raise NotImplementedError
+
+    # --- presets and files ------------------------------------------------------------------------
 
     @classmethod
     def for_dataset(cls: type[Self], name: str, **overrides: Any) -> Self:
@@ -154,13 +266,9 @@ class _GraphClusterer(ClusterMixin, BaseEstimator):
         tensors["labels"] = torch.from_numpy(self.labels_)
         tensors["embedding"] = torch.from_numpy(self.embedding_)
         save_file(tensors, folder / "model.safetensors", {"fastclust": __version__})
-        fitted = {
-            key: getattr(self, key)
-            for key in ("history_", "n_iter_", "n_features_in_", "seed_", "resolved_")
-        }
-        for key in ("selected_epoch_",):
-            if hasattr(self, key):
-                fitted[key] = getattr(self, key)
+        fitted = {key: getattr(self, key) for key in _FITTED if hasattr(self, key)}
+        if hasattr(self, "feature_names_in_"):
+            fitted["feature_names_in_"] = self.feature_names_in_.tolist()
         config = {
             "fastclust": __version__,
             "estimator": type(self).__name__,
@@ -187,6 +295,8 @@ class _GraphClusterer(ClusterMixin, BaseEstimator):
             estimator = cls(**config["parameters"])
             for key, value in config["fitted"].items():
                 setattr(estimator, key, value)
+            if hasattr(estimator, "feature_names_in_"):
+                estimator.feature_names_in_ = np.array(estimator.feature_names_in_, dtype=object)
             estimator.labels_ = tensors.pop("labels").numpy()
             estimator.embedding_ = tensors.pop("embedding").numpy()
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
@@ -198,8 +308,23 @@ class _GraphClusterer(ClusterMixin, BaseEstimator):
         return estimator
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class _TrainedClusterer(_GraphClusterer):
     """What HSAN and ECN-MF share: the training loop and its keywords."""
+
+    epochs: int = 400
+    lr: float | None = None
+    width: int = 600
+    protocol: Literal["standard", "paper-code"] = "standard"
+    optimizer: Literal["adam", "averaged", "accumulated"] | None = None
+    precision: Literal["fp32", "tf32", "bf16x3", "bf16"] = "fp32"
+    selection: str = "last"
+    eval_every: int = 10
+    callbacks: Any = None
+    checkpoint_dir: str | os.PathLike[str] | None = None
+    checkpoint_every: int | str = "60s"
+    resume: bool = False
+    verbose: int = 0
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **_GraphClusterer._parameter_constraints,
@@ -218,19 +343,13 @@ class _TrainedClusterer(_GraphClusterer):
         "verbose": ["verbose"],
     }
 
-    epochs: int
-    protocol: str
-    selection: str
-    eval_every: int
-    callbacks: Any
-    checkpoint_dir: str | os.PathLike[str] | None
-    checkpoint_every: int | str
-    resume: bool
-    verbose: int
-    selected_epoch_: int
+    def _build(
+        self, features: Features, graph: sp.csr_array, device: torch.device
+    ) -> tuple[Trainable, dict[str, torch.Tensor]]:
+        """The model to train, and what beside its parameters embeds other nodes.
 
-    def _build(self, features: Features, graph: sp.csr_array, device: torch.device) -> Trainable:
-        """The model; sets ``resolved_``."""
+        Sets ``resolved_``.
+        """
         raise NotImplementedError
 
     def fit(self: Self, X: Any, y: Any = None, *, adjacency: Any = None) -> Self:
@@ -238,12 +357,15 @@ class _TrainedClusterer(_GraphClusterer):
 
         Parameters
         ----------
-        X : array, scipy sparse, torch tensor [N, D], or torch_geometric Data
-            Node attributes. A ``Data`` object brings its graph along.
+        X : array, scipy sparse, pandas table, torch tensor [N, D], or torch_geometric Data
+            Node attributes. A ``Data`` object brings its graph along, with its edge weights. Arrays
+            of other libraries (CuPy, JAX) are taken by DLPack.
         y : ignored
             Present for scikit-learn; never read.
         adjacency : scipy sparse, array [N, N], torch tensor, edge index [2, E] or networkx graph
-            The graph; None takes the symmetric ``n_neighbors`` nearest-neighbour graph of X.
+            The graph; None takes the symmetric ``n_neighbors`` nearest-neighbour graph of X. A
+            square pandas table is put in the order of the index of X where both name the same
+            nodes; otherwise row i of one belongs to row i of the other.
 
         Returns
         -------
@@ -258,10 +380,8 @@ class _TrainedClusterer(_GraphClusterer):
         TrainingDivergedError
             The loss is no longer finite.
         """
-        assert isinstance(self, _TrainedClusterer)
-        features, graph = self._checked_input(X, adjacency)
-        self.seed_ = _seed(self.random_state)
-        model = self._build(features, graph, _device(self.device))
+        features, graph, device = self._prepare(X, adjacency)
+        model, basis = self._build(features, graph, device)
         rule = {key: self.resolved_[key] for key in ("optimizer", "lr")}
         identity = None
         if self.checkpoint_dir is not None:
@@ -293,12 +413,13 @@ class _TrainedClusterer(_GraphClusterer):
             **rule,
         )
         self.labels_, self.embedding_ = result.labels, result.embedding
-        self.parameters_ = result.parameters
+        self.parameters_ = result.parameters | {k: v.cpu() for k, v in basis.items()}
         self.history_, self.n_iter_ = result.history, self.epochs
         self.selected_epoch_ = result.epoch
         return self
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class HSAN(_TrainedClusterer):
     """Hard Sample Aware Network (Liu et al., AAAI 2023).
 
@@ -307,8 +428,9 @@ class HSAN(_TrainedClusterer):
 
     Parameters
     ----------
-    n_clusters : int, default 8
-        K.
+    n_clusters : int or "auto", default 8
+        K; ``"auto"`` estimates it without labels, see
+        :func:`fastclust.models.n_clusters.estimate_n_clusters`.
     epochs : int, default 400
         Full-batch steps.
     lr : float, optional
@@ -382,7 +504,13 @@ class HSAN(_TrainedClusterer):
         Epochs trained.
     selected_epoch_ : int
         The epoch that labels, embedding and parameters are from.
+    n_clusters_ : int
+        K as used.
+    n_clusters_evidence_ : dict or None
+        With ``n_clusters="auto"``: ``rule``, ``n_clusters`` (the numbers tried) and ``agreement``
+        (the stability of each).
     parameters_ : dict of tensors
+        Of the selected epoch, and what attributes are projected on first.
     resolved_ : dict
         What fit took for keywords that leave the choice to it (lr, optimizer, ...).
 
@@ -394,6 +522,19 @@ class HSAN(_TrainedClusterer):
     >>> model.labels_.shape
     (1797,)
     """
+
+    epochs: int = 400
+    width: int = 1500
+    filter_steps: int = 2
+    n_input: int | Literal["auto"] | None = "auto"
+    activation: Literal["identity", "sigmoid"] = "identity"
+    tau: float = 0.9
+    beta: float = 1.0
+    structure: bool = True
+    weights: Literal["hard", "none"] = "hard"
+    refresh_every: int = 10
+    stale_weights: bool | None = None
+    kmeans: Literal["k-means++", "paper-code"] | None = None
 
     _name = "hsan"
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -409,67 +550,6 @@ class HSAN(_TrainedClusterer):
         "stale_weights": ["boolean", None],
         "kmeans": [StrOptions({"k-means++", "paper-code"}), None],
     }
-
-    def __init__(
-        self,
-        n_clusters: int = 8,
-        *,
-        epochs: int = 400,
-        lr: float | None = None,
-        filter_steps: int = 2,
-        n_input: int | Literal["auto"] | None = "auto",
-        width: int = 1500,
-        activation: Literal["identity", "sigmoid"] = "identity",
-        tau: float = 0.9,
-        beta: float = 1.0,
-        structure: bool = True,
-        weights: Literal["hard", "none"] = "hard",
-        refresh_every: int = 10,
-        protocol: Literal["standard", "paper-code"] = "standard",
-        optimizer: Literal["adam", "averaged", "accumulated"] | None = None,
-        stale_weights: bool | None = None,
-        kmeans: Literal["k-means++", "paper-code"] | None = None,
-        random_state: Any = 0,
-        device: str | torch.device = "auto",
-        precision: Literal["fp32", "tf32", "bf16x3", "bf16"] = "fp32",
-        selection: str = "last",
-        eval_every: int = 10,
-        n_init: int = 10,
-        n_neighbors: int = 10,
-        callbacks: Any = None,
-        checkpoint_dir: str | os.PathLike[str] | None = None,
-        checkpoint_every: int | str = "60s",
-        resume: bool = False,
-        verbose: int = 0,
-    ) -> None:
-        self.n_clusters = n_clusters
-        self.epochs = epochs
-        self.lr = lr
-        self.filter_steps = filter_steps
-        self.n_input = n_input
-        self.width = width
-        self.activation = activation
-        self.tau = tau
-        self.beta = beta
-        self.structure = structure
-        self.weights = weights
-        self.refresh_every = refresh_every
-        self.protocol = protocol
-        self.optimizer = optimizer
-        self.stale_weights = stale_weights
-        self.kmeans = kmeans
-        self.random_state = random_state
-        self.device = device
-        self.precision = precision
-        self.selection = selection
-        self.eval_every = eval_every
-        self.n_init = n_init
-        self.n_neighbors = n_neighbors
-        self.callbacks = callbacks
-        self.checkpoint_dir = checkpoint_dir
-        self.checkpoint_every = checkpoint_every
-        self.resume = resume
-        self.verbose = verbose
 
     @classmethod
     def for_dataset(cls, name: str, **overrides: Any) -> HSAN:
@@ -488,45 +568,64 @@ class HSAN(_TrainedClusterer):
             return self.optimizer
         return "accumulated" if self.protocol == "paper-code" else "averaged"
 
-    def _build(self, features: Features, graph: sp.csr_array, device: torch.device) -> Trainable:
+    def _build(
+        self, features: Features, graph: sp.csr_array, device: torch.device
+    ) -> tuple[Trainable, dict[str, torch.Tensor]]:
         released = self.protocol == "paper-code"
         optimizer = self._optimizer()
         lr = self.lr
         if lr is None:
             averaged = min(AVERAGED_PATH / self.epochs, AVERAGED_LR_MAX)
             lr = averaged if optimizer == "averaged" else 1e-3
+        n_input = self._n_components(*features.shape)
         self.resolved_ = {
+            "n_clusters": self.n_clusters_,
             "lr": float(lr),
             "optimizer": optimizer,
-            "n_input": self._n_components(*features.shape),
+            "n_input": n_input,
             "stale_weights": released if self.stale_weights is None else self.stale_weights,
             "kmeans": self.kmeans or ("paper-code" if released else "k-means++"),
         }
-        x = filtered_attributes(
-            features,
-            graph,
-            filter_steps=self.filter_steps,
-            n_input=self.resolved_["n_input"],
-            device=device,
-        )
+        x = as_tensor(features, device)
+        basis = {} if n_input is None else principal_axes(x, n_input)
+        return self._model(x, graph, basis), basis
+
+    def _model(
+        self, x: torch.Tensor, graph: sp.csr_array, basis: dict[str, torch.Tensor], **keywords: Any
+    ) -> HSANModel:
         return HSANModel(
-            x,
-            Graph(graph, norm="none", self_loops=False).to(device),
-            n_clusters=self.n_clusters,
+            filtered_attributes(
+                x, graph, filter_steps=self.filter_steps, n_input=basis if basis else None
+            ),
+            Graph(graph, norm="none", self_loops=False).to(x.device),
+            n_clusters=self.n_clusters_,
             width=self.width,
             activation=self.activation,
-            tau=self.tau,
-            beta=self.beta,
-            structure=self.structure,
-            weights=self.weights,
-            stale_weights=self.resolved_["stale_weights"],
-            refresh_every=self.refresh_every,
-            clamp_alpha=optimizer == "averaged",
-            kmeans=self.resolved_["kmeans"],
-            n_init=self.n_init,
             precision=self.precision,
             seed=self.seed_,
+            **{
+                "tau": self.tau,
+                "beta": self.beta,
+                "structure": self.structure,
+                "weights": self.weights,
+                "stale_weights": self.resolved_["stale_weights"],
+                "refresh_every": self.refresh_every,
+                "clamp_alpha": self.resolved_["optimizer"] == "averaged",
+                "kmeans": self.resolved_["kmeans"],
+                "n_init": self.n_init,
+                **keywords,
+            },
         )
+
+    def _predict(
+        self, features: Features, graph: sp.csr_array, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        basis = {k: v.to(device) for k, v in self.parameters_.items() if k in AXES}
+        model = self._model(as_tensor(features, device), graph, basis, structure=False)
+        # The structure encoders have a parameter for every training node; Z does not need them.
+        wanted = model.state_dict()
+        model.load_state_dict({k: v for k, v in self.parameters_.items() if k in wanted})
+        return model.predict()
 
     def _n_components(self, n_nodes: int, n_features: int) -> int | None:
         limit = min(n_nodes, n_features)
@@ -540,6 +639,7 @@ class HSAN(_TrainedClusterer):
         return self.n_input
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class ECNMF(_TrainedClusterer):
     """Efficient Clustering Network based on Matrix Factorization (Cheng et al., CMC 2024).
 
@@ -548,8 +648,9 @@ class ECNMF(_TrainedClusterer):
 
     Parameters
     ----------
-    n_clusters : int, default 8
-        K.
+    n_clusters : int or "auto", default 8
+        K; ``"auto"`` estimates it without labels, see
+        :func:`fastclust.models.n_clusters.estimate_n_clusters`.
     epochs : int, default 1000
         Full-batch steps.
     lr : float, optional
@@ -586,7 +687,7 @@ checkpoint_dir, checkpoint_every, resume, verbose
     labels_ : ndarray int64 [N]
     embedding_ : ndarray float32 [N, width]
         What the head sees.
-    history_, n_iter_, selected_epoch_, parameters_
+    history_, n_iter_, selected_epoch_, n_clusters_, n_clusters_evidence_, parameters_, resolved_
         As for :class:`HSAN`.
 
     Examples
@@ -597,6 +698,28 @@ checkpoint_dir, checkpoint_every, resume, verbose
     >>> model.fit(ds.features, adjacency=ds.adjacency).labels_.shape
     (1797,)
     """
+
+    epochs: int = 1000
+    rank: int | None = None
+    batch_size: int | None = None
+    recombine: Literal["merge", "block", "per_batch", "literal"] = "merge"
+    add_mean: bool = False
+    n_layers: int = 2
+    norm: Literal["rw", "sym", "none"] = "rw"
+    activation: Literal["identity", "relu"] | None = None
+    bias: bool = True
+    row_normalise: bool | None = None
+    head: Literal["kmeans", "random"] | None = None
+    view_loss: Literal["elements", "nodes"] = "elements"
+    kl: Literal["batchmean", "sum", "literal"] = "batchmean"
+    bce: Literal["one-hot", "positive"] = "one-hot"
+    members: Literal["all", "argmax"] = "all"
+    alpha: float = 1.0
+    beta: float = 1.0
+    tau: float = 0.5
+    update_every: int = 10
+    target_every: int = 1
+    pseudo_start: int = 0
 
     _name = "ecnmf"
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -623,90 +746,12 @@ checkpoint_dir, checkpoint_every, resume, verbose
         "pseudo_start": [Interval(Integral, 0, None, closed="left")],
     }
 
-    def __init__(
-        self,
-        n_clusters: int = 8,
-        *,
-        epochs: int = 1000,
-        lr: float | None = None,
-        rank: int | None = None,
-        batch_size: int | None = None,
-        recombine: Literal["merge", "block", "per_batch", "literal"] = "merge",
-        add_mean: bool = False,
-        width: int = 600,
-        n_layers: int = 2,
-        norm: Literal["rw", "sym", "none"] = "rw",
-        activation: Literal["identity", "relu"] | None = None,
-        bias: bool = True,
-        row_normalise: bool | None = None,
-        head: Literal["kmeans", "random"] | None = None,
-        view_loss: Literal["elements", "nodes"] = "elements",
-        kl: Literal["batchmean", "sum", "literal"] = "batchmean",
-        bce: Literal["one-hot", "positive"] = "one-hot",
-        members: Literal["all", "argmax"] = "all",
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        tau: float = 0.5,
-        update_every: int = 10,
-        target_every: int = 1,
-        pseudo_start: int = 0,
-        protocol: Literal["standard", "paper-code"] = "standard",
-        optimizer: Literal["adam", "averaged", "accumulated"] | None = None,
-        random_state: Any = 0,
-        device: str | torch.device = "auto",
-        precision: Literal["fp32", "tf32", "bf16x3", "bf16"] = "fp32",
-        selection: str = "last",
-        eval_every: int = 10,
-        n_init: int = 10,
-        n_neighbors: int = 10,
-        callbacks: Any = None,
-        checkpoint_dir: str | os.PathLike[str] | None = None,
-        checkpoint_every: int | str = "60s",
-        resume: bool = False,
-        verbose: int = 0,
-    ) -> None:
-        self.n_clusters = n_clusters
-        self.epochs = epochs
-        self.lr = lr
-        self.rank = rank
-        self.batch_size = batch_size
-        self.recombine = recombine
-        self.add_mean = add_mean
-        self.width = width
-        self.n_layers = n_layers
-        self.norm = norm
-        self.activation = activation
-        self.bias = bias
-        self.row_normalise = row_normalise
-        self.head = head
-        self.view_loss = view_loss
-        self.kl = kl
-        self.bce = bce
-        self.members = members
-        self.alpha = alpha
-        self.beta = beta
-        self.tau = tau
-        self.update_every = update_every
-        self.target_every = target_every
-        self.pseudo_start = pseudo_start
-        self.protocol = protocol
-        self.optimizer = optimizer
-        self.random_state = random_state
-        self.device = device
-        self.precision = precision
-        self.selection = selection
-        self.eval_every = eval_every
-        self.n_init = n_init
-        self.n_neighbors = n_neighbors
-        self.callbacks = callbacks
-        self.checkpoint_dir = checkpoint_dir
-        self.checkpoint_every = checkpoint_every
-        self.resume = resume
-        self.verbose = verbose
-
-    def _build(self, features: Features, graph: sp.csr_array, device: torch.device) -> Trainable:
+    def _build(
+        self, features: Features, graph: sp.csr_array, device: torch.device
+    ) -> tuple[Trainable, dict[str, torch.Tensor]]:
         literal = self.protocol == "paper-code"
         self.resolved_ = {
+            "n_clusters": self.n_clusters_,
             "lr": 1e-4 if self.lr is None else float(self.lr),
             "optimizer": self.optimizer or "adam",
             "rank": self._rank(*features.shape),
@@ -723,11 +768,20 @@ checkpoint_dir, checkpoint_every, resume, verbose
             add_mean=self.add_mean,
             seed=self.seed_,
         )
+        basis = {}
+        if x_low_rank.mean is not None and x_low_rank.mean.dim() == 1:
+            # One projection for all rows: X_r = (X - mean) V^T V, V orthonormal.
+            basis = {"components": unit_rows(x_low_rank.right), "mean": x_low_rank.mean}
+        return self._model(x, x_low_rank, graph), basis
+
+    def _model(
+        self, x: torch.Tensor, x_low_rank: ops.LowRankMatrix, graph: sp.csr_array
+    ) -> ECNMFModel:
         return ECNMFModel(
             x,
             x_low_rank,
-            Graph(graph, norm=self.norm).to(device),
-            n_clusters=self.n_clusters,
+            Graph(graph, norm=self.norm).to(x.device),
+            n_clusters=self.n_clusters_,
             width=self.width,
             n_layers=self.n_layers,
             activation=self.resolved_["activation"],
@@ -749,6 +803,28 @@ checkpoint_dir, checkpoint_every, resume, verbose
             seed=self.seed_,
         )
 
+    def _predict(
+        self, features: Features, graph: sp.csr_array, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if "components" not in self.parameters_:
+            raise ValueError(
+                f"transform and predict must have one low-rank projection for all nodes; with "
+                f"recombine={self.recombine!r} and batch_size={self.batch_size} every batch of the "
+                f"training data has its own. Fit with recombine='merge' or batch_size=None"
+            )
+        x = as_tensor(_dense_unless_sparse(features), device)
+        basis = {k: self.parameters_[k].to(device) for k in AXES}
+        low_rank = ops.LowRankMatrix(
+            project(x, basis)[None],
+            basis["components"][None],
+            x.shape[0],
+            basis["mean"][None],
+            add_mean=self.add_mean,
+        )
+        model = self._model(x, low_rank, graph)
+        model.load_state_dict({k: v for k, v in self.parameters_.items() if k not in AXES})
+        return model.assign(0)
+
     def _rank(self, n_nodes: int, n_features: int) -> int:
         rows = n_nodes if self.batch_size is None else min(self.batch_size, n_nodes)
         limit = min(rows, n_features)
@@ -762,6 +838,7 @@ checkpoint_dir, checkpoint_every, resume, verbose
         return self.rank
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class SSGC(_GraphClusterer):
     """Simple spectral graph clustering: smooth the attributes, truncate, k-means. No training.
 
@@ -772,8 +849,9 @@ class SSGC(_GraphClusterer):
 
     Parameters
     ----------
-    n_clusters : int, default 8
-        K.
+    n_clusters : int or "auto", default 8
+        K; ``"auto"`` estimates it without labels, see
+        :func:`fastclust.models.n_clusters.estimate_n_clusters`.
     recipe : {"multiview", "plain"}, default "multiview"
         Eight views of the attributes joined, or one.
     n_steps : int, optional
@@ -797,7 +875,14 @@ class SSGC(_GraphClusterer):
         The T used.
     n_iter_ : int
         Always 0.
+    n_clusters_, n_clusters_evidence_, parameters_, resolved_
+        As for :class:`HSAN`.
     """
+
+    recipe: Recipe = "multiview"
+    n_steps: int | None = None
+    n_components: int | None = None
+    weighting: Weighting = "auto"
 
     _name = "ssgc"
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -808,34 +893,9 @@ class SSGC(_GraphClusterer):
         "weighting": [StrOptions({"auto", "l2", "tf-idf"})],
     }
 
-    def __init__(
-        self,
-        n_clusters: int = 8,
-        *,
-        recipe: Recipe = "multiview",
-        n_steps: int | None = None,
-        n_components: int | None = None,
-        weighting: Weighting = "auto",
-        random_state: Any = 0,
-        device: str | torch.device = "auto",
-        n_init: int = 10,
-        n_neighbors: int = 10,
-    ) -> None:
-        self.n_clusters = n_clusters
-        self.recipe = recipe
-        self.n_steps = n_steps
-        self.n_components = n_components
-        self.weighting = weighting
-        self.random_state = random_state
-        self.device = device
-        self.n_init = n_init
-        self.n_neighbors = n_neighbors
-
     def fit(self, X: Any, y: Any = None, *, adjacency: Any = None) -> SSGC:
         """Cluster the nodes of an attributed graph; arguments as for :meth:`HSAN.fit`."""
-        features, graph = self._checked_input(X, adjacency)
-        device = _device(self.device)
-        self.seed_ = _seed(self.random_state)
+        features, graph, device = self._prepare(X, adjacency)
         limit = min(features.shape)
         if self.n_components is not None and self.n_components > limit:
             raise ValueError(
@@ -844,7 +904,7 @@ class SSGC(_GraphClusterer):
         z, info = ssgc_embedding(
             features,
             graph,
-            self.n_clusters,
+            self.n_clusters_,
             recipe=self.recipe,
             n_steps=self.n_steps,
             n_components=self.n_components,
@@ -852,31 +912,30 @@ class SSGC(_GraphClusterer):
             seed=self.seed_,
             device=device,
         )
-        result = ops.kmeans(z, self.n_clusters, n_init=self.n_init, seed=self.seed_)
+        result = ops.kmeans(z, self.n_clusters_, n_init=self.n_init, seed=self.seed_)
         self.labels_ = kmeans_labels(result)
         self.embedding_ = z.cpu().numpy()
         self.recipe_, self.n_steps_ = info["recipe"], info["n_steps"]
-        self.resolved_ = {"recipe": self.recipe_, "n_steps": self.n_steps_}
+        self.resolved_ = {
+            "n_clusters": self.n_clusters_,
+            "recipe": self.recipe_,
+            "n_steps": self.n_steps_,
+        }
         self.history_, self.n_iter_ = [], 0
-        self.parameters_ = {}
+        self.parameters_ = {"centers": result.centers.cpu(), **info["projection"]}
         return self
 
-
-def _device(device: str | torch.device) -> torch.device:
-    """The device to run on; "auto" takes CUDA where torch and fastclust both have it."""
-    usable = cuda_loaded and torch.cuda.is_available()
-    if device == "auto":
-        return torch.device("cuda" if usable else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}") from None
-    if resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}")
-    if resolved.type == "cuda" and not usable:
-        reason = f"CUDA library {cuda_status}" if not cuda_loaded else "torch sees no CUDA device"
-        raise ValueError(f"device must be one that is there, got {device!r}: {reason}; use 'cpu'")
-    return resolved
+    def _predict(
+        self, features: Features, graph: sp.csr_array, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.recipe_ == "degree":
+            raise ValueError(
+                "transform and predict must have attributes to project: those of the training data "
+                "only encode degrees, whose ranks do not carry over to other nodes. Fit with "
+                "recipe='plain' or a weighting to use the attributes all the same"
+            )
+        z = ssgc_projection(features, graph, self.parameters_, n_steps=self.n_steps_, device=device)
+        return nearest_center(z, self.parameters_["centers"].to(device)), z
 
 
 def _seed(random_state: Any) -> int:

@@ -28,11 +28,11 @@ from fastclust import cli, metrics, report
 from fastclust._library import _C, cuda_status
 from fastclust.cli import Interrupted, UsageError, note
 from fastclust.datasets import Dataset, load_dataset
-from fastclust.estimators import ECNMF, HSAN, PRECISIONS, SSGC, _device
+from fastclust.estimators import ECNMF, HSAN, PRECISIONS, SSGC
 from fastclust.info import cpu_name, versions
 from fastclust.rundir import RunDirectory, read_toml, write_atomically
 from fastclust.training import SELECTIONS, internal_scores
-from fastclust.validation import check_n_clusters
+from fastclust.validation import check_device, check_n_clusters
 
 __all__ = ["main"]
 
@@ -251,7 +251,7 @@ def resolve(settings: dict[str, Any]) -> tuple[Plan, Dataset]:
 
 def parameter_types(model: Any) -> dict[str, Any]:
     """The hyper-parameters of an estimator class that a user may set, with their types."""
-    hints = typing.get_type_hints(model.__init__)
+    hints = typing.get_type_hints(model)
     names = [name for name in inspect.signature(model).parameters if name not in RUN_OWNED]
     return {name: hints[name] for name in names}
 
@@ -461,7 +461,7 @@ def summarise(plan: Plan, dataset: Dataset, runs: list[dict[str, Any]]) -> dict[
         "model": plan.model,
         "protocol": plan.parameters.get("protocol", "standard"),
         "selection": plan.parameters.get("selection", "last"),
-        "device": _device(plan.parameters["device"]).type,
+        "device": check_device(plan.parameters["device"]).type,
         "precision": plan.parameters.get("precision", "fp32"),
         "n_nodes": dataset.n_nodes,
         "n_edges": dataset.n_edges,
@@ -578,7 +578,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def place(device: str) -> str:
     """Where the run takes place, and why not on a GPU."""
-    if _device(device).type == "cuda":
+    if check_device(device).type == "cuda":
         return f"on {torch.cuda.get_device_name()}"
     level = f"{_C.cpu_level()}, {torch.get_num_threads()} threads"
     if device != "auto":

@@ -19,9 +19,14 @@ import numpy.typing as npt
 import scipy.sparse as sp
 import torch
 
+from fastclust._library import cuda_loaded, cuda_status
+from fastclust.interop import from_foreign
+
 __all__ = [
     "DataWarning",
+    "align_adjacency",
     "check_adjacency",
+    "check_device",
     "check_features",
     "check_labels",
     "check_n_clusters",
@@ -53,7 +58,10 @@ def check_adjacency(
         A torch tensor may be dense, COO, CSR, CSC or an edge index. An *edge index* is an integer
         array or tensor of shape [2, E] whose columns are edges; repeated columns count once. The
         nodes of a networkx graph keep their order, except that nodes named 0..N-1 are sorted; its
-        edge attribute ``weight`` is used where present. CuPy arrays are copied to the host.
+        edge attribute ``weight`` is used where present. The columns of a square pandas table are
+        put in the order of its index where both bear the same names. Any array that speaks DLPack
+        or the CUDA array interface (CuPy, JAX) and cupyx matrices will do; what lies on a GPU is
+        copied to the host, where graphs are checked and prepared.
     n_nodes : int, optional
         The number of nodes N that the adjacency must have. Without it an edge index is taken to
         end at its largest node.
@@ -86,7 +94,7 @@ def check_adjacency(
            [1., 0., 1.],
            [0., 1., 0.]], dtype=float32)
     """
-    matrix = _as_csr(adjacency, n_nodes, name)
+    matrix = _as_csr(align_adjacency(adjacency), n_nodes, name)
     n = matrix.shape[0]
     if matrix.shape[0] != matrix.shape[1]:
         hint = ""
@@ -119,6 +127,23 @@ def check_adjacency(
     return _canonical(matrix)
 
 
+def align_adjacency(adjacency: Any, features: Any = None) -> Any:
+    """Put an adjacency that is a pandas table into the order of the nodes; others pass.
+
+    The columns of a square table are brought into the order of its index where both bear the same
+    names, and both into the order of the index of ``features`` where that is a table of the same
+    names. Other names say nothing about order: rows are then taken as they stand.
+    """
+    if not hasattr(adjacency, "iloc") or getattr(adjacency, "ndim", 0) != 2:
+        return adjacency
+    order = adjacency.index
+    if order.is_unique and set(order) == set(adjacency.columns):
+        if hasattr(features, "iloc") and set(features.index) == set(order):
+            order = features.index
+        return adjacency.loc[order, order]
+    return adjacency
+
+
 def check_features(
     features: Any, n_nodes: int | None = None, *, name: str = "features"
 ) -> npt.NDArray[np.float32] | sp.csr_array:
@@ -126,8 +151,9 @@ def check_features(
 
     Parameters
     ----------
-    features : array, scipy sparse or torch tensor, shape [N, D]
-        CuPy arrays are copied to the host.
+    features : array, scipy or cupyx sparse, pandas table or torch tensor, shape [N, D]
+        Also any array that speaks DLPack or the CUDA array interface; what lies on a GPU is copied
+        to the host, where it is checked. The index of a table is not looked at here.
     n_nodes : int, optional
         The number of rows that the features must have.
     name : str
@@ -148,8 +174,6 @@ def check_features(
         complex numbers.
     """
     features = _to_host(features)
-    if isinstance(features, torch.Tensor):
-        features = _torch_to_host(features)
     if sp.issparse(features):
         _require_real(features.dtype, name)
         matrix: Any = _checked_csr(features, name)
@@ -196,9 +220,7 @@ def check_labels(labels: Any, n_nodes: int | None = None, *, name: str = "labels
     ValueError
         Not one-dimensional, empty, of the wrong length, or NaN.
     """
-    labels = _to_host(labels)
-    array = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else labels
-    array = np.asarray(array)
+    array = np.asarray(_to_host(labels))
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1:
@@ -250,6 +272,29 @@ def check_n_clusters(n_clusters: Any, n_nodes: int | None = None, *, minimum: in
             f"n_samples={n_nodes}; ask for fewer clusters or give more nodes"
         )
     return k
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """Return the device to run on; ``"auto"`` takes CUDA where torch and fastclust both have it.
+
+    Raises
+    ------
+    ValueError
+        Not "auto", a CPU or a CUDA device, or a CUDA device that cannot be used.
+    """
+    usable = cuda_loaded and torch.cuda.is_available()
+    if device == "auto":
+        return torch.device("cuda" if usable else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}")
+    if resolved.type == "cuda" and not usable:
+        reason = f"CUDA library {cuda_status}" if not cuda_loaded else "torch sees no CUDA device"
+        raise ValueError(f"device must be one that is there, got {device!r}: {reason}; use 'cpu'")
+    return resolved
 
 
 def is_graph_data(data: Any) -> bool:
@@ -310,8 +355,6 @@ def unpack_graph_data(data: Any) -> tuple[npt.NDArray[np.float32] | sp.csr_array
 def _as_csr(adjacency: Any, n_nodes: int | None, name: str) -> sp.csr_array:
     """Any supported adjacency as CSR with checked indices; entries summed where they repeat."""
     adjacency = _to_host(adjacency)
-    if isinstance(adjacency, torch.Tensor):
-        adjacency = _torch_to_host(adjacency)
     if sp.issparse(adjacency):
         if adjacency.ndim != 2:
             raise ValueError(f"{name} must be 2-dimensional, got shape {adjacency.shape}")
@@ -365,10 +408,17 @@ def _networkx_to_csr(graph: Any) -> sp.csr_array:
 
 
 def _to_host(value: Any) -> Any:
-    """CuPy arrays and matrices come to the host; everything else passes."""
-    if type(value).__module__.partition(".")[0] in ("cupy", "cupyx") and hasattr(value, "get"):
-        return value.get()
-    return value
+    """Tensors, arrays that speak DLPack, and pandas tables as NumPy arrays or scipy matrices.
+
+    Data on the host stay where they are, data on a GPU are copied. Everything else passes.
+    """
+    if type(value).__module__.partition(".")[0] == "cupyx" and hasattr(value, "get"):
+        return value.get()  # a sparse matrix
+    if hasattr(value, "iloc"):
+        return value.sparse.to_coo() if hasattr(value, "sparse") else np.asarray(value)
+    if not isinstance(value, (np.ndarray, torch.Tensor)):
+        value = from_foreign(value)
+    return _torch_to_host(value) if isinstance(value, torch.Tensor) else value
 
 
 def _torch_to_host(tensor: torch.Tensor) -> Any:
@@ -393,8 +443,7 @@ def _torch_to_host(tensor: torch.Tensor) -> Any:
 
 def _as_array(value: Any, name: str) -> Any:
     """Anything array-like as a NumPy array of real numbers or booleans."""
-    if isinstance(value, torch.Tensor):
-        value = _torch_to_host(value)
+    value = _to_host(value)
     if value is None or isinstance(value, (str, bytes, dict)):
         raise TypeError(f"{name} must be an array, sparse matrix or tensor, got {value!r:.60}")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 import scipy.sparse as sp
 import torch
 from sklearn.base import clone
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastclust as fc
+from fastclust.models.n_clusters import estimate_n_clusters
 from fastclust.presets import PRESETS
 from fastclust.validation import DataWarning
 
@@ -92,6 +96,40 @@ def test_every_kind_of_input_gives_the_same_clusters(model, two_blocks):
         QUICK[model]().fit(data, adjacency=adjacency)
 
 
+class Foreign:
+    """An array of another library, as far as its consumers see one: it speaks DLPack only."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self._array.__dlpack_device__()
+
+
+def test_tables_and_foreign_arrays(two_blocks):
+    pd = pytest.importorskip("pandas")
+    adjacency, x, _ = two_blocks
+    names = [f"node-{i}" for i in range(60)]
+    table = pd.DataFrame(x, index=names, columns=[f"c{j}" for j in range(8)])
+    graph = pd.DataFrame(adjacency.toarray(), index=names, columns=names)
+    shuffled = np.random.default_rng(0).permutation(60)
+    expected = QUICK["ecnmf"]().fit(x, adjacency=adjacency)
+    for graph_like in (graph, graph.iloc[shuffled], graph.iloc[shuffled, shuffled[::-1]]):
+        fitted = QUICK["ecnmf"]().fit(table, adjacency=graph_like)
+        assert fitted.embedding_.tobytes() == expected.embedding_.tobytes()
+    assert list(fitted.feature_names_in_) == list(table.columns)
+    # names that the table of attributes does not know say nothing about order
+    numbered = QUICK["ecnmf"]().fit(pd.DataFrame(x), adjacency=graph)
+    assert np.array_equal(numbered.labels_, expected.labels_)
+    sparse = table.astype(pd.SparseDtype("float32", 0))
+    assert np.array_equal(QUICK["ecnmf"]().fit(sparse, adjacency=graph).labels_, expected.labels_)
+    foreign = QUICK["ecnmf"]().fit(Foreign(x), adjacency=Foreign(adjacency.toarray()))
+    assert foreign.embedding_.tobytes() == expected.embedding_.tobytes()
+
+
 @every_model
 def test_sparse_and_dense_attributes_agree(model, two_blocks):
     adjacency, _, labels = two_blocks
@@ -143,6 +181,120 @@ def test_save_and_load(model, two_blocks, tmp_path):
     with pytest.raises(ValueError, match="directory must hold"):
         type(fitted).load(tmp_path / "model")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["fastclust"]
+
+
+# --- new nodes, copies, number of clusters --------------------------------------------------------
+
+
+@every_model
+def test_the_training_graph_is_predicted_as_it_was_clustered(model, two_blocks, tmp_path):
+    adjacency, x, _ = two_blocks
+    fitted = QUICK[model]().fit(x, adjacency=adjacency)
+    assert np.array_equal(fitted.predict(x, adjacency=adjacency), fitted.labels_)
+    embedding = fitted.transform(x, adjacency=adjacency)
+    np.testing.assert_allclose(embedding, fitted.embedding_, atol=1e-4)
+    assert fitted.get_feature_names_out().shape == (embedding.shape[1],)
+    fitted.save(tmp_path)
+    for copy in (type(fitted).load(tmp_path), pickle.loads(pickle.dumps(fitted))):
+        assert copy.transform(x, adjacency=adjacency).tobytes() == embedding.tobytes()
+        assert np.array_equal(copy.predict(x, adjacency=adjacency), fitted.labels_)
+
+
+@pytest.mark.parametrize(
+    ("model", "keywords"),
+    [
+        ("hsan", {"n_input": 4}),
+        ("hsan", {"selection": "loss", "eval_every": 1, "activation": "sigmoid"}),
+        ("ecnmf", {"rank": 4, "add_mean": True, "epochs": 40, "lr": 1e-3}),
+        ("ecnmf", {"rank": 4, "batch_size": 20, "norm": "sym"}),
+        ("ssgc", {"recipe": "plain", "n_components": 4}),
+    ],
+)
+def test_nodes_that_join_the_graph(model, keywords, two_blocks):
+    adjacency, x, _ = two_blocks
+    old = np.r_[0:25, 30:55]  # five nodes of each block come later
+    fitted = QUICK[model](**keywords).fit(x[old], adjacency=adjacency[old][:, old])
+    grown = fitted.predict(x, adjacency=adjacency)
+    assert (grown[old] == fitted.labels_).mean() > 0.9
+    new = np.r_[25:30, 55:60]
+    whole = QUICK[model](**keywords).fit(x, adjacency=adjacency).labels_
+    assert fc.metrics.clustering_scores(whole[new], grown[new])["acc"] > 0.8
+    sparse = fitted.predict(sp.csr_array(x), adjacency=adjacency)
+    assert np.array_equal(sparse, grown)
+    # without edges every node is judged alone
+    alone = fitted.transform(x)
+    np.testing.assert_allclose(fitted.transform(x[7:9]), alone[7:9], atol=1e-5)
+    with pytest.raises(ValueError, match=r"X has 7 features, but .* is expecting 8"):
+        fitted.predict(x[:, :7], adjacency=adjacency)
+
+
+def test_prediction_where_the_method_defines_none(two_blocks):
+    adjacency, x, _ = two_blocks
+    batches = QUICK["ecnmf"](rank=3, batch_size=20, recombine="block").fit(x, adjacency=adjacency)
+    with pytest.raises(ValueError, match="recombine='merge' or batch_size=None"):
+        batches.predict(x, adjacency=adjacency)
+    degree = adjacency.sum(axis=1).astype(int)
+    one_hot = sp.csr_array(np.eye(degree.max() + 1, dtype=np.float32)[degree])
+    ranks = QUICK["ssgc"]().fit(one_hot, adjacency=adjacency)
+    assert ranks.recipe_ == "degree"
+    with pytest.raises(ValueError, match="only encode degrees"):
+        ranks.transform(one_hot, adjacency=adjacency)
+
+
+@every_model
+def test_copies_and_pipelines(model, two_blocks):
+    adjacency, x, _ = two_blocks
+    estimator = QUICK[model](random_state=np.random.RandomState(3), n_init=3)
+    twin = clone(estimator)
+    assert twin is not estimator and not hasattr(twin, "labels_")
+    assert {**twin.get_params(), "random_state": 0} == {**estimator.get_params(), "random_state": 0}
+    assert estimator.set_params(n_init=2).n_init == 2
+    pipe = make_pipeline(StandardScaler(), QUICK[model]())
+    name = pipe.steps[-1][0]
+    labels = pipe.fit_predict(x, **{f"{name}__adjacency": adjacency})
+    direct = QUICK[model]().fit(StandardScaler().fit_transform(x), adjacency=adjacency)
+    assert np.array_equal(labels, direct.labels_)
+    assert np.array_equal(pipe.predict(x, adjacency=adjacency), labels)
+    # a random state gives one seed, which the files keep
+    first = QUICK[model](random_state=np.random.RandomState(5)).fit(x, adjacency=adjacency)
+    second = QUICK[model](random_state=np.random.RandomState(5)).fit(x, adjacency=adjacency)
+    assert first.seed_ == second.seed_
+    assert first.embedding_.tobytes() == second.embedding_.tobytes()
+
+
+def planted(k: int, seed: int) -> tuple[sp.csr_array, np.ndarray]:
+    """K blocks of 60 nodes: adjacency and attributes [60 K, 16]."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(k), 60)
+    p = np.where(labels[:, None] == labels, 0.15, 0.01)
+    upper = np.triu(rng.random((60 * k, 60 * k)) < p, 1)
+    x = rng.normal(size=(60 * k, 16)) + rng.normal(size=(k, 16))[labels]
+    return sp.csr_array((upper | upper.T).astype(np.float32)), x.astype(np.float32)
+
+
+@pytest.mark.parametrize("k", [2, 3, 5, 8])
+def test_the_number_of_planted_blocks_is_found(k):
+    adjacency, x = planted(k, seed=k)
+    found, evidence = estimate_n_clusters(x, adjacency)
+    assert found == k
+    assert evidence["n_clusters"][0] == 2 and len(evidence["agreement"]) > k - 1
+    best = max(evidence["agreement"])
+    assert evidence["agreement"][k - 2] >= 0.99 * best > 0.5
+
+
+@every_model
+def test_auto_clusters(model, tmp_path):
+    adjacency, x = planted(3, seed=3)
+    fitted = QUICK[model]("auto").fit(x, adjacency=adjacency)
+    assert fitted.n_clusters_ == fitted.resolved_["n_clusters"] == 3
+    assert np.unique(fitted.labels_).size == 3
+    assert fitted.n_clusters == "auto"
+    fitted.save(tmp_path)
+    assert type(fitted).load(tmp_path).n_clusters_evidence_ == fitted.n_clusters_evidence_
+    with pytest.raises(ValueError, match="at least 2 attributes"):
+        QUICK[model]("auto").fit(x[:, :1], adjacency=adjacency)
+    with pytest.raises(TypeError, match="n_clusters must be an integer"):
+        QUICK[model]("many").fit(x, adjacency=adjacency)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS["hsan"]))

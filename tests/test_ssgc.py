@@ -13,6 +13,7 @@ from fastclust.datasets import load_dataset
 from fastclust.graph import Graph
 from fastclust.metrics import clustering_scores
 from fastclust.models import ssgc
+from fastclust.models.inputs import unit_rows
 from fastclust.models.ssgc import ssgc_embedding
 
 
@@ -81,7 +82,8 @@ def test_views_are_leading_singular_vectors_of_the_scaled_matrix():
     rng = np.random.default_rng(0)
     m = rng.normal(size=(40, 6)).astype(np.float32)
     scale = torch.from_numpy(rng.random(6) + 0.1)
-    (view,) = ssgc._views(torch.from_numpy(m), [scale], 2)
+    (basis,) = ssgc._bases(torch.from_numpy(m), [scale], 2)
+    view = unit_rows(torch.from_numpy(m) @ basis)
     u, values, _ = np.linalg.svd(m * scale.numpy(), full_matrices=False)
     expected = (u * values)[:, :2]
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
@@ -96,7 +98,8 @@ def test_tf_idf_is_the_smooth_one(dense):
     counts[4] = 0
     features = counts.astype(np.float32)
     expected = TfidfTransformer().fit_transform(counts.astype(np.float64)).toarray()
-    got = ssgc._weighted(features if dense else sp.csr_array(features), "tf-idf")
+    features = features if dense else sp.csr_array(features)
+    got = ssgc._weighted(features, ssgc._inverse_document_frequency(features))
     np.testing.assert_allclose(got if dense else got.toarray(), expected, atol=1e-6)
 
 
@@ -106,7 +109,7 @@ def test_attributes_that_encode_degrees_are_recognised():
     adjacency = sp.csr_array((upper | upper.T).astype(np.float32))
     degree = np.diff(adjacency.indptr)
     embedding, info = ssgc_embedding(one_hot(degree), adjacency, 4)
-    assert info == {"recipe": "degree", "n_steps": 0, "agreement": None}
+    assert info == {"recipe": "degree", "n_steps": 0, "agreement": None, "projection": {}}
     assert embedding.shape == (80, 1)
     order = np.argsort(embedding[:, 0].numpy(), kind="stable")
     assert (np.diff(degree[order]) >= 0).all()

@@ -9,6 +9,7 @@ tiled inside :mod:`fastclust.ops`, and the structure encoders are sparse product
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -19,35 +20,53 @@ from torch import Tensor, nn
 
 from fastclust import ops
 from fastclust.graph import Graph
-from fastclust.models.inputs import as_tensor, derive_seed, stacked_unit_rows, uniform_parameter
+from fastclust.models.inputs import (
+    as_tensor,
+    derive_seed,
+    nearest_center,
+    project,
+    stacked_unit_rows,
+    uniform_parameter,
+)
 
-__all__ = ["HSANModel", "confident_nodes", "filtered_attributes"]
+__all__ = ["HSANModel", "confident_nodes", "filtered_attributes", "principal_axes"]
 
 _INITIALISE, _CLUSTER = range(2)  # what a derived seed is for
 
 ALPHA_START = 0.99999
 
 
+def principal_axes(x: Tensor, n_input: int) -> dict[str, Tensor]:
+    """Leading principal axes of x [N, D]: ``components`` [n_input, D] and ``mean`` [D]."""
+    # Seven power iterations bring the axes to those of a full decomposition. The published runs
+    # take scikit-learn's PCA, itself randomised, with another seed each time.
+    svd = ops.batched_svd(x, n_input, center=True, n_iter=7, oversample=10, seed=0)
+    return {"components": svd.vh[0], "mean": svd.mean[0]}
+
+
 def filtered_attributes(
-    x: npt.NDArray[np.float32] | sp.csr_array,
+    x: npt.NDArray[np.float32] | sp.csr_array | Tensor,
     adjacency: sp.csr_array,
     *,
     filter_steps: int,
-    n_input: int | None,
-    device: torch.device | str = "cpu",
+    n_input: int | Mapping[str, Tensor] | None,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """S^t X with S = D1^-1/2 (A + I) D1^-1/2, after an optional PCA (section 3.2 of the paper).
 
     Parameters
     ----------
-    x : array or CSR matrix [N, D]
+    x : array, CSR matrix or tensor [N, D]
         Attributes; not normalised.
     adjacency : CSR matrix [N, N]
         Symmetric, no self loops.
     filter_steps : int
         t, the number of smoothing steps.
-    n_input : int or None
-        Number of principal components (centred, not whitened) to keep first; None keeps X.
+    n_input : int, mapping or None
+        Number of principal components (centred, not whitened) to keep first, or the axes
+        themselves, from :func:`principal_axes`; None keeps X.
+    device : torch.device or str, optional
+        Where to compute; by default on the device of x.
 
     Returns
     -------
@@ -56,15 +75,14 @@ def filtered_attributes(
     """
     features = as_tensor(x, device)
     if n_input is not None:
-        # Seven power iterations bring the components to those of a full decomposition. The
-        # published runs take scikit-learn's PCA, itself randomised, with another seed each time.
-        svd = ops.batched_svd(features, n_input, center=True, n_iter=7, oversample=10, seed=0)
-        features = svd.u[0] * svd.s[0]  # [N, n_input]
+        axes = principal_axes(features, n_input) if isinstance(n_input, int) else n_input
+        features = project(features, axes)  # [N, D']
     elif features.layout == torch.sparse_csr:
         features = features.to_dense()
     if filter_steps == 0:
         return features
-    return ops.propagate(Graph(adjacency, norm="sym").to(device), features, steps=filter_steps)
+    graph = Graph(adjacency, norm="sym").to(features.device)
+    return ops.propagate(graph, features, steps=filter_steps)
 
 
 def confident_nodes(z: Tensor, centers: Tensor, tau: float, *, released: bool = False) -> Tensor:
@@ -149,6 +167,7 @@ class HSANModel(nn.Module):
     """
 
     weights: ops.Hardness | None
+    centers: Tensor  # [K, d]
 
     def __init__(
         self,
@@ -197,6 +216,8 @@ class HSANModel(nn.Module):
             self.alpha: Tensor = nn.Parameter(torch.tensor(ALPHA_START))
         else:
             self.register_buffer("alpha", torch.tensor(1.0), persistent=False)
+        # Of the last clustering, for nodes that were not trained on.
+        self.register_buffer("centers", torch.zeros(n_clusters, width))
         self.to(x.device)
 
     # --- the network -----------------------------------------------------------------------------
@@ -268,6 +289,12 @@ class HSANModel(nn.Module):
         result, z_mean = self._cluster(epoch)
         return result.labels, z_mean
 
+    @torch.no_grad()
+    def predict(self) -> tuple[Tensor, Tensor]:
+        """Nearest centre of the last clustering, int64 [N], and embedding [N, d]; no k-means."""
+        z = self.embedding()
+        return nearest_center(z, self.centers), z
+
     def diagnostics(self) -> dict[str, float]:
         """What is worth watching beside the loss."""
         return {"alpha": float(self.alpha.detach())}
@@ -287,5 +314,6 @@ class HSANModel(nn.Module):
             seed = derive_seed(self.seed, _CLUSTER, epoch)
             init = "paper-code" if self.kmeans == "paper-code" else None
             result = ops.kmeans(z, self.n_clusters, n_init=self.n_init, init=init, seed=seed)
+            self.centers.copy_(result.centers)
             self._clustered = (epoch, result, z)
         return self._clustered[1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ __all__ = [
     "as_tensor",
     "derive_seed",
     "kmeans_labels",
+    "nearest_center",
+    "project",
     "stacked_unit_rows",
     "uniform_parameter",
     "unit_rows",
@@ -24,11 +27,11 @@ NORM_FLOOR = 1e-12
 
 
 def as_tensor(
-    x: npt.NDArray[np.float32] | sp.csr_array | Tensor, device: torch.device | str = "cpu"
+    x: npt.NDArray[np.float32] | sp.csr_array | Tensor, device: torch.device | str | None = None
 ) -> Tensor:
     """A host matrix [N, D] as a tensor: dense stays dense, CSR becomes a sparse CSR tensor."""
     if isinstance(x, Tensor):
-        return x.to(device)
+        return x.to(device=device)
     if isinstance(x, np.ndarray):
         return torch.as_tensor(np.ascontiguousarray(x), device=device)
     parts = (x.indptr.astype(np.int64), x.indices.astype(np.int64), x.data)
@@ -39,7 +42,7 @@ def as_tensor(
         tensor = torch.sparse_csr_tensor(
             indptr, indices, values, size=x.shape, check_invariants=False
         )
-    return tensor.to(device)
+    return tensor.to(device=device)
 
 
 def derive_seed(seed: int, *path: int) -> int:
@@ -91,6 +94,17 @@ def stacked_unit_rows(first: Tensor, second: Tensor) -> Tensor:
 def unit_rows(x: Tensor) -> Tensor:
     """Rows of x [N, d] divided by their Euclidean norm; zero rows stay zero."""
     return torch.nn.functional.normalize(x, dim=1, eps=NORM_FLOOR)
+
+
+def project(x: Tensor, basis: Mapping[str, Tensor]) -> Tensor:
+    """(x - mean) V^T for x [N, D], dense or CSR; V = ``basis["components"]`` [r, D]."""
+    axes = basis["components"].T.contiguous()  # [D, r]
+    return x @ axes - basis["mean"] @ axes
+
+
+def nearest_center(z: Tensor, centers: Tensor) -> Tensor:
+    """The centre [K, d] nearest to each row of z [N, d], int64 [N]."""
+    return torch.cdist(z.double(), centers.double()).argmin(1)
 
 
 def kmeans_labels(result: Any) -> npt.NDArray[np.int64]:

@@ -16,6 +16,7 @@ N x D array is made.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -31,7 +32,7 @@ from fastclust import ops
 from fastclust.graph import Graph
 from fastclust.models.inputs import as_tensor, kmeans_labels, unit_rows
 
-__all__ = ["ssgc_embedding"]
+__all__ = ["ssgc_embedding", "ssgc_projection"]
 
 Features: TypeAlias = Any  # numpy.ndarray or scipy.sparse.csr_array, float32 [N, D]
 Recipe = Literal["multiview", "plain"]
@@ -95,8 +96,9 @@ def ssgc_embedding(
         float32 [N, n_components] with rows of unit length (zero for nodes without attributes near
         them), or [N, 1] with the rank of the degree in (0, 1].
     info : dict
-        ``recipe`` (``"multiview"``, ``"plain"`` or ``"degree"``), ``n_steps`` and ``agreement``
-        (NMI by number of steps, or None where nothing was chosen).
+        ``recipe`` (``"multiview"``, ``"plain"`` or ``"degree"``), ``n_steps``, ``agreement`` (NMI
+        by number of steps, or None where nothing was chosen) and ``projection``, the tensors by
+        which :func:`ssgc_projection` embeds other nodes.
 
     Raises
     ------
@@ -111,7 +113,7 @@ def ssgc_embedding(
     if recipe == "multiview" and weighting == "auto" and _encodes_degree(features, adjacency):
         degree = np.asarray(adjacency.sum(axis=1)).reshape(-1)
         rank = (rankdata(degree) / degree.size).astype(np.float32)
-        info = {"recipe": "degree", "n_steps": 0, "agreement": None}
+        info = {"recipe": "degree", "n_steps": 0, "agreement": None, "projection": {}}
         return torch.from_numpy(rank[:, None]).to(device), info
 
     if recipe == "plain":
@@ -130,16 +132,67 @@ def ssgc_embedding(
 
     width = n_components or (2 * n_clusters if recipe == "multiview" else _PLAIN_COMPONENTS)
     graph = Graph(adjacency, norm="sym").to(device)
-    views = []
+    projection: dict[str, torch.Tensor] = {}
+    views: list[torch.Tensor] = []
     for name in weightings:
-        q, energy, mean_energy = _leading_pairs(_weighted(features, name), seed, device)
+        idf = _inverse_document_frequency(features) if name == "tf-idf" else None
+        q, axes, energy, mean_energy = _leading_pairs(_weighted(features, idf), seed, device)
         smooth = _smoothed(graph, q, (n_steps,))[n_steps]
-        views += _views(smooth, _scalings(energy, mean_energy, recipe), width)
+        bases = _bases(smooth, _scalings(energy, mean_energy, recipe), width)
+        projection |= {f"{name}.axes": axes, f"{name}.bases": bases}
+        if idf is not None:
+            projection[f"{name}.idf"] = torch.from_numpy(idf)
+        views += [unit_rows(smooth @ basis) for basis in bases]
     embedding = views[0]
     if len(views) > 1:
         joined = torch.cat(views, dim=1)  # [N, 8 width]
-        (embedding,) = _views(joined, [torch.ones(joined.shape[1])], width)
-    return embedding, {"recipe": recipe, "n_steps": n_steps, "agreement": agreement}
+        (basis,) = _bases(joined, [torch.ones(joined.shape[1])], width)
+        projection["joined"] = basis
+        embedding = unit_rows(joined @ basis)
+    projection = {key: value.cpu().contiguous() for key, value in projection.items()}
+    return embedding, {
+        "recipe": recipe,
+        "n_steps": n_steps,
+        "agreement": agreement,
+        "projection": projection,
+    }
+
+
+def ssgc_projection(
+    features: Features,
+    adjacency: sp.csr_array,
+    projection: Mapping[str, torch.Tensor],
+    *,
+    n_steps: int,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Embed the nodes of another graph as :func:`ssgc_embedding` did those of the first.
+
+    Parameters
+    ----------
+    features, adjacency, n_steps, device
+        As there; ``n_steps`` is the number that was used.
+    projection : mapping
+        ``info["projection"]``.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 [M, n_components].
+    """
+    graph = Graph(adjacency, norm="sym").to(device)
+    views = []
+    for name in ("l2", "tf-idf"):
+        if f"{name}.axes" not in projection:
+            continue
+        idf = projection.get(f"{name}.idf")
+        x = as_tensor(_weighted(features, None if idf is None else idf.numpy()), device)
+        q = x @ projection[f"{name}.axes"].to(device)
+        smooth = _smoothed(graph, q, (n_steps,))[n_steps]
+        views += [unit_rows(smooth @ basis) for basis in projection[f"{name}.bases"].to(device)]
+    if "joined" not in projection:
+        return views[0]
+    return unit_rows(torch.cat(views, dim=1) @ projection["joined"].to(device))
 
 
 def _check(
@@ -171,21 +224,30 @@ def _minimum(features: Features) -> float:
     return float(features.min())
 
 
-def _weighted(features: Features, weighting: str) -> Features:
-    """Rows of unit length, after smooth tf-idf if wanted; zero rows stay zero."""
-    if weighting == "tf-idf":
-        n = features.shape[0]
-        if sp.issparse(features):
-            frequency = np.bincount(features.indices, minlength=features.shape[1])
-        else:
-            frequency = np.count_nonzero(features, axis=0)
-        idf = (np.log((1.0 + n) / (1.0 + frequency)) + 1.0).astype(np.float32)  # [D]
-        if sp.issparse(features):
-            data = features.data * idf[features.indices]
-            features = sp.csr_array((data, features.indices, features.indptr), features.shape)
-        else:
-            features = features * idf
+def _inverse_document_frequency(features: Features) -> npt.NDArray[np.float32]:
+    """Smooth idf [D]: ln((1 + N) / (1 + nodes with the attribute)) + 1."""
+    n, d = features.shape
+    if sp.issparse(features):
+        frequency = np.bincount(features.indices, minlength=d)
+    else:
+        frequency = np.count_nonzero(features, axis=0)
+    return (np.log((1.0 + n) / (1.0 + frequency)) + 1.0).astype(np.float32)
+
+
+def _weighted(features: Features, idf: npt.NDArray[np.float32] | None) -> Features:
+    """Rows of unit length, after columns were weighted by idf [D]; zero rows stay zero."""
+    if idf is not None and sp.issparse(features):
+        data = features.data * idf[features.indices]
+        features = sp.csr_array((data, features.indices, features.indptr), features.shape)
+    elif idf is not None:
+        features = features * idf
     return normalize(features)
+
+
+def _weigh(features: Features, weighting: str) -> Features:
+    """Rows of unit length, after smooth tf-idf if wanted."""
+    idf = _inverse_document_frequency(features) if weighting == "tf-idf" else None
+    return _weighted(features, idf)
 
 
 def _encodes_degree(features: Features, adjacency: sp.csr_array) -> bool:
@@ -213,19 +275,20 @@ def _encodes_degree(features: Features, adjacency: sp.csr_array) -> bool:
 
 def _leading_pairs(
     x: Features, seed: int, device: torch.device | str
-) -> tuple[torch.Tensor, torch.Tensor, float]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """Coordinates in the leading right singular vectors, their energies, and the mean over all D.
 
-    Returns Q = X V [N, r], w [r] = squared singular values (float64, on the CPU), |X|_F^2 / D.
+    Returns Q ~ X V [N, r], V [D, r], w [r] = squared singular values (float64, on the CPU), and
+    |X|_F^2 / D.
     """
     rank = min(_PAIRS, *x.shape)
     svd = ops.batched_svd(as_tensor(x, device), rank, center=False, n_iter=_SKETCH_STEPS, seed=seed)
-    u, s = svd.u[0], svd.s[0]
-    energy = s.double().cpu() ** 2
+    energy = svd.s[0].double().cpu() ** 2
     kept = max(1, int((energy > _NEGLIGIBLE * energy[0]).sum()))
     values = x.data if sp.issparse(x) else x
     mean_energy = float(np.square(values, dtype=np.float64).sum()) / x.shape[1]
-    return u[:, :kept] * s[:kept], energy[:kept], mean_energy
+    q = svd.u[0, :, :kept] * svd.s[0, :kept]
+    return q, svd.vh[0, :kept].T, energy[:kept], mean_energy
 
 
 # --- smoothing and views --------------------------------------------------------------------------
@@ -256,24 +319,24 @@ def _scalings(energy: torch.Tensor, mean_energy: float, recipe: str) -> list[tor
     ]
 
 
-def _views(m: torch.Tensor, scales: list[torch.Tensor], width: int) -> list[torch.Tensor]:
-    """For each scaling: U s of the leading ``width`` singular triplets of M diag(scale), unit rows.
+def _bases(m: torch.Tensor, scales: list[torch.Tensor], width: int) -> torch.Tensor:
+    """For each scaling: B [c, width] with M B = U s, the leading triplets of M diag(scale).
 
     By eigenvectors of the one small Gram matrix M^T M, in float64; M is [N, c] with few columns.
+    Returns [len(scales), c, width].
     """
     wide = m.to(torch.float64)
     gram = (wide.T @ wide).cpu().numpy()  # [c, c]
     n_columns = gram.shape[0]
     first = max(0, n_columns - width)
-    views = []
+    bases = []
     for scale in scales:
         c = scale.cpu().numpy()
         _, vectors = eigh(c[:, None] * gram * c, subset_by_index=(first, n_columns - 1))
         basis = c[:, None] * vectors[:, ::-1]  # [c, width]
         largest = np.abs(basis).argmax(axis=0)
-        basis *= np.sign(basis[largest, np.arange(basis.shape[1])])
-        views.append(unit_rows(m @ torch.from_numpy(basis).to(m)))
-    return views
+        bases.append(basis * np.sign(basis[largest, np.arange(basis.shape[1])]))
+    return torch.from_numpy(np.stack(bases)).to(m)
 
 
 # --- the number of steps --------------------------------------------------------------------------
@@ -295,40 +358,66 @@ def _agreement(
     from the default in 3 % of the cases, that of four in 0.05 %. So a lead after two splits must
     hold after four.
     """
-    n, d = features.shape
-    upper = sp.triu(adjacency, 1).tocoo()
-    if d < 2 or upper.nnz < 2:
+    if features.shape[1] < 2 or adjacency.nnz < 4:
         return None
-    columns = features.tocsc() if sp.issparse(features) else features
     rng = np.random.default_rng(seed)
     scores: list[dict[int, float]] = []
     for split in range(_SPLITS):
         if split == _SPLITS // 2 and _choose_steps(_mean(scores)) == _DEFAULT_STEPS:
             break
-        column_order, edge_order = rng.permutation(d), rng.permutation(upper.nnz)
-        halves = []
-        for half in range(2):
-            part = columns[:, np.sort(column_order[half::2])]
-            part = _weighted(part.tocsr() if sp.issparse(part) else part, weighting)
-            edges = edge_order[half::2]
-            one_way = sp.csr_array(
-                (upper.data[edges], (upper.row[edges], upper.col[edges])), shape=(n, n)
-            )
-            graph = Graph(one_way + one_way.T, norm="sym").to(device)
-            halves.append(_labels_by_steps(part, graph, n_clusters, seed + split))
-        scores.append({t: normalized_mutual_info_score(halves[0][t], halves[1][t]) for t in _STEPS})
+        first, second = (
+            _labels_by_steps(_weigh(part, weighting), graph, n_clusters, seed + split)
+            for part, graph in disjoint_halves(features, adjacency, rng, device)
+        )
+        scores.append({t: normalized_mutual_info_score(first[t], second[t]) for t in _STEPS})
     return _mean(scores)
+
+
+def disjoint_halves(
+    features: Features,
+    adjacency: sp.csr_array,
+    rng: np.random.Generator,
+    device: torch.device | str,
+) -> Iterator[tuple[Features, Graph]]:
+    """Two random halves of columns [N, D / 2] and edges that share none of either."""
+    n, d = features.shape
+    upper = sp.triu(adjacency, 1).tocoo()
+    columns = features.tocsc() if sp.issparse(features) else features
+    column_order, edge_order = rng.permutation(d), rng.permutation(upper.nnz)
+    for half in range(2):
+        part = columns[:, np.sort(column_order[half::2])]
+        edges = edge_order[half::2]
+        one_way = sp.csr_array(
+            (upper.data[edges], (upper.row[edges], upper.col[edges])), shape=(n, n)
+        )
+        graph = Graph(one_way + one_way.T, norm="sym").to(device)
+        yield (part.tocsr() if sp.issparse(part) else part), graph
+
+
+def smoothed_basis(
+    x: Features, graph: Graph, n_steps: int, width: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smoothed leading pairs M [N, c] of one view and the basis B [c, width] of its embedding M B.
+
+    Attributes are weighted by tf-idf unless some are negative; columns of B descend.
+    """
+    x = _weigh(x, "tf-idf" if _minimum(x) >= 0 else "l2")
+    q, _, energy, mean_energy = _leading_pairs(x, seed, graph.device)
+    smooth = _smoothed(graph, q, (n_steps,))[n_steps]
+    (basis,) = _bases(smooth, [_scalings(energy, mean_energy, "multiview")[1]], width)
+    return smooth, basis
 
 
 def _labels_by_steps(
     x: Features, graph: Graph, n_clusters: int, seed: int
 ) -> dict[int, npt.NDArray[np.int64]]:
     """A clustering of one view for every candidate T."""
-    q, energy, mean_energy = _leading_pairs(x, seed, graph.device)
+    q, _, energy, mean_energy = _leading_pairs(x, seed, graph.device)
     scale = _scalings(energy, mean_energy, "multiview")[1]
     labels = {}
     for t, smooth in _smoothed(graph, q, _STEPS).items():
-        (rows,) = _views(smooth, [scale], 2 * n_clusters)
+        (basis,) = _bases(smooth, [scale], 2 * n_clusters)
+        rows = unit_rows(smooth @ basis)
         labels[t] = kmeans_labels(ops.kmeans(rows, n_clusters, n_init=_RESTARTS, seed=seed))
     return labels
 
