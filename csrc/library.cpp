@@ -52,6 +52,12 @@ STABLE_TORCH_LIBRARY(fastclust, m) {
       "-> (Tensor, Tensor)");
   // grad [N, d] where the bit of mask is set, else 0.
   m.def("mask_rows(Tensor grad, Tensor mask) -> Tensor");
+
+  // a [m, k] b [k, n] + bias [n], any strides of a and b (csrc/common/gemm.h). matmul_out writes to
+  // out [m, n], contiguous, which must not share memory with the factors.
+  m.def("matmul(Tensor a, Tensor b, Tensor? bias) -> Tensor");
+  m.def("matmul_out(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias) -> ()");
+
   // Batched randomised SVD, see csrc/lowrank/lowrank.h. X [N, D] is either dense `values` [N, D] or
   // CSR `values` [nnz], indptr int64 [N + 1], indices int32 [nnz]; M = ceil(N / batch_size) batches
   // of B rows. mean [M, D]: subtracted from the rows of each batch.

@@ -17,6 +17,7 @@ FACTOR = 2.0
 ROUNDING = {
     "infonce": 4.0,
     "lowrank": 32.0,
+    "matmul": 4.0,
     "propagate": 4.0,
 }
 

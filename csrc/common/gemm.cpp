@@ -1,8 +1,9 @@
 // Loops of the packed matrix product around the register tiles of microkernel.h, in the order of
-// Goto and van de Geijn: a block of B stays in L3, a block of A in L2, slivers stream through L1.
+// Goto and van de Geijn: a packed panel of B stays in L3, a block of A and the block of C that it
+// adds to in L2, slivers stream through L1.
 //
-// Bound by FMA: on Zen 4 the 8 x 48 AVX-512 tile runs at 94 to 97 % of the measured FMA rate from
-// L2 for k of 128 to 1000, so kDepth is chosen for the size of the packed blocks alone.
+// A task owns a block of rows of C and runs through all terms of the panel, so C leaves the cache
+// once; the split depends on sizes alone. Bound by FMA.
 #include "common/gemm.h"
 
 #include <algorithm>
@@ -16,9 +17,12 @@
 namespace fastclust {
 namespace {
 
-constexpr int64_t kRows = 192;     // rows of a block of A
-constexpr int64_t kDepth = 256;    // terms of a block
-constexpr int64_t kColumns = 1920; // columns of a block of B
+constexpr int64_t kDepth = 256;       // terms of a block
+constexpr int64_t kColumns = 1920;    // columns of a panel of B
+constexpr int64_t kPanelBytes = 8 << 20;
+constexpr int64_t kRows = 192;        // most and fewest rows of a block of A
+constexpr int64_t kFewRows = 48;
+constexpr int64_t kTasksPerThread = 4;  // wanted; how C is cut changes no sum
 constexpr int64_t kFewColumns = 192;  // up to here A is read in place where its rows are contiguous
 
 template <typename T>
@@ -54,17 +58,32 @@ void scale(int64_t m, int64_t n, T beta, T* c, int64_t ldc) {
   }
 }
 
-// One block of rows of A against a packed block of B.
+// Terms whose packed columns make a panel of at most kPanelBytes.
 template <typename T>
-void block_product(const detail::GemmKernel<T>& kernel, int64_t m, int64_t n, int64_t k, T alpha,
-                   MatrixView<T> a, const T* packed_b, T beta, T* c, int64_t ldc) {
-  if (n <= kFewColumns && a.col_stride == 1) {
-    kernel.direct(m, n, k, alpha, a, packed_b, beta, c, ldc);
-    return;
+int64_t panel_depth(int64_t columns, int64_t k) {
+  const int64_t blocks = kPanelBytes / (columns * kDepth * static_cast<int64_t>(sizeof(T)));
+  return std::min(k, std::max(blocks, int64_t{1}) * kDepth);
+}
+
+// One block of rows of A against columns [first, first + n) of a packed panel of B, `width` columns
+// wide: blocks of kDepth terms, each [ceil(width / nr), terms, nr].
+template <typename T>
+void panel_product(const detail::GemmKernel<T>& kernel, int64_t m, int64_t first, int64_t n,
+                   int64_t width, int64_t k, T alpha, MatrixView<T> a, const T* panel, T beta, T* c,
+                   int64_t ldc) {
+  const bool in_place = n <= kFewColumns && a.col_stride == 1;
+  T* packed_a = in_place ? nullptr : scratch<T, 0>(round_up(m, kernel.mr) * std::min(k, kDepth));
+  for (int64_t p = 0; p < k; p += kDepth) {
+    const int64_t depth = std::min(kDepth, k - p);
+    const T* packed_b = panel + p * width + first * depth;
+    const T keep = p == 0 ? beta : T(1);
+    if (in_place) {
+      kernel.direct(m, n, depth, alpha, part(a, 0, p), packed_b, keep, c, ldc);
+    } else {
+      kernel.pack_a(m, depth, part(a, 0, p), packed_a);
+      kernel.packed(m, n, depth, alpha, packed_a, packed_b, keep, c, ldc);
+    }
   }
-  T* packed_a = scratch<T, 0>(round_up(m, kernel.mr) * k);
-  kernel.pack_a(m, k, a, packed_a);
-  kernel.packed(m, n, k, alpha, packed_a, packed_b, beta, c, ldc);
 }
 
 }  // namespace
@@ -78,11 +97,12 @@ void gemm(int64_t m, int64_t n, int64_t k, T alpha, MatrixView<T> a, MatrixView<
     const int64_t columns = std::min(kColumns, n - j);
     for (int64_t p = 0; p < k; p += kDepth) {
       const int64_t depth = std::min(kDepth, k - p);
-      T* packed_b = scratch<T, 1>(round_up(columns, kern.nr) * depth);
-      kern.pack_b(depth, columns, part(b, p, j), packed_b);
+      const int64_t width = round_up(columns, kern.nr);
+      T* panel = scratch<T, 1>(width * depth);
+      kern.pack_b(depth, columns, part(b, p, j), panel);
       for (int64_t i = 0; i < m; i += kRows) {
-        block_product(kern, std::min(kRows, m - i), columns, depth, alpha, part(a, i, p), packed_b,
-                      p == 0 ? beta : T(1), c + i * ldc + j, ldc);
+        panel_product(kern, std::min(kRows, m - i), int64_t{0}, columns, width, depth, alpha,
+                      part(a, i, p), panel, p == 0 ? beta : T(1), c + i * ldc + j, ldc);
       }
     }
   }
@@ -93,23 +113,31 @@ void parallel_gemm(int64_t m, int64_t n, int64_t k, T alpha, MatrixView<T> a, Ma
                    T beta, T* c, int64_t ldc) {
   if (k == 0 || m * n * k < 64 * 64 * 64) return gemm(m, n, k, alpha, a, b, beta, c, ldc);
   const auto& kern = kernel<T>();
-  // Few blocks of rows: cut the columns as well, and pack those blocks of A again.
-  const int64_t row_blocks = (m + kRows - 1) / kRows;
-  const int64_t span = row_blocks >= 32 ? kColumns : round_up(kColumns / 5, kern.nr);
-  std::vector<T> packed(round_up(std::min(n, kColumns), kern.nr) * std::min(k, kDepth));
+  const int64_t tasks = kTasksPerThread * num_threads();
+  const int64_t rows = std::clamp(round_up((m + tasks - 1) / tasks, kern.mr), kFewRows, kRows);
+  const int64_t row_blocks = (m + rows - 1) / rows;
   for (int64_t j = 0; j < n; j += kColumns) {
     const int64_t columns = std::min(kColumns, n - j);
+    const int64_t width = round_up(columns, kern.nr);
+    // Few blocks of rows: cut the columns as well, and pack those blocks of A again.
+    const int64_t wanted = (tasks + row_blocks - 1) / row_blocks;
+    const int64_t span = std::max(round_up((columns + wanted - 1) / wanted, kern.nr), 2 * kern.nr);
     const int64_t spans = (columns + span - 1) / span;
-    for (int64_t p = 0; p < k; p += kDepth) {
-      const int64_t depth = std::min(kDepth, k - p);
-      parallel_for((columns + kern.nr - 1) / kern.nr, 4, [&](int64_t begin, int64_t end) {
-        const int64_t first = begin * kern.nr, last = std::min(end * kern.nr, columns);
-        kern.pack_b(depth, last - first, part(b, p, j + first), packed.data() + first * depth);
+    const int64_t panel_k = panel_depth<T>(width, k);
+    T* panel = scratch<T, 2>(width * panel_k);
+    for (int64_t p = 0; p < k; p += panel_k) {
+      const int64_t depth = std::min(panel_k, k - p);
+      const int64_t strip = 4 * kern.nr, strips = (columns + strip - 1) / strip;
+      parallel_tasks((depth + kDepth - 1) / kDepth * strips, [&](int64_t task, int) {
+        const int64_t q = task / strips * kDepth, first = task % strips * strip;
+        const int64_t terms = std::min(kDepth, depth - q);
+        kern.pack_b(terms, std::min(strip, columns - first), part(b, p + q, j + first),
+                    panel + q * width + first * terms);
       });
       parallel_tasks(row_blocks * spans, [&](int64_t task, int) {
-        const int64_t i = task / spans * kRows, first = task % spans * span;
-        block_product(kern, std::min(kRows, m - i), std::min(span, columns - first), depth, alpha,
-                      part(a, i, p), packed.data() + first * depth, p == 0 ? beta : T(1),
+        const int64_t i = task / spans * rows, first = task % spans * span;
+        panel_product(kern, std::min(rows, m - i), first, std::min(span, columns - first), width,
+                      depth, alpha, part(a, i, p), panel, p == 0 ? beta : T(1),
                       c + i * ldc + j + first, ldc);
       });
     }

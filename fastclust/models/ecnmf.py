@@ -8,19 +8,22 @@ The published equations leave much open. Every open point is a keyword here; the
 reading that clustered best, named "as published" where it is also the literal one.
 
 How it is computed: Abar X of a dense constant X is taken once; a sparse X is multiplied first and
-propagated after; the low-rank view is (Abar L)(R W) with X_r = L R, which never forms X_r.
+propagated after; the low-rank view is (Abar L)(R W) with X_r = L R, which never forms X_r. Without
+an activation a view is linear in its constant input, so all layers of it become one product with
+the powers of Abar times that input, where this takes fewer operations (:class:`_LinearView`).
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastclust import ops
 from fastclust.graph import Graph
-from fastclust.models.inputs import derive_seed, uniform_parameter, unit_rows
+from fastclust.models.inputs import NORM_FLOOR, derive_seed, uniform_parameter, unit_rows
 
 __all__ = ["ECNMFModel", "target_distribution"]
 
@@ -48,14 +51,6 @@ def target_distribution(q: Tensor) -> Tensor:
     return weight / weight.sum(1, keepdim=True).clamp_min(EPSILON)
 
 
-def _product(a: Tensor, b: Tensor, bf16: bool, bias: Tensor | None = None) -> Tensor:
-    """a b + bias in float32, or with the factors rounded to bfloat16."""
-    if bf16:
-        product = (a.bfloat16() @ b.bfloat16()).float()
-        return product if bias is None else product + bias
-    return a @ b if bias is None else torch.addmm(bias, a, b)
-
-
 class _SparseProduct(torch.autograd.Function):
     """x w for a constant sparse CSR x [N, D]; its transpose is kept for the gradient."""
 
@@ -70,14 +65,17 @@ class _SparseProduct(torch.autograd.Function):
 
 
 class _DenseInput:
-    """Abar X W for a dense X [N, D]: the constant Abar X is taken once."""
+    """Abar X_v W with the constant Abar L taken once, X_v = L R (no R: X_v = L)."""
 
-    def __init__(self, graph: Graph, x: Tensor) -> None:
-        self.n_features = x.shape[1]
-        self.propagated = ops.propagate(graph, x)  # [N, D]
+    def __init__(self, graph: Graph, left: Tensor, right: Tensor | None = None) -> None:
+        self.left = ops.propagate(graph, left)  # [N, R]
+        self.right = right  # [R, D]
+        self.n_features = (left if right is None else right).shape[1]
 
-    def __call__(self, w: Tensor, bf16: bool) -> Tensor:
-        return _product(self.propagated, w, bf16)
+    def __call__(self, w: Tensor, precision: str) -> Tensor:
+        if self.right is not None:
+            w = ops.matmul(self.right, w)
+        return ops.matmul(self.left, w, precision=precision)
 
 
 class _SparseInput:
@@ -88,34 +86,123 @@ class _SparseInput:
         self.graph, self.x = graph, x
         self.x_transposed = x.t().to_sparse_csr()  # [D, N]
 
-    def __call__(self, w: Tensor, bf16: bool) -> Tensor:
+    def __call__(self, w: Tensor, precision: str) -> Tensor:
         return ops.propagate(self.graph, _SparseProduct.apply(self.x, self.x_transposed, w))
 
 
-class _LowRankInput:
-    """Abar X_r W = (Abar L)(R W) for X_r = L R; a mean to add back is one more column and row."""
-
-    def __init__(self, graph: Graph, x: ops.LowRankMatrix) -> None:
-        left, right = x.left, x.right
-        if x.add_mean and x.mean is not None:
-            left = torch.cat([left, left.new_ones(left.shape[0], 1)], dim=1)
-            right = torch.cat([right, x.mean[None]])
-        self.n_features = right.shape[1]
-        self.left = ops.propagate(graph, left.contiguous())  # [N, R]
-        self.right = right.contiguous()  # [R, D]
-
-    def __call__(self, w: Tensor, bf16: bool) -> Tensor:
-        return _product(self.left, _product(self.right, w, bf16), bf16)
-
-
-def _second_view(graph: Graph, x: ops.LowRankMatrix) -> _LowRankInput | _DenseInput:
+def _second_view(graph: Graph, x: ops.LowRankMatrix) -> _DenseInput:
     """X_r in factors, or dense where these are no smaller or every batch has its own mean."""
     n, n_features = x.shape
     rank = x.right.shape[0]
     batch_means = x.add_mean and x.mean is not None and x.mean.dim() == 2
     if batch_means or rank * (n + n_features) >= n * n_features:
         return _DenseInput(graph, x.to_dense())
-    return _LowRankInput(graph, x)
+    left, right = x.left, x.right
+    if x.add_mean and x.mean is not None:  # one more column and row
+        left = torch.cat([left, left.new_ones(left.shape[0], 1)], dim=1)
+        right = torch.cat([right, x.mean[None]])
+    return _DenseInput(graph, left.contiguous(), right.contiguous())
+
+
+class _LinearView:
+    """All layers of a view without activation, as one product with a constant.
+
+    With Y = [Abar L | 1] the first layer is Z = Y C, C = [R W; b], and Abar (Z W + b) + Z of a
+    later one keeps the form Z = sum_k Abar^k Y C_k: C_k becomes C_{k-1} W + C_k, and b is added to
+    the last row of C_1. So Z is [Abar^{L-1} Y | ... | Y] times the stacked C_k.
+    """
+
+    def __init__(self, graph: Graph, first: _DenseInput, n_layers: int) -> None:
+        self.right, self.n_features, self.n_layers = first.right, first.n_features, n_layers
+        n, rank = first.left.shape
+        self.basis = _empty_like(first.left, n, n_layers * (rank + 1))
+        blocks = self.basis.split(rank + 1, dim=1)
+        blocks[-1][:, :-1], blocks[-1][:, -1] = first.left, 1.0
+        for k in range(n_layers - 2, -1, -1):
+            blocks[k].copy_(ops.propagate(graph, blocks[k + 1]))
+
+    @staticmethod
+    def pays(graph: Graph, first: _DenseInput, n_layers: int, width: int) -> bool:
+        """Whether an epoch has fewer operations than with a propagation in every later layer."""
+        n, rank = first.left.shape
+        later = n_layers - 1
+        one_product = 4 * n * later * rank + 3 * later * n_layers * rank * width
+        # Forward, both gradients; an edge costs a propagation as much as 12 multiply-adds.
+        layer_by_layer = later * (6 * n * width + 2 * 2 * 12 * graph.n_edges)
+        return later > 0 and one_product < layer_by_layer
+
+    def __call__(
+        self, weights: list[Tensor], biases: list[Tensor], out: Tensor | None, precision: str
+    ) -> Tensor:
+        first = weights[0] if self.right is None else ops.matmul(self.right, weights[0])
+        coefficients = [torch.cat([first, biases[0][None]])]  # C_0, C_1, ...: [R + 1, d]
+        for w, b in zip(weights[1:], biases[1:], strict=True):
+            moved = [ops.matmul(c, w) for c in coefficients]
+            moved[0] = torch.cat([moved[0][:-1], moved[0][-1:] + b])
+            kept = [*coefficients[1:], None]
+            higher = [m if c is None else m + c for m, c in zip(moved, kept, strict=True)]
+            coefficients = [coefficients[0], *higher]
+        return _BasisProduct.apply(self.basis, torch.cat(coefficients[::-1]), out, precision)
+
+
+class _BasisProduct(torch.autograd.Function):
+    """basis [N, R] c [R, d] for a constant basis, written to ``out`` [N, d] if there is one."""
+
+    @staticmethod
+    def forward(ctx: Any, basis: Tensor, c: Tensor, out: Tensor | None, precision: str) -> Tensor:
+        ctx.basis, ctx.precision = basis, precision
+        product = ops.matmul(basis, c, out=out, precision=precision)
+        return product if out is None else out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None, None]:
+        gradient = ops.matmul(ctx.basis.t(), gradients[0], precision=ctx.precision)
+        return None, gradient, None, None
+
+
+class _Agreement(torch.autograd.Function):
+    """sum (Z_1 - Z_2)^2 [] and U W [N, K], U the unit rows (if asked for) of (Z_1 + Z_2) / 2.
+
+    Works in the memory of its inputs Z_1 and Z_2 [N, d], which nothing else may read: they become
+    their difference and mean, and in the backward their own gradients. At N x d elements this takes
+    a few passes through memory and no new page of it, where the separate operations touch fresh
+    memory a dozen times.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, first: Tensor, second: Tensor, w: Tensor, row_normalise: bool
+    ) -> tuple[Tensor, Tensor]:
+        difference = first.sub_(second)
+        mean = second.add_(difference, alpha=0.5)
+        scores = ops.matmul(mean, w)
+        along = None
+        if row_normalise:
+            norm = torch.linalg.vector_norm(mean, dim=1, keepdim=True)  # [N, 1]
+            scale = 1.0 / norm.clamp_min(NORM_FLOOR)
+            scores *= scale
+            along = scores * scale * (norm > NORM_FLOOR)  # [N, K]
+        else:
+            scale = mean.new_ones(())
+        ctx.save_for_backward(difference, mean, w, scale, along)
+        squared = torch.linalg.vector_norm(difference, dim=1).square().sum()
+        return squared, scores
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        difference, mean, w, scale, along = ctx.saved_tensors
+        g_squared, g_scores = gradients
+        g = g_scores * scale  # [N, K]
+        g_w = ops.matmul(mean.t(), g)
+        if along is None:
+            mean.zero_()
+        else:
+            # d(z / |z|): the part of the gradient along the row itself drops out.
+            mean.mul_((g * along).sum(1, keepdim=True).mul_(-0.5))
+        mean.addmm_(g, w.t(), alpha=0.5)  # half the gradient of the mean
+        difference.mul_(2.0 * g_squared)
+        second = mean.sub_(difference)
+        return torch.add(second, difference, alpha=2.0, out=difference), second, g_w, None
 
 
 class ECNMFModel(nn.Module):
@@ -214,17 +301,19 @@ class ECNMFModel(nn.Module):
         self.loss_alpha, self.loss_beta, self.tau = alpha, beta, tau
         self.update_every, self.target_every = update_every, target_every
         self.pseudo_start, self.seed = pseudo_start, seed
-        self.bf16 = precision == "bf16"
+        self.precision = precision
         self.epoch = 0
         self.target = None  # [N, K]
         self.pseudo = None  # nodes [n], labels [n]
         self._parts: dict[str, Tensor] = {}
 
         sparse = x.layout == torch.sparse_csr
-        self.inputs = (
+        inputs = (
             _SparseInput(graph, x) if sparse else _DenseInput(graph, x),
             _second_view(graph, x_low_rank),
         )
+        self.inputs = [self._joined(view, width, n_layers) for view in inputs]
+        self._memory: list[Tensor | None] = [None, None]  # [N, d] of the linear views
         # Glorot's uniform initialisation for every matrix, zero for every bias.
         generator = torch.Generator().manual_seed(derive_seed(seed, _INITIALISE))
         self.n_layers = n_layers
@@ -243,14 +332,30 @@ class ECNMFModel(nn.Module):
         """The last embeddings of the two views (Eqs. 10-11), each [N, d]."""
         return self._encode(0), self._encode(1)
 
-    def _encode(self, view: int) -> Tensor:
-        layers = range(view * self.n_layers, (view + 1) * self.n_layers)
-        first, *later = [(self.w[i], self.b[i]) for i in layers]
-        z = self.inputs[view](first[0], self.bf16) + first[1]
+    def _joined(
+        self, view: _DenseInput | _SparseInput, width: int, n_layers: int
+    ) -> _DenseInput | _SparseInput | _LinearView:
+        """All layers of a view as one product, where phi allows and the sizes recommend it."""
+        if self.activation == "relu" or isinstance(view, _SparseInput):
+            return view
+        if not _LinearView.pays(self.graph, view, n_layers, width):
+            return view
+        return _LinearView(self.graph, view, n_layers)
+
+    def _encode(self, view: int, *, reuse_memory: bool = False) -> Tensor:
+        layers = slice(view * self.n_layers, (view + 1) * self.n_layers)
+        weights, biases = list(self.w[layers]), list(self.b[layers])
+        given = self.inputs[view]
+        if isinstance(given, _LinearView):
+            if reuse_memory and self._memory[view] is None:
+                self._memory[view] = _empty_like(given.basis, len(given.basis), len(self.head_w))
+            out = self._memory[view] if reuse_memory else None
+            return given(weights, biases, out, self.precision)
+        z = given(weights[0], self.precision) + biases[0]
         if self.activation == "relu":
             z = torch.relu(z)
-        for w, b in later:
-            h = _product(z, w, self.bf16, b)
+        for w, b in zip(weights[1:], biases[1:], strict=True):
+            h = ops.matmul(z, w, bias=b, precision=self.precision)
             z = ops.propagate(self.graph, h, residual=z, activation=self.activation)
         return z
 
@@ -281,8 +386,12 @@ class ECNMFModel(nn.Module):
 
     def loss(self) -> Tensor:
         """alpha MSE + beta KL + BCE (Eq. 19), a scalar."""
-        first, second = self.views()
-        log_q = self.assignment(self.head_input(first, second))
+        first, second = self._encode(0, reuse_memory=True), self._encode(1, reuse_memory=True)
+        if self.activation == "relu" and self.n_layers == 1:
+            first, second = first.clone(), second.clone()  # the gradient of relu needs its result
+        n, d = first.shape
+        squared, scores = _Agreement.apply(first, second, self.head_w, self.row_normalise)
+        log_q = torch.log_softmax(scores + self.head_b, dim=1)
         q = log_q.exp()
         if self.target is None or self.epoch % self.target_every == 0:
             self.target = target_distribution(q)
@@ -291,9 +400,7 @@ class ECNMFModel(nn.Module):
         ):
             self.pseudo = self._pseudo_labels(q.detach())
 
-        view = nn.functional.mse_loss(first, second)
-        if self.view_loss == "nodes":
-            view = view * first.shape[1]
+        view = squared / (n if self.view_loss == "nodes" else n * d)
         self._parts = {"mse": view, "kl": self._divergence(self.target, log_q)}
         total = self.loss_alpha * view + self.loss_beta * self._parts["kl"]
         if self.pseudo is not None:
@@ -362,6 +469,16 @@ class ECNMFModel(nn.Module):
             return -q.gather(1, labels[:, None]).log().mean()
         one_hot = nn.functional.one_hot(labels, self.n_clusters).to(q)
         return nn.functional.binary_cross_entropy(q, one_hot)
+
+
+def _empty_like(x: Tensor, *shape: int) -> Tensor:
+    """Memory of the dtype and on the device of x; on the CPU on large pages where there are any.
+
+    numpy asks the kernel for them, torch does not: matrix products wait less for page tables.
+    """
+    if x.device.type != "cpu":
+        return x.new_empty(shape)
+    return torch.from_numpy(np.empty(shape, x.numpy().dtype))
 
 
 def _glorot(shape: tuple[int, int], generator: torch.Generator) -> nn.Parameter:

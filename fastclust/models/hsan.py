@@ -225,7 +225,7 @@ class HSANModel(nn.Module):
     def attribute_views(self) -> Tensor:
         """Z [2N, d]: unit rows of act(X~ W_v + b_v), view 1 above view 2."""
         first, second = (
-            nn.functional.linear(self.x, w, b)  # [N, d]
+            ops.matmul(self.x, w.t(), bias=b)  # [N, d]
             for w, b in zip(self.w, self.b, strict=True)
         )
         if self.activation == "sigmoid":

@@ -3,6 +3,7 @@
 from fastclust.ops.infonce import Hardness, dense_weights, hard_infonce, hardness
 from fastclust.ops.kmeans import KMeansResult, kmeans
 from fastclust.ops.lowrank import LowRank, LowRankMatrix, batched_svd, low_rank
+from fastclust.ops.matmul import matmul
 from fastclust.ops.propagate import propagate
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "hardness",
     "kmeans",
     "low_rank",
+    "matmul",
     "propagate",
 ]
