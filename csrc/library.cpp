@@ -79,12 +79,14 @@ STABLE_TORCH_LIBRARY(fastclust, m) {
       "int n_cols, int batch_size, Tensor q) -> Tensor");
   // [M, m, n]: a [M, m, k] b [M, k, n].
   m.def("lowrank_multiply(Tensor a, Tensor b) -> Tensor");
-  // y [M, n, l] = q [M, n, l] r, r float64 [M, l, l] upper triangular; dependent columns become 0.
-  // With v [M, n, l], y = X_c^T X_c v: y + shift v in place of y.
-  m.def("lowrank_orthonormalize(Tensor y, Tensor? v, int passes) -> (Tensor q, Tensor r)");
-  // a float64 [M, l, l] = u diag(s) vt, s [M, l] descending; orthogonal up to the tolerance.
-  m.def("lowrank_small_svd(Tensor a, float tolerance) -> (Tensor u, Tensor s, Tensor vt)");
-  // [n_batches, n_rows, width] standard normal, of the dtype of `like`, keyed by (seed, batch, i).
+  // y [M, n, l] -> orthonormal columns q [M, n, l]; dependent columns become 0. With v [M, n, l] and
+  // y = X_c^T X_c v: one shifted step of the iteration, bound and new_bound float64 [M].
+  m.def(
+      "lowrank_orthonormalize(Tensor y, Tensor? v, Tensor? bound, float root, int passes) "
+      "-> (Tensor q, Tensor new_bound)");
+  // y [M, n, l] = u diag(s) vt: u [M, n, rank], float64 s [M, l] descending and vt [M, l, l].
+  m.def("lowrank_thin_svd(Tensor y, int rank) -> (Tensor u, Tensor s, Tensor vt)");
+  // [n_batches, n_rows, width] normal, spectral norm about 1, keyed by (seed, batch, i).
   m.def(
       "lowrank_normal(Tensor like, int n_batches, int first_batch, int n_rows, int width, int seed) "
       "-> Tensor");

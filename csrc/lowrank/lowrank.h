@@ -45,38 +45,51 @@ void project(const Rows<T>& x, int64_t width, const T* v, T* out);
 template <typename T>
 void project_transposed(const Rows<T>& x, int64_t width, const T* q, T* out);
 
-// y + shift v = q r with q^T q = I. Columns that depend on earlier ones up to rounding become zero in
-// q, and their row in r is zero. With v (orthonormal), y being X_c^T X_c v: shift = 32 eps |y|_F, a
-// little more than the rounding noise of y, keeps directions alive that are small in X but, not being
-// squared there, no noise. Without v: shift = 0.
+// One step of the subspace iteration: q = orthonormal basis of y + shift v. Columns that depend on
+// earlier ones up to rounding become zero.
+//
+// With v, y being X_c^T X_c v: shift = 32 eps |y|_F - root bound. The first term, a little more than
+// the rounding noise of y, keeps directions alive that are small in X but, not being squared there,
+// no noise. The second makes a run of steps a polynomial of X_c^T X_c: with the roots of a Chebyshev
+// polynomial of [0, 1] it grows fastest above `bound` and stays small below. new_bound is what this
+// step knows of the l-th eigenvalue of X_c^T X_c, from below: the smallest singular value of
+// X_c^T X_c v, where the shift leaves it (root <= 1/2), else `bound` again. |v|_2 must not exceed 1.
+// Without v: shift = 0.
 template <typename T>
 struct Orthonormalize {
-  int64_t n_batches;  // M
-  int64_t n_rows;     // n
-  int64_t width;      // l
-  int passes;         // 1: columns independent enough to iterate on; 2: orthonormal to rounding
-  const T* y;         // [M, n, l]
-  const T* v;         // [M, n, l] or nullptr
-  T* q;               // [M, n, l]
-  double* r;          // [M, l, l] upper triangular
+  int64_t n_batches;    // M
+  int64_t n_rows;       // n
+  int64_t width;        // l
+  int passes;           // 1: columns independent enough to iterate on; 2: orthonormal to rounding
+  double root;          // in [0, 1)
+  const T* y;           // [M, n, l]
+  const T* v;           // [M, n, l] or nullptr
+  const double* bound;  // [M], or nullptr: 0
+  T* q;                 // [M, n, l]
+  double* new_bound;    // [M]
 };
 template <typename T>
 void orthonormalize(const Orthonormalize<T>& p);
 
-// a = u diag(s) vt for small square matrices by one-sided Jacobi rotations, s descending. Rows of vt
-// that belong to s = 0 are zero.
-struct SmallSvd {
+// Thin SVD of tall matrices: the leading `rank` left vectors, all singular values in descending order
+// and all right vectors, by CholeskyQR and one-sided Jacobi rotations. Vectors that belong to s = 0
+// are zero.
+template <typename T>
+struct ThinSvd {
   int64_t n_batches;  // M
+  int64_t n_rows;     // n
   int64_t width;      // l
-  double tolerance;   // rows of diag(s) vt are orthogonal up to this, relative to their lengths
-  const double* a;    // [M, l, l]
-  double* u;          // [M, l, l]
+  int64_t rank;       // r <= l
+  const T* y;         // [M, n, l]
+  T* u;               // [M, n, r]
   double* s;          // [M, l]
   double* vt;         // [M, l, l]
 };
-void small_svd(const SmallSvd& p);
+template <typename T>
+void thin_svd(const ThinSvd<T>& p);
 
-// out [M, n, l]: standard normal numbers keyed by (seed, first_batch + batch, element / 4).
+// out [M, n, l]: normal numbers of mean 0 and deviation 1 / (sqrt(n) + sqrt(l)), so that |out|_2 is
+// about 1 at most, keyed by (seed, first_batch + batch, element / 4).
 template <typename T>
 void normal(int64_t n_batches, int64_t first_batch, int64_t n_rows, int64_t width, uint64_t seed,
             T* out);

@@ -363,47 +363,9 @@ void project_transposed(const Rows<T>& x, int64_t width, const T* q, T* out) {
 
 namespace {
 
-// Upper Cholesky factor r of g [l, l] and its inverse. A column whose pivot is rounding noise of its
-// own length depends on earlier ones: its row of r and its column of the inverse become zero.
-void cholesky(int64_t l, double tolerance, std::vector<double>& g, std::vector<double>& r,
-              std::vector<double>& inverse) {
-  std::fill(r.begin(), r.end(), 0.0);
-  std::fill(inverse.begin(), inverse.end(), 0.0);
-  double largest = 0.0;
-  for (int64_t j = 0; j < l; ++j) largest = std::max(largest, g[j * l + j]);
-  for (int64_t k = 0; k < l; ++k) {
-    const double pivot = g[k * l + k];
-    if (!(pivot > tolerance * largest)) continue;
-    double* r_row = &r[k * l];
-    const double root = std::sqrt(pivot);
-    for (int64_t j = k; j < l; ++j) r_row[j] = g[k * l + j] / root;
-    for (int64_t i = k + 1; i < l; ++i) {
-      const double factor = r_row[i];
-      for (int64_t j = i; j < l; ++j) g[i * l + j] -= factor * r_row[j];
-    }
-  }
-  // Back substitution by rows: inverse[k, :] = (e_k - sum_{i > k} r[k, i] inverse[i, :]) / r[k, k].
-  for (int64_t k = l - 1; k >= 0; --k) {
-    const double pivot = r[k * l + k];
-    if (pivot == 0.0) continue;
-    double* row = &inverse[k * l];
-    row[k] = 1.0;
-    for (int64_t i = k + 1; i < l; ++i) {
-      const double factor = r[k * l + i];
-      const double* other = &inverse[i * l];
-      for (int64_t j = i; j < l; ++j) row[j] -= factor * other[j];
-    }
-    for (int64_t j = k; j < l; ++j) row[j] /= pivot;
-  }
-  for (int64_t j = 0; j < l; ++j) {
-    if (r[j * l + j] != 0.0) continue;
-    for (int64_t i = 0; i < l; ++i) inverse[i * l + j] = 0.0;
-  }
-}
-
-// 32 eps |y|_F, the squares added up in double by slots.
+// The root of the sum of squares of y [n, l], added up in double by slots.
 template <typename T>
-double noise_shift(int64_t n, int64_t l, const T* y) {
+double length(int64_t n, int64_t l, const T* y) {
   const int64_t slot = slot_rows(n), n_slots = ceil_div(n, slot);
   std::vector<double> partial(n_slots);
   parallel_tasks(n_slots, [&](int64_t s, int) {
@@ -416,68 +378,80 @@ double noise_shift(int64_t n, int64_t l, const T* y) {
     for (; i < end; ++i) sum[0] += double(y[i]) * double(y[i]);
     partial[s] = std::accumulate(sum, sum + 8, 0.0);
   });
-  return 32 * std::numeric_limits<T>::epsilon() *
-         std::sqrt(std::accumulate(partial.begin(), partial.end(), 0.0));
+  return std::sqrt(std::accumulate(partial.begin(), partial.end(), 0.0));
 }
 
-// One batch, float: CholeskyQR, `passes` times.
-void orthonormalize_one(int64_t n, int64_t l, int passes, const float* y, const float* v, float* q,
-                        double* r) {
-  constexpr int64_t kChunk = 256;
-  const int64_t slot = slot_rows(n), n_slots = ceil_div(n, slot);
-  std::vector<double> partial(n_slots * l * l), g(l * l), factor(l * l), inverse(l * l);
-  const double shift = v == nullptr ? 0.0 : noise_shift(n, l, y);
-  for (int pass = 0; pass < passes; ++pass) {
-    const float* from = pass == 0 ? y : q;
-    const float* add = pass == 0 ? v : nullptr;
-    const auto widen = [&](int64_t begin, int64_t end, double* wide) {
-      for (int64_t i = begin * l; i < end * l; ++i) {
-        *wide++ = add == nullptr ? double(from[i]) : double(from[i]) + shift * double(add[i]);
-      }
-    };
-    parallel_tasks(n_slots, [&](int64_t s, int) {
-      std::vector<double> wide(kChunk * l);
-      const int64_t stop = std::min(n, (s + 1) * slot);
-      for (int64_t row = s * slot; row < stop; row += kChunk) {
-        const int64_t rows = std::min(kChunk, stop - row);
-        widen(row, row + rows, wide.data());
-        gemm<double>(l, l, rows, 1.0, transposed(row_major(wide.data(), l)),
-                     row_major(wide.data(), l), row == s * slot ? 0.0 : 1.0,
-                     partial.data() + s * l * l, l);
-      }
-    });
-    add_slots(partial, n_slots, l * l, g.data());
-    // Half a unit of float rounding, squared: shorter than that, a column is noise.
-    cholesky(l, 3.6e-15, g, factor, inverse);
-    parallel_for(n, kChunk, [&](int64_t begin, int64_t end) {
-      const int64_t rows = end - begin;
-      std::vector<double> wide(rows * l), result(rows * l);
-      widen(begin, end, wide.data());
-      gemm<double>(rows, l, l, 1.0, row_major(wide.data(), l), row_major(inverse.data(), l), 0.0,
-                   result.data(), l);
-      std::copy(result.begin(), result.end(), q + begin * l);
-    });
-    if (pass == 0) {
-      std::copy(factor.begin(), factor.end(), r);
-    } else {  // r = factor r, both upper triangular
-      const std::vector<double> first(r, r + l * l);
-      gemm<double>(l, l, l, 1.0, row_major(factor.data(), l), row_major(first.data(), l), 0.0, r,
-                   l);
-    }
+// A small triangular factor and its inverse.
+struct Triangle {
+  explicit Triangle(int64_t l) : r(l * l), inverse(l * l) {}
+  std::vector<double> r, inverse;  // [l, l]
+
+  double smallest(int64_t l) const {
+    std::vector<double> x(2 * l);
+    return kernels().small.smallest(l, inverse.data(), x.data());
   }
+};
+
+// y [n, l] = q r, by Cholesky of the Gram matrix in double; q = y r^-1.
+Triangle gram_factor(int64_t n, int64_t l, const float* y) {
+  constexpr int64_t kChunk = 256, kBlock = 32;
+  const int64_t slot = slot_rows(n), n_slots = ceil_div(n, slot);
+  std::vector<double> partial(n_slots * l * l), g(l * l);
+  parallel_tasks(n_slots, [&](int64_t s, int) {
+    std::vector<double> wide(kChunk * l);
+    const int64_t stop = std::min(n, (s + 1) * slot);
+    for (int64_t row = s * slot; row < stop; row += kChunk) {
+      const int64_t rows = std::min(kChunk, stop - row);
+      std::copy(y + row * l, y + (row + rows) * l, wide.begin());
+      for (int64_t i = 0; i < l; i += kBlock) {  // of the upper triangle
+        gemm<double>(std::min(kBlock, l - i), l - i, rows, 1.0,
+                     transposed(row_major(wide.data() + i, l)), row_major(wide.data() + i, l),
+                     row == s * slot ? 0.0 : 1.0, partial.data() + s * l * l + i * l + i, l);
+      }
+    }
+  });
+  add_slots(partial, n_slots, l * l, g.data());
+  Triangle out(l);
+  // Half a unit of float rounding, squared: shorter than that, a column is noise.
+  kernels().small.cholesky(l, 3.6e-15, g.data(), out.r.data(), out.inverse.data());
+  return out;
 }
 
-// One batch, double: Gram-Schmidt twice over, column by column, on the transpose.
-void orthonormalize_one(int64_t n, int64_t l, int /*passes*/, const double* y, const double* v,
-                        double* q, double* r) {
-  const double shift = v == nullptr ? 0.0 : noise_shift(n, l, y);
+// out [n, r] = y [n, l] factor [l, r] in the precision of `Wide`; out may be y.
+template <typename Wide>
+void times_small(int64_t n, int64_t l, int64_t r, const float* y, const std::vector<double>& factor,
+                 float* out) {
+  const std::vector<Wide> b(factor.begin(), factor.end());
+  parallel_for(n, 256, [&](int64_t begin, int64_t end) {
+    const int64_t rows = end - begin;
+    const std::vector<Wide> wide(y + begin * l, y + end * l);
+    std::vector<Wide> result(rows * r);
+    gemm<Wide>(rows, r, l, Wide(1), row_major(wide.data(), l), row_major(b.data(), r), Wide(0),
+               result.data(), r);
+    std::copy(result.begin(), result.end(), out + begin * r);
+  });
+}
+
+// q [n, l] to an orthonormal basis of its columns, in place; float: CholeskyQR, `passes` times. The
+// factor of the first pass.
+Triangle orthonormalize_one(int64_t n, int64_t l, int passes, float* q) {
+  const Triangle first = gram_factor(n, l, q);
+  if (passes == 1) {
+    times_small<float>(n, l, l, q, first.inverse, q);
+  } else {
+    times_small<double>(n, l, l, q, first.inverse, q);
+    times_small<double>(n, l, l, q, gram_factor(n, l, q).inverse, q);
+  }
+  return first;
+}
+
+// Double: Gram-Schmidt twice over, column by column, on the transpose.
+Triangle orthonormalize_one(int64_t n, int64_t l, int /*passes*/, double* q) {
   std::vector<double> columns(l * n);
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < l; ++j) {
-      columns[j * n + i] = y[i * l + j] + (v == nullptr ? 0.0 : shift * v[i * l + j]);
-    }
+    for (int64_t j = 0; j < l; ++j) columns[j * n + i] = q[i * l + j];
   }
-  std::fill(r, r + l * l, 0.0);
+  Triangle out(l);
   const auto dot = [n](const double* a, const double* b) {
     double sum[8] = {};
     int64_t i = 0;
@@ -501,56 +475,124 @@ void orthonormalize_one(int64_t n, int64_t l, int /*passes*/, const double* y, c
           for (int64_t k = begin; k < end; ++k) column[k] -= projection[i] * other[k];
         }
       });
-      for (int64_t i = 0; i < j; ++i) r[i * l + j] += projection[i];
+      for (int64_t i = 0; i < j; ++i) out.r[i * l + j] += projection[i];
     }
     const double after = std::sqrt(dot(column, column));
     const bool dependent = !(after > 8 * std::numeric_limits<double>::epsilon() * before);
-    r[j * l + j] = dependent ? 0.0 : after;
+    out.r[j * l + j] = dependent ? 0.0 : after;
     const double scale = dependent ? 0.0 : 1.0 / after;
     for (int64_t k = 0; k < n; ++k) column[k] *= scale;
   }
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j < l; ++j) q[i * l + j] = columns[j * n + i];
   }
+  kernels().small.invert(l, out.r.data(), out.inverse.data());
+  return out;
+}
+
+// Singular values s [l] in descending order and right vectors vt [l, l] of a [l, l].
+void small_svd(int64_t l, double tolerance, const std::vector<double>& a, double* s, double* vt) {
+  const int64_t ld = ceil_div(l, 8) * 8;
+  std::vector<double> rows(l * ld, 0.0), value(l);
+  for (int64_t i = 0; i < l; ++i) std::copy(&a[i * l], &a[i * l] + l, &rows[i * ld]);
+  kernels().small.jacobi(l, ld, rows.data(), value.data(), tolerance);
+  for (int64_t i = 0; i < l; ++i) {
+    value[i] =
+        std::sqrt(std::inner_product(&rows[i * ld], &rows[i * ld] + l, &rows[i * ld], 0.0));
+  }
+  std::vector<int64_t> order(l);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t x, int64_t y) { return value[x] > value[y]; });
+  for (int64_t k = 0; k < l; ++k) {
+    s[k] = value[order[k]];
+    const double scale = s[k] > 0.0 ? 1.0 / s[k] : 0.0;
+    for (int64_t j = 0; j < l; ++j) vt[k * l + j] = rows[order[k] * ld + j] * scale;
+  }
+}
+
+// r [l, l] v diag(1 / s), the leading `rank` columns: left vectors of r.
+std::vector<double> left_vectors(int64_t l, int64_t rank, const std::vector<double>& r,
+                                 const double* s, const double* vt) {
+  std::vector<double> scaled(l * rank), out(l * rank);
+  for (int64_t k = 0; k < rank; ++k) {
+    const double scale = s[k] > 0.0 ? 1.0 / s[k] : 0.0;
+    for (int64_t j = 0; j < l; ++j) scaled[j * rank + k] = vt[k * l + j] * scale;
+  }
+  if (r.empty()) return scaled;
+  gemm<double>(l, rank, l, 1.0, row_major(r.data(), l), row_major(scaled.data(), rank), 0.0,
+               out.data(), rank);
+  return out;
+}
+
+void thin_svd_one(int64_t n, int64_t l, int64_t rank, const float* y, float* u, double* s,
+                  double* vt) {
+  constexpr double kTolerance = 0.01 * std::numeric_limits<float>::epsilon();
+  const Triangle first = gram_factor(n, l, y);
+  double largest = 0.0, least = std::numeric_limits<double>::infinity();
+  for (int64_t j = 0; j < l; ++j) {
+    largest = std::max(largest, first.r[j * l + j]);
+    least = std::min(least, first.r[j * l + j]);
+  }
+  if (least * 1e3 > largest) {  // one pass is orthonormal to rounding: u = y v / s
+    small_svd(l, kTolerance, first.r, s, vt);
+    times_small<double>(n, l, rank, y, left_vectors(l, rank, {}, s, vt), u);
+    return;
+  }
+  std::vector<float> q(n * l);
+  times_small<double>(n, l, l, y, first.inverse, q.data());
+  const Triangle second = gram_factor(n, l, q.data());
+  std::vector<double> r(l * l);  // second.r first.r, both upper triangular
+  gemm<double>(l, l, l, 1.0, row_major(second.r.data(), l), row_major(first.r.data(), l), 0.0,
+               r.data(), l);
+  small_svd(l, kTolerance, r, s, vt);
+  times_small<double>(n, l, rank, q.data(), left_vectors(l, rank, first.r, s, vt), u);
+}
+
+void thin_svd_one(int64_t n, int64_t l, int64_t rank, const double* y, double* u, double* s,
+                  double* vt) {
+  std::vector<double> q(y, y + n * l);
+  const Triangle triangle = orthonormalize_one(n, l, 2, q.data());
+  small_svd(l, 1e-15, triangle.r, s, vt);
+  const std::vector<double> factor = left_vectors(l, rank, triangle.r, s, vt);
+  parallel_gemm<double>(n, rank, l, 1.0, row_major(q.data(), l), row_major(factor.data(), rank),
+                        0.0, u, rank);
+  // Short columns come out of a cancellation: once more.
+  orthonormalize_one(n, rank, 2, u);
 }
 
 }  // namespace
 
 template <typename T>
 void orthonormalize(const Orthonormalize<T>& p) {
-  const int64_t size = p.n_rows * p.width, square = p.width * p.width;
+  const int64_t n = p.n_rows, l = p.width, size = n * l;
   for_batches(p.n_batches, [&](int64_t batch) {
-    orthonormalize_one(p.n_rows, p.width, p.passes, p.y + batch * size,
-                       p.v == nullptr ? nullptr : p.v + batch * size, p.q + batch * size,
-                       p.r + batch * square);
+    const T* y = p.y + batch * size;
+    T* q = p.q + batch * size;
+    const double bound = p.bound == nullptr ? 0.0 : p.bound[batch];
+    double shift = 0.0;
+    if (p.v == nullptr) {
+      std::copy(y, y + size, q);
+    } else {
+      const T* v = p.v + batch * size;
+      shift = 32 * std::numeric_limits<T>::epsilon() * length(n, l, y) - p.root * bound;
+      parallel_for(size, 1 << 16, [&](int64_t begin, int64_t end) {
+        const T factor = static_cast<T>(shift);
+        for (int64_t i = begin; i < end; ++i) q[i] = y[i] + factor * v[i];
+      });
+    }
+    const Triangle triangle = orthonormalize_one(n, l, p.passes, q);
+    p.new_bound[batch] =
+        p.v == nullptr || p.root > 0.5 ? bound : std::max(bound, triangle.smallest(l) - shift);
   });
 }
 
-void small_svd(const SmallSvd& p) {
-  const int64_t l = p.width, ld = ceil_div(l, 8) * 8;
-  parallel_tasks(p.n_batches, [&](int64_t batch, int) {
-    std::vector<double> a(l * ld, 0.0), j(l * ld), s(l);
-    for (int64_t i = 0; i < l; ++i) {
-      std::copy(p.a + (batch * l + i) * l, p.a + (batch * l + i + 1) * l, &a[i * ld]);
-    }
-    kernels().jacobi(l, ld, a.data(), j.data(), s.data(), p.tolerance);
-    for (int64_t i = 0; i < l; ++i) {
-      s[i] = std::sqrt(std::inner_product(&a[i * ld], &a[i * ld] + l, &a[i * ld], 0.0));
-    }
-    std::vector<int64_t> order(l);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return s[x] > s[y]; });
-    double* u = p.u + batch * l * l;
-    double* vt = p.vt + batch * l * l;
-    for (int64_t k = 0; k < l; ++k) {
-      const int64_t row = order[k];
-      const double scale = s[row] > 0.0 ? 1.0 / s[row] : 0.0;
-      p.s[batch * l + k] = s[row];
-      for (int64_t i = 0; i < l; ++i) {
-        vt[k * l + i] = a[row * ld + i] * scale;
-        u[i * l + k] = j[row * ld + i];  // a_0 = j^T diag(s) vt
-      }
-    }
+template <typename T>
+void thin_svd(const ThinSvd<T>& p) {
+  for_batches(p.n_batches, [&](int64_t batch) {
+    thin_svd_one(p.n_rows, p.width, p.rank, p.y + batch * p.n_rows * p.width,
+                 p.u + batch * p.n_rows * p.rank, p.s + batch * p.width,
+                 p.vt + batch * p.width * p.width);
   });
 }
 
@@ -558,6 +600,7 @@ template <typename T>
 void normal(int64_t n_batches, int64_t first_batch, int64_t n, int64_t width, uint64_t seed,
             T* out) {
   const int64_t size = n * width;
+  const T scale = T(1) / (std::sqrt(T(n)) + std::sqrt(T(width)));
   constexpr int64_t kGrain = 4096;  // a multiple of 4
   const int64_t chunks = ceil_div(size, kGrain);
   parallel_tasks(n_batches * chunks, [&](int64_t task, int) {
@@ -566,7 +609,9 @@ void normal(int64_t n_batches, int64_t first_batch, int64_t n, int64_t width, ui
     for (int64_t i = begin; i < end; i += 4) {
       T numbers[4];
       philox_normal4<T>(seed, first_batch + batch, i / 4, numbers);
-      std::copy(numbers, numbers + std::min<int64_t>(4, end - i), out + batch * size + i);
+      for (int64_t k = 0; k < std::min<int64_t>(4, end - i); ++k) {
+        out[batch * size + i + k] = scale * numbers[k];
+      }
     }
   });
 }
@@ -578,6 +623,7 @@ void normal(int64_t n_batches, int64_t first_batch, int64_t n, int64_t width, ui
   template void project<T>(const Rows<T>&, int64_t, const T*, T*);                               \
   template void project_transposed<T>(const Rows<T>&, int64_t, const T*, T*);                    \
   template void orthonormalize<T>(const Orthonormalize<T>&);                                     \
+  template void thin_svd<T>(const ThinSvd<T>&);                                                  \
   template void normal<T>(int64_t, int64_t, int64_t, int64_t, uint64_t, T*);
 FASTCLUST_INSTANTIATE(float)
 FASTCLUST_INSTANTIATE(double)

@@ -20,11 +20,22 @@ struct SparseKernel {
                   int64_t n, const T* q, int64_t ldq, T* z, double* total);
 };
 
-// One-sided Jacobi: the rows of a [l, ld] are made orthogonal by plane rotations, collected in j
-// [l, ld] (j a_0 = a). ld: l rounded up to a multiple of 8, the padding zero. A pair counts as
-// orthogonal below `tolerance` times its lengths. norm [l] is scratch.
-using JacobiKernel = void (*)(int64_t l, int64_t ld, double* a, double* j, double* norm,
-                              double tolerance);
+// The small dense algebra of a batch, in double.
+struct SmallKernel {
+  // Upper Cholesky factor r of the upper triangle of g [l, l], which is overwritten, and its inverse.
+  // A column whose pivot is below tolerance times the largest diagonal entry depends on earlier ones:
+  // its row of r and its column of the inverse become zero.
+  void (*cholesky)(int64_t l, double tolerance, double* g, double* r, double* inverse);
+  // The same inverse from r.
+  void (*invert)(int64_t l, const double* r, double* inverse);
+  // Smallest singular value of r from its inverse, by power iteration: at least the true one. x [2 l]
+  // is scratch.
+  double (*smallest)(int64_t l, const double* inverse, double* x);
+  // One-sided Jacobi: the rows of a [l, ld] are made orthogonal by plane rotations. ld: l rounded up
+  // to a multiple of 8, the padding zero. A pair counts as orthogonal when its product is below
+  // `tolerance` times the square of the shorter, or is rounding. norm [l] is scratch.
+  void (*jacobi)(int64_t l, int64_t ld, double* a, double* norm, double tolerance);
+};
 
 // count [n]: bits that a [words] has in common with each row of b [n, words].
 using BitsKernel = void (*)(int64_t words, int64_t n, const uint64_t* a, const uint64_t* b,
@@ -33,7 +44,7 @@ using BitsKernel = void (*)(int64_t words, int64_t n, const uint64_t* a, const u
 struct Kernels {
   SparseKernel<float> sparse_float;
   SparseKernel<double> sparse_double;
-  JacobiKernel jacobi;
+  SmallKernel small;
   BitsKernel common_bits;
 };
 

@@ -83,10 +83,8 @@ FASTCLUST_INLINE void rotate(double* a, double* b, int64_t n, double cosine, dou
   }
 }
 
-void jacobi(int64_t l, int64_t ld, double* a, double* j, double* norm, double tolerance) {
+void jacobi(int64_t l, int64_t ld, double* a, double* norm, double tolerance) {
   constexpr int kMaxSweeps = 40;
-  for (int64_t i = 0; i < l * ld; ++i) j[i] = 0.0;
-  for (int64_t i = 0; i < l; ++i) j[i * ld + i] = 1.0;
   bool rotated = true;
   for (int sweep = 0; sweep < kMaxSweeps && rotated; ++sweep) {
     rotated = false;
@@ -100,19 +98,87 @@ void jacobi(int64_t l, int64_t ld, double* a, double* j, double* norm, double to
         // Nothing to gain between rows that are both rounding noise of the largest.
         if (norm[p] <= 1e-32 * largest && norm[q] <= 1e-32 * largest) continue;
         const double cross = dot(a + p * ld, a + q * ld, ld);
-        if (cross * cross <= tolerance * tolerance * norm[p] * norm[q]) continue;
+        const double shorter = norm[p] < norm[q] ? norm[p] : norm[q];
+        if (cross * cross <= tolerance * tolerance * shorter * shorter ||
+            cross * cross <= 1e-30 * norm[p] * norm[q]) {
+          continue;
+        }
         rotated = true;
         const double zeta = (norm[q] - norm[p]) / (2.0 * cross);
         const double root = std::sqrt(1.0 + zeta * zeta);
         const double t = zeta < 0.0 ? -1.0 / (root - zeta) : 1.0 / (root + zeta);
         const double c = 1.0 / std::sqrt(1.0 + t * t), s = c * t;
         rotate(a + p * ld, a + q * ld, ld, c, s);
-        rotate(j + p * ld, j + q * ld, ld, c, s);
         norm[p] = norm[p] > t * cross ? norm[p] - t * cross : 0.0;
         norm[q] += t * cross;
       }
     }
   }
+}
+
+// to -= factor from.
+FASTCLUST_INLINE void subtract(double* __restrict to, const double* __restrict from, int64_t n,
+                               double factor) {
+  for (int64_t j = 0; j < n; ++j) to[j] -= factor * from[j];
+}
+
+// Back substitution by rows: inverse[k, :] = (e_k - sum_{i > k} r[k, i] inverse[i, :]) / r[k, k].
+void invert(int64_t l, const double* r, double* inverse) {
+  for (int64_t i = 0; i < l * l; ++i) inverse[i] = 0.0;
+  for (int64_t k = l - 1; k >= 0; --k) {
+    const double pivot = r[k * l + k];
+    if (pivot == 0.0) continue;
+    double* row = inverse + k * l;
+    row[k] = 1.0;
+    for (int64_t i = k + 1; i < l; ++i) subtract(row + i, inverse + i * l + i, l - i, r[k * l + i]);
+    for (int64_t j = k; j < l; ++j) row[j] /= pivot;
+  }
+  for (int64_t j = 0; j < l; ++j) {
+    if (r[j * l + j] != 0.0) continue;
+    for (int64_t i = 0; i < l; ++i) inverse[i * l + j] = 0.0;
+  }
+}
+
+void cholesky(int64_t l, double tolerance, double* g, double* r, double* inverse) {
+  double largest = 0.0;
+  for (int64_t j = 0; j < l; ++j) largest = g[j * l + j] > largest ? g[j * l + j] : largest;
+  for (int64_t i = 0; i < l * l; ++i) r[i] = 0.0;
+  for (int64_t k = 0; k < l; ++k) {
+    const double pivot = g[k * l + k];
+    if (!(pivot > tolerance * largest)) continue;
+    double* row = r + k * l;
+    const double scale = 1.0 / std::sqrt(pivot);
+    for (int64_t j = k; j < l; ++j) row[j] = g[k * l + j] * scale;
+    for (int64_t i = k + 1; i < l; ++i) subtract(g + i * l + i, row + i, l - i, row[i]);
+  }
+  invert(l, r, inverse);
+}
+
+double smallest(int64_t l, const double* inverse, double* x) {
+  constexpr int kSteps = 5;
+  double* z = x + l;
+  for (int64_t j = 0; j < l; ++j) {
+    if (inverse[j * l + j] == 0.0) return 0.0;
+    x[j] = 1.0;
+  }
+  double norm = 0.0;
+  for (int step = 0; step < kSteps; ++step) {
+    // z = inverse^T x, then x = inverse z.
+    for (int64_t j = 0; j < l; ++j) z[j] = 0.0;
+    for (int64_t i = 0; i < l; ++i) subtract(z + i, inverse + i * l + i, l - i, -x[i]);
+    double length = 0.0, square = 0.0;
+    for (int64_t j = 0; j < l; ++j) length += z[j] * z[j];
+    const double scale = 1.0 / std::sqrt(length);
+    for (int64_t j = 0; j < l; ++j) z[j] *= scale;
+    for (int64_t i = 0; i < l; ++i) {
+      double sum = 0.0;
+      for (int64_t j = i; j < l; ++j) sum += inverse[i * l + j] * z[j];
+      x[i] = sum;
+      square += sum * sum;
+    }
+    norm = std::sqrt(square);
+  }
+  return 1.0 / norm;
 }
 
 // Every processor with AVX2 counts bits in one instruction.
@@ -134,7 +200,7 @@ void common_bits(int64_t words, int64_t n, const uint64_t* a, const uint64_t* b,
 constexpr Kernels kKernels = {
     {sparse_project<float>, sparse_scatter<float>},
     {sparse_project<double>, sparse_scatter<double>},
-    jacobi,
+    {cholesky, invert, smallest, jacobi},
     common_bits,
 };
 

@@ -108,7 +108,8 @@ Tensor multiply_op(Tensor a, Tensor b) {
   });
 }
 
-std::tuple<Tensor, Tensor> orthonormalize_op(Tensor y, OptionalTensor v, int64_t passes) {
+std::tuple<Tensor, Tensor> orthonormalize_op(Tensor y, OptionalTensor v, OptionalTensor bound,
+                                             double root, int64_t passes) {
   return dispatch(y, [&](auto zero) {
     using T = decltype(zero);
     check_shape(y, "y", {-1, -1, -1});
@@ -118,23 +119,31 @@ std::tuple<Tensor, Tensor> orthonormalize_op(Tensor y, OptionalTensor v, int64_t
       check_shape(*v, "v", {m, n, l});
       check_dtype(*v, "v", y.scalar_type());
     }
+    if (bound.has_value()) {
+      check_shape(*bound, "bound", {m});
+      check_dtype(*bound, "bound", ScalarType::Double);
+    }
     Tensor q = new_empty(y, {m, n, l});
-    Tensor r = new_empty(y, {m, l, l}, ScalarType::Double);
-    orthonormalize(Orthonormalize<T>{m, n, l, static_cast<int>(passes), read_ptr<T>(y),
-                                     read_ptr<T>(v), write_ptr<T>(q), write_ptr<double>(r)});
-    return std::make_tuple(q, r);
+    Tensor new_bound = new_empty(y, {m}, ScalarType::Double);
+    orthonormalize(Orthonormalize<T>{m, n, l, static_cast<int>(passes), root, read_ptr<T>(y),
+                                     read_ptr<T>(v), read_ptr<double>(bound), write_ptr<T>(q),
+                                     write_ptr<double>(new_bound)});
+    return std::make_tuple(q, new_bound);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> small_svd_op(Tensor a, double tolerance) {
-  check_shape(a, "a", {-1, -1, -1});
-  check_dtype(a, "a", ScalarType::Double);
-  const int64_t m = a.size(0), l = a.size(1);
-  STD_TORCH_CHECK(a.size(2) == l, "a must hold square matrices");
-  Tensor u = new_empty(a, {m, l, l}), s = new_empty(a, {m, l}), vt = new_empty(a, {m, l, l});
-  small_svd({m, l, tolerance, read_ptr<double>(a), write_ptr<double>(u), write_ptr<double>(s),
-             write_ptr<double>(vt)});
-  return {u, s, vt};
+std::tuple<Tensor, Tensor, Tensor> thin_svd_op(Tensor y, int64_t rank) {
+  return dispatch(y, [&](auto zero) {
+    using T = decltype(zero);
+    check_shape(y, "y", {-1, -1, -1});
+    const int64_t m = y.size(0), n = y.size(1), l = y.size(2);
+    STD_TORCH_CHECK(rank >= 0 && rank <= l, "rank must be at most ", l, ", got ", rank);
+    Tensor u = new_empty(y, {m, n, rank}), s = new_empty(y, {m, l}, ScalarType::Double);
+    Tensor vt = new_empty(y, {m, l, l}, ScalarType::Double);
+    thin_svd(ThinSvd<T>{m, n, l, rank, read_ptr<T>(y), write_ptr<T>(u), write_ptr<double>(s),
+                        write_ptr<double>(vt)});
+    return std::make_tuple(u, s, vt);
+  });
 }
 
 Tensor normal_op(Tensor like, int64_t n_batches, int64_t first_batch, int64_t n_rows, int64_t width,
@@ -154,7 +163,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastclust, CPU, m) {
   m.impl("lowrank_project_transposed", TORCH_BOX(&project_transposed_op));
   m.impl("lowrank_multiply", TORCH_BOX(&multiply_op));
   m.impl("lowrank_orthonormalize", TORCH_BOX(&orthonormalize_op));
-  m.impl("lowrank_small_svd", TORCH_BOX(&small_svd_op));
+  m.impl("lowrank_thin_svd", TORCH_BOX(&thin_svd_op));
   m.impl("lowrank_normal", TORCH_BOX(&normal_op));
 }
 

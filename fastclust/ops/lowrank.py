@@ -19,12 +19,6 @@ __all__ = ["LowRank", "LowRankMatrix", "batched_svd", "low_rank"]
 
 Recombine = Literal["merge", "block", "per_batch", "literal"]
 
-# One iteration multiplies by X_c^T X_c this many times, orthonormalised in between; on the Gram
-# matrix, where a product is cheap, once more. The default n_iter=2 leaves at most 0.21 % excess
-# error on the benchmark graphs, where two classical power iterations leave up to 2 %.
-_PRODUCTS_BY_ROWS = 3
-_PRODUCTS_BY_GRAM = 4
-
 # A sparse axpy runs at about an eighth of the speed of a packed matrix product.
 _SPARSE_SLOWDOWN = 8
 
@@ -190,8 +184,8 @@ def batched_svd(
     center : bool
         Whether to subtract the column means of each batch.
     n_iter : int
-        Iterations; each multiplies by ``X_c^T X_c`` three times, four where the Gram matrix is at
-        hand. 0: a plain random projection.
+        The sketch is multiplied by ``X_c^T X_c`` ``2 n_iter + 1`` times, orthonormalised in
+        between, with the shifts that make of this a Chebyshev polynomial.
     oversample : int
         Extra columns of the random sketch.
     seed : int
@@ -231,10 +225,11 @@ def batched_svd(
     else:
         width = _check_omega(omega, rows, n_batches, r)
         omega = omega.expand(n_batches, rows.n_cols, width).contiguous()
+        omega, _ = torch.ops.fastclust.lowrank_orthonormalize(omega, None, None, 0.0, 1)
 
     means = rows.mean(batch)  # [M, D]
-    by_gram = _gram_is_cheaper(rows, batch, width, n_iter)
-    products = n_iter * (_PRODUCTS_BY_GRAM if by_gram else _PRODUCTS_BY_ROWS)
+    products = 2 * n_iter + 1
+    by_gram = _gram_is_cheaper(rows, batch, width, products)
     parts = []
     group = max(1, _GRAM_BYTES // (rows.n_cols**2 * rows.values.element_size())) if by_gram else 0
     for first, part in rows.groups(batch, group or n_batches):
@@ -366,11 +361,9 @@ def _merged(
         stacked, r, center=False, n_iter=n_iter, oversample=oversample, seed=seed
     ).vh  # [1, r, D]
     w = rows.project(rows.n_rows, mean, basis.mT.contiguous())  # [1, N, r]
-    q, triangle = torch.ops.fastclust.lowrank_orthonormalize(w, None, 2)
-    u, s, vt = _small_svd(triangle, q.dtype)
-    s = torch.where(s > _noise(s, mean, rows.n_rows, rows.n_cols, q.dtype), s, 0.0)
-    left = _multiply(q, u.to(q.dtype))
-    right = _multiply((s[:, :, None] * vt).to(q.dtype), basis)
+    left, s, vt = torch.ops.fastclust.lowrank_thin_svd(w, r)
+    s = torch.where(s > _noise(s, mean, rows.n_rows, rows.n_cols, w.dtype), s, 0.0)
+    right = _multiply((s[:, :, None] * vt).to(w.dtype), basis)
     return LowRankMatrix(left, right, rows.n_rows, mean, rows.n_rows, add_mean)
 
 
@@ -386,27 +379,44 @@ def _factor(
     """Truncated SVD of one group of batches from the sketch v."""
     ops = torch.ops.fastclust
     gram = rows.gram(batch, mean) if by_gram else None
-    if products:
-        v, _ = ops.lowrank_orthonormalize(v, None, 1)
-    for _ in range(products):
+    bound = None
+    for i, root in enumerate(_roots(products)):
         if gram is not None:
             y = _multiply(gram, v)
         else:
             y = rows.project_transposed(batch, mean, rows.project(batch, mean, v))
-        v, _ = ops.lowrank_orthonormalize(y, v, 1)
-    q, _ = ops.lowrank_orthonormalize(rows.project(batch, mean, v), None, 2)  # [M, B, l]
-    # q^T X_c = (p t)^T with t = y s z^T small, so X_c ~ (q z) s (p y)^T.
-    p, t = ops.lowrank_orthonormalize(rows.project_transposed(batch, mean, q), None, 2)  # [M, D, l]
-    y, s, zt = _small_svd(t, q.dtype)
-    u = _multiply(q, zt.mT[:, :, :rank].to(q.dtype))  # [M, B, r]
-    vh = _multiply(p, y[:, :, :rank].to(q.dtype)).mT  # [M, r, D]
+        v, bound = ops.lowrank_orthonormalize(y, v, bound, root, 1 if i + 1 < products else 2)
+    w = rows.project(batch, mean, v)
+    u, s, zt = ops.lowrank_thin_svd(w, rank)  # X_c v v^T = u s (v z)^T
+    vh = _multiply(v, zt[:, :rank].mT.to(v.dtype)).mT  # [M, r, D]
+    # Squared in X_c^T X_c, small singular values come near to rounding: such batches take half a
+    # step more, on the rows. The host looks only where that is free.
+    steep = s[:, rank - 1] < 2 * torch.finfo(v.dtype).eps ** (1 / 3) * s[:, 0]  # [M]
+    if steep.is_cuda or steep.any():
+        q, _ = ops.lowrank_orthonormalize(w, None, None, 0.0, 2)
+        p, t, yt = ops.lowrank_thin_svd(rows.project_transposed(batch, mean, q), rank)
+        steep = steep[:, None]
+        u = torch.where(steep[:, None], _multiply(q, yt[:, :rank].mT.to(q.dtype)), u)
+        s = torch.where(steep, t, s)
+        vh = torch.where(steep[:, None], p.mT, vh)
     s = s[:, :rank]
 
-    keep = s > _noise(s, mean, batch, rows.n_cols, q.dtype)
-    s = torch.where(keep, s, 0.0).to(q.dtype)
+    keep = s > _noise(s, mean, batch, rows.n_cols, v.dtype)
+    s = torch.where(keep, s, 0.0).to(v.dtype)
     largest = vh.abs().argmax(-1, keepdim=True)
-    sign = torch.where(vh.gather(-1, largest) < 0, -1.0, 1.0).to(q.dtype) * keep[:, :, None]
+    sign = torch.where(vh.gather(-1, largest) < 0, -1.0, 1.0).to(v.dtype) * keep[:, :, None]
     return u * sign.mT, s, (vh * sign).contiguous()
+
+
+def _roots(products: int) -> list[float]:
+    """Shifts of the steps, relative to the bound, that make them t T(t): T Chebyshev's of [0, 1].
+
+    First those that leave the bound in sight, ascending; then the large ones, descending, since the
+    rounding of a step grows by root / (1 - root) in the next.
+    """
+    m = products - 1
+    roots = [math.sin((2 * i + 1) * math.pi / (4 * m)) ** 2 for i in range(m)]
+    return [0.0, *roots[: (m + 1) // 2], *reversed(roots[(m + 1) // 2 :])]
 
 
 def _noise(
@@ -427,17 +437,11 @@ def _noise(
     return noise.maximum(2 * eps * math.sqrt(batch) * mean.double().norm(dim=1, keepdim=True))
 
 
-def _small_svd(a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD of the float64 [M, l, l] core, as exact as factors of ``dtype`` can show."""
-    tolerance = 0.01 * torch.finfo(dtype).eps if dtype == torch.float32 else 1e-15
-    return torch.ops.fastclust.lowrank_small_svd(a, tolerance)
-
-
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.fastclust.lowrank_multiply(a.contiguous(), b.contiguous())
 
 
-def _gram_is_cheaper(rows: _Rows, batch: int, width: int, n_iter: int) -> bool:
+def _gram_is_cheaper(rows: _Rows, batch: int, width: int, products: int) -> bool:
     """Whether to iterate on D x D Gram matrices rather than on the rows; multiply-adds compared."""
     d = rows.n_cols
     if d * d * rows.values.element_size() > _GRAM_BYTES:
@@ -447,8 +451,7 @@ def _gram_is_cheaper(rows: _Rows, batch: int, width: int, n_iter: int) -> bool:
     if rows.indptr is not None:
         sparse_pass = _SPARSE_SLOWDOWN * rows.values.shape[0] * batch / rows.n_rows * width
         row_pass = min(row_pass, sparse_pass)
-    by_gram = build + n_iter * _PRODUCTS_BY_GRAM * d * d * width
-    return by_gram < n_iter * _PRODUCTS_BY_ROWS * 2 * row_pass
+    return build + products * d * d * width < products * 2 * row_pass
 
 
 # ---------------------------------------------------------------------------------------- input
@@ -731,14 +734,15 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fastclust::lowrank_orthonormalize")
-def _(y: Tensor, v: _Optional, passes: int) -> tuple[Tensor, Tensor]:
-    square = (y.shape[0], y.shape[2], y.shape[2])
-    return torch.empty_like(y), y.new_empty(square, dtype=torch.float64)
+def _(y: Tensor, v: _Optional, bound: _Optional, root: float, passes: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(y), y.new_empty(y.shape[0], dtype=torch.float64)
 
 
-@torch.library.register_fake("fastclust::lowrank_small_svd")
-def _(a: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(a), a.new_empty(a.shape[:2]), torch.empty_like(a)
+@torch.library.register_fake("fastclust::lowrank_thin_svd")
+def _(y: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    m, n, width = y.shape
+    s = y.new_empty(m, width, dtype=torch.float64)
+    return y.new_empty(m, n, rank), s, s.new_empty(m, width, width)
 
 
 @torch.library.register_fake("fastclust::lowrank_normal")

@@ -3,7 +3,7 @@
 Same schemas and meanings as csrc/lowrank/lowrank.h, in batched torch calls. Dense rows are held
 once more, centred; sparse rows stay sparse except in the Gram matrix. Not yet kernels of our own:
 orthonormalising launches a few kernels a column, cutting CSR rows into several batches and
-small_svd may wait for the device. The functions take tensors of any device: tests compare them
+thin_svd may wait for the device. The functions take tensors of any device: tests compare them
 with the native ones on the CPU.
 """
 
@@ -135,17 +135,37 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-def orthonormalize(y: Tensor, v: _Optional, passes: int) -> tuple[Tensor, Tensor]:
-    """Gram-Schmidt in double, twice for every column: orthonormal at any condition number."""
-    eps = torch.finfo(y.dtype).eps
+def orthonormalize(
+    y: Tensor, v: _Optional, bound: _Optional, root: float, passes: int
+) -> tuple[Tensor, Tensor]:
+    if bound is None:
+        bound = y.new_zeros(y.shape[0], dtype=torch.float64)
+    if v is None:
+        return _gram_schmidt(y.double(), y.dtype)[0].to(y.dtype), bound
     wide = y.double()
-    if v is not None:
-        wide = wide + 32 * eps * wide.flatten(1).norm(dim=1)[:, None, None] * v.double()
+    shift = 32 * torch.finfo(y.dtype).eps * wide.flatten(1).norm(dim=1) - root * bound  # [M]
+    q, r = _gram_schmidt(wide + shift[:, None, None] * v.double(), y.dtype)
+    if root <= 0.5:
+        bound = bound.maximum(torch.linalg.svdvals(r)[:, -1] - shift)
+    return q.to(y.dtype), bound
+
+
+def thin_svd(y: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, r = _gram_schmidt(y.double(), y.dtype)
+    u, s, vt = torch.linalg.svd(r)
+    keep = s > 0
+    u = torch.where(keep[:, None, :rank], u[:, :, :rank], 0.0)
+    return (q @ u).to(y.dtype), s, torch.where(keep[:, :, None], vt, 0.0)
+
+
+def _gram_schmidt(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """In double, twice for every column: orthonormal at any condition number."""
+    eps = torch.finfo(dtype).eps
     columns = wide.mT.contiguous()  # [M, l, n]
     r = columns.new_zeros(columns.shape[0], columns.shape[1], columns.shape[1])
     length = columns.norm(dim=2)  # [M, l]
     noise = 8 * torch.finfo(torch.float64).eps * length
-    if y.dtype == torch.float32:
+    if dtype == torch.float32:
         noise = noise.maximum(0.5 * eps * length.amax(1, keepdim=True))
     for j in range(columns.shape[1]):
         column = columns[:, j : j + 1]  # [M, 1, n]
@@ -157,12 +177,7 @@ def orthonormalize(y: Tensor, v: _Optional, passes: int) -> tuple[Tensor, Tensor
         r[:, j, j] = torch.where(after > noise[:, j], after, 0.0)
         scale = torch.where(after > noise[:, j], 1 / after, 0.0)
         columns[:, j : j + 1] = column * scale[:, None, None]
-    return columns.mT.to(y.dtype).contiguous(), r
-
-
-def small_svd(a: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    u, s, vt = torch.linalg.svd(a)
-    return u, s, torch.where(s[:, :, None] > 0, vt, 0.0)
+    return columns.mT.contiguous(), r
 
 
 def normal(
@@ -185,7 +200,8 @@ def normal(
     radius = (-2 * (words[..., ::2] + 2.0**-33).log()).sqrt()
     angle = 2 * math.pi * words[..., 1::2]
     pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)  # [M, size / 4, 2, 2]
-    return pairs.flatten(1)[:, :size].reshape(n_batches, n_rows, width).contiguous()
+    scale = 1 / (math.sqrt(n_rows) + math.sqrt(width))
+    return (scale * pairs).flatten(1)[:, :size].reshape(n_batches, n_rows, width).contiguous()
 
 
 for _function in (
@@ -195,7 +211,7 @@ for _function in (
     project_transposed,
     multiply,
     orthonormalize,
-    small_svd,
+    thin_svd,
     normal,
 ):
     torch.library.impl(f"fastclust::lowrank_{_function.__name__}", "cuda", func=_function)
