@@ -20,7 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import bound
+from tolerances import BF16_ROUNDING, bound
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
@@ -30,6 +30,9 @@ from fastclust.ops.infonce import MAX_SNAPSHOTS, Hardness
 LEVELS = [
     name for name in ("portable", "avx2", "avx512") if name == "portable" or _C.cpu_features()[name]
 ]
+needs_bf16 = pytest.mark.skipif(
+    not _C.cpu_features()["avx512_bf16"], reason="this processor has no AVX-512 BF16"
+)
 TILE = 192  # rows of a tile of the CPU kernels; N = 96 fills one
 
 
@@ -485,12 +488,89 @@ def test_snapshot_is_a_copy() -> None:
     assert torch.equal(ops.dense_weights(held), before)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16x3", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16x3"])
 def test_named_precisions_are_fp32_on_the_cpu(precision: str) -> None:
     """Same bits as the default."""
     case = Case(50)
     results = [case.run(torch.float32, twin=False, precision=p) for p in (None, precision)]
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@needs_bf16
+@pytest.mark.parametrize("dropped", ["avx2", "portable"])
+def test_bf16_without_the_instruction_is_fp32(dropped: str) -> None:
+    """A level without bf16 dot products computes in float32, to the same bits."""
+    case = Case(50)
+    _C.set_cpu_level(dropped)
+    try:
+        results = [case.run(torch.float32, twin=False, precision=p) for p in ("fp32", "bf16")]
+    finally:
+        _C.set_cpu_level("avx512")
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert not torch.equal(results[0][1], case.run(torch.float32, twin=False, precision="bf16")[1])
+
+
+BF16_CASES = [
+    *({"n": n} for n in (1, 2, 3, 25, 96, 97, 193, 500)),
+    *({"n": 5 * TILE // 2 + 11, "beta": beta} for beta in (None, 0.5, 2.0)),
+    *({"n": 100, "dz": dz, "de": de} for dz, de in ((1, 1), (7, 9), (65, 33), (130, 50))),
+    {"n": 100, "dz": 3, "de": None},
+    *({"n": 110, "alpha": alpha} for alpha in (-0.1, 0.0, 0.5, 1.0, 1.0001, 3.0)),
+    *({"n": 220, "share": share} for share in (0.0, 0.02, 1.0)),
+]
+
+
+@needs_bf16
+@pytest.mark.parametrize("arguments", BF16_CASES, ids=str)
+def test_bf16(arguments: dict[str, Any]) -> None:
+    """The rounding of the operands bounds the error, whatever the shape."""
+    case = Case(**arguments)
+    factors = abs(case.alpha) + abs(1 - case.alpha)
+    exact = case.run(torch.float64, twin=True)
+    ours = case.run(torch.float32, twin=False, precision="bf16")
+    for name, x, y in zip(("loss", "z", "e", "alpha"), exact, ours, strict=False):
+        terms = 1.0 if name in ("loss", "alpha") else 1.0 / (2 * case.n)
+        largest = max(float(x.abs().max()), terms)
+        assert float((y - x).abs().max()) <= BF16_ROUNDING * factors * largest, name
+
+
+@needs_bf16
+@pytest.mark.parametrize("beta", [None, 1.0, 2.0])
+def test_bf16_at_full_width(beta: float | None) -> None:
+    """At the widths of HSAN: far nearer to the twin than torch's own bf16 (autocast)."""
+    case = Case(400, 500, 500, beta=beta)
+    assert case.e is not None
+    exact = case.run(torch.float64, twin=True)
+    ours = case.run(torch.float32, twin=False, precision="bf16")
+    z, e = case.z.float().requires_grad_(), case.e.float().requires_grad_()
+    weights = None if beta is None else reference.hardness(*case.snapshot(torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = reference.hard_infonce(z, e, case.alpha, weights)
+    loss.backward()
+    assert (ours[0] - exact[0]).abs() <= 2e-6 * exact[0]
+    for x, y, t in zip(exact[1:3], ours[1:3], (z.grad, e.grad), strict=True):
+        assert t is not None
+        assert (y - x).norm() <= 2e-4 * x.norm()
+        assert (y - x).norm() <= 0.2 * (t.double() - x).norm()
+        # The terms of this sum cancel to a tenth; a dropped tile would shift it by more than that.
+        direction = normalize(case.z.sum(0) if x is exact[1] else case.e.sum(0), dim=0)
+        assert ((y - x) @ direction).mean().abs() <= 1e-3 * (x @ direction).abs().mean()
+
+
+@needs_bf16
+def test_bf16_same_bits_for_any_thread_count() -> None:
+    """One, two and three threads."""
+    case = Case(5 * TILE // 2 + 30, 41, 30)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(case.run(torch.float32, twin=False, precision="bf16"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
 BAD = [

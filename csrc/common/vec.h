@@ -14,6 +14,13 @@
 #define FASTCLUST_INLINE static inline __attribute__((always_inline))
 
 namespace fastclust {
+
+// Two bf16 numbers that follow each other along k, the first in the low half: an operand whose
+// products are summed in float.
+struct Bf16Pair {
+  uint32_t bits;
+};
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -79,6 +86,30 @@ FASTCLUST_INLINE Vec<double>::Reg fma(Vec<double>::Reg a, Vec<double>::Reg b,
                                       Vec<double>::Reg c) {
   return a * b + c;
 }
+#endif
+
+#if defined(__AVX512BF16__)
+template <>
+struct Vec<Bf16Pair> {
+  static constexpr int width = kVectorBytes / 4;
+  using Reg = Vec<float>::Int;
+};
+FASTCLUST_INLINE Vec<Bf16Pair>::Reg broadcast(Bf16Pair x) {
+  return static_cast<int32_t>(x.bits) - Vec<Bf16Pair>::Reg{};
+}
+FASTCLUST_INLINE Vec<float>::Reg fma(Vec<Bf16Pair>::Reg a, Vec<Bf16Pair>::Reg b,
+                                     Vec<float>::Reg c) {
+  return (Vec<float>::Reg)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+// Rounded to nearest even and put side by side.
+FASTCLUST_INLINE Vec<Bf16Pair>::Reg pair(Vec<float>::Reg first, Vec<float>::Reg second) {
+  const auto wide = [](Vec<float>::Reg x) {
+    const auto rounded = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+    return (Vec<Bf16Pair>::Reg)_mm512_maskz_cvtepu16_epi32(0xffff, rounded);
+  };
+  return wide(first) | wide(second) << 16;
+}
+FASTCLUST_INLINE void store(Bf16Pair* p, Vec<Bf16Pair>::Reg r) { std::memcpy(p, &r, sizeof(r)); }
 #endif
 
 }  // namespace

@@ -26,8 +26,9 @@
 
 namespace fastclust::infonce {
 
-// Arithmetic of the products; values shared with fastclust/ops/infonce.py. The CPU computes all of
-// them as kFp32; float64 inputs allow kFp32 only.
+// Arithmetic of the products; values shared with fastclust/ops/infonce.py. The CPU has
+// kFp32 and, with AVX-512 BF16, kBf16; the others run as kFp32 there. Float64 inputs allow kFp32
+// only. Weights are made from products of float32 grade in any of them.
 enum class Precision : int { kFp32 = 0, kTf32 = 1, kBf16x3 = 2, kBf16 = 3 };
 
 constexpr int kMaxSnapshots = 63;  // bits of membership that are used

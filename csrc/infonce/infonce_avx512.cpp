@@ -2,7 +2,9 @@
 
 namespace fastclust::infonce {
 
-const TileKernels<float>& tile_kernels_avx512(float) { return kTileKernels<float>; }
-const TileKernels<double>& tile_kernels_avx512(double) { return kTileKernels<double>; }
+const TileKernels<float, float>& tile_kernels_avx512(float) { return kTileKernels<float, float>; }
+const TileKernels<double, double>& tile_kernels_avx512(double) {
+  return kTileKernels<double, double>;
+}
 
 }  // namespace fastclust::infonce

@@ -12,11 +12,13 @@
 //      the stored tiles, those left of the diagonal read transposed (task: X, a group of columns).
 // A task owns what it writes and adds its terms in a fixed order, so the bits do not depend on the
 // number of threads. Memory: one packed copy of the rows for S, one for T F, the panel (at most
-// 100 MB); nothing grows with M^2. A row-owning task without the panel would need 5 M^2 D flop (every S tile
-// recomputed twice).
+// 100 MB); nothing grows with M^2. A row-owning task without the panel would need 5 M^2 D flop
+// (every S tile recomputed twice).
 //
 // Bound by FMA: the products run on the register tiles of common/microkernel.h; exp and weights
-// are about 2 % at D = 1000.
+// are about 2 % at D = 1000. With bf16 operands they run on pairs of terms at twice the rate (AVX-512
+// BF16); T is then stored twice, in pairs of columns and in pairs of rows, since either may be the
+// sum's index. The weights' own products stay in float32, and so do the positive pairs.
 #include "infonce/infonce.h"
 
 #include <algorithm>
@@ -24,6 +26,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "common/cpu.h"
@@ -38,12 +41,26 @@ constexpr int64_t kPanelBytes = 100 << 20;   // fewer rows where they would not 
 constexpr int64_t kGroupSlivers = 5;         // slivers of gradient columns that one task writes
 
 template <typename T>
-const TileKernels<T>& kernels() {
+const TileKernels<T, T>& kernels(T) {
 #if defined(FASTCLUST_X86_SIMD)
   if (cpu_level() == CpuLevel::kAvx512) return tile_kernels_avx512(T{});
   if (cpu_level() == CpuLevel::kAvx2) return tile_kernels_avx2(T{});
 #endif
-  return kTileKernels<T>;
+  return kTileKernels<T, T>;
+}
+#if defined(FASTCLUST_X86_SIMD)
+const TileKernels<float, Bf16Pair>& kernels(Bf16Pair) { return tile_kernels_avx512bf16(); }
+#endif
+
+// Calls f with the operand of the products that a precision asks for and this processor has.
+template <typename T, typename F>
+void with_operand(Precision precision, const F& f) {
+#if defined(FASTCLUST_X86_SIMD)
+  if constexpr (std::is_same_v<T, float>) {
+    if (precision == Precision::kBf16 && has_avx512_bf16()) return f(Bf16Pair{});
+  }
+#endif
+  f(T{});
 }
 
 int64_t ceil_div(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
@@ -80,16 +97,17 @@ struct Rows {
   int64_t in_tile(int64_t tile) const { return std::min(kTile, m - tile * kTile); }
 };
 
-// One matrix of rows, packed for S: slivers [ceil(M / nr)][d, nr].
-template <typename T>
+// One matrix of rows, packed for S: slivers [ceil(M / nr)][k, nr].
+template <typename X>
 struct PackedRows {
-  Buffer<T> data;
-  int64_t d = 0, nr = 0;
+  Buffer<X> data;
+  int64_t k, nr;  // operands of a row, rows of a sliver
 
-  PackedRows(const TileKernels<T>& kern, const Rows& rows, const T* x, int64_t width)
-      : d(width), nr(kern.nr) {
+  template <typename T>
+  PackedRows(const TileKernels<T, X>& kern, const Rows& rows, const T* x, int64_t d)
+      : k(ceil_div(d, kern.terms)), nr(kern.nr) {
     const int64_t slivers = rows.tiles * (kTile / nr);
-    data = Buffer<T>(slivers * nr * d);
+    data = Buffer<X>(slivers * nr * k);
     parallel_for(slivers, 16, [&](int64_t begin, int64_t end) {
       const T* pointers[kMaxSliver];
       for (int64_t s = begin; s < end; ++s) {
@@ -97,28 +115,38 @@ struct PackedRows {
           const int64_t position = s * nr + i;
           pointers[i] = position < rows.m ? x + rows.row_of[position] * d : nullptr;
         }
-        kern.pack_rows(pointers, d, data.data() + s * nr * d);
+        kern.pack_rows(pointers, d, data.data() + s * nr * k);
       }
     });
   }
-  const T* tile(int64_t t) const { return data.data() + t * kTile * d; }
-  const T* sliver(int64_t t, int64_t s) const { return tile(t) + s * nr * d; }
+
+  // out [slivers][n_rows, nr]: products of the rows of tile i with the first slivers of tile j.
+  template <typename T>
+  void products(const TileKernels<T, X>& kern, int64_t n_rows, int64_t i, int64_t j,
+                int64_t slivers, T* out) const {
+    const X* b = data.data() + j * kTile * k;
+    for (int64_t s = 0; s < slivers; ++s) {
+      kern.similarity(n_rows, k, data.data() + i * kTile * k, b + s * nr * k, out + s * kTile * nr);
+    }
+  }
 };
 
 // Z and E packed, with the mix of their similarities.
-template <typename T>
+template <typename T, typename X>
 struct PackedViews {
-  PackedRows<T> z, e;
+  const TileKernels<T, X>& kern;
+  PackedRows<X> z, e;
   T alpha, rest;
 
-  PackedViews(const TileKernels<T>& kern, const Rows& rows, const Views<T>& v)
-      : z(kern, rows, v.z, v.dz), e(kern, rows, v.e, v.de), alpha(*v.alpha),
+  PackedViews(const Rows& rows, const Views<T>& v)
+      : kern(kernels(X{})), z(kern, rows, v.z, v.dz), e(kern, rows, v.e, v.de), alpha(*v.alpha),
         rest(T(1) - *v.alpha) {}
 
-  // Products of all rows of tile i with sliver s of tile j; ge is nullptr where E has no columns.
-  void products(const TileKernels<T>& kern, int64_t n_rows, int64_t i, int64_t j, int64_t s, T* gz, T* ge) const {
-    kern.similarity(n_rows, z.d, z.tile(i), z.sliver(j, s), gz);
-    if (e.d > 0) kern.similarity(n_rows, e.d, e.tile(i), e.sliver(j, s), ge);
+  // Products of all rows of tile i with the first slivers of tile j, all of Z before E: then the
+  // rows of one of them stay in L2.
+  void products(int64_t n_rows, int64_t i, int64_t j, int64_t slivers, T* gz, T* ge) const {
+    z.products(kern, n_rows, i, j, slivers, gz);
+    if (e.k > 0) e.products(kern, n_rows, i, j, slivers, ge);
   }
 };
 
@@ -135,14 +163,14 @@ struct PackedWeights {
   using Int = typename LaneInt<T>::type;
   int n = 0;
   double beta = 0;
-  std::vector<std::unique_ptr<PackedViews<T>>> views;  // null: equal to the current embeddings
+  std::vector<std::unique_ptr<PackedViews<T, T>>> views;  // null: the current products serve
   std::vector<T> least, per_width;
   std::vector<Int> labels, member;              // [S, tiles * kTile]
   std::vector<std::vector<uint64_t>> distinct;  // [tiles] membership masks that occur
   int64_t padded = 0;
 
-  PackedWeights(const TileKernels<T>& kern, const Rows& rows, const Weights<T>& w,
-                const Views<T>& current)
+  // `current`: the embeddings whose products are at hand in full precision, or nullptr.
+  PackedWeights(const Rows& rows, const Weights<T>& w, const Views<T>* current)
       : n(w.n_snapshots), beta(w.beta), padded(rows.tiles * kTile) {
     labels.assign(n * padded, 0);
     member.assign(n * padded, 0);
@@ -150,9 +178,8 @@ struct PackedWeights {
       const T width = w.range[2 * s + 1] - w.range[2 * s];
       least.push_back(w.range[2 * s]);
       per_width.push_back(width > 0 ? 1 / width : T(0));
-      const bool same = same_bits(w.snapshots[s], current, rows.m);
-      views.push_back(same ? nullptr
-                           : std::make_unique<PackedViews<T>>(kern, rows, w.snapshots[s]));
+      const bool same = current != nullptr && same_bits(w.snapshots[s], *current, rows.m);
+      views.push_back(same ? nullptr : std::make_unique<PackedViews<T, T>>(rows, w.snapshots[s]));
       for (int64_t p = 0; p < rows.m; ++p) {
         const int64_t node = rows.row_of[p] % rows.n_nodes;
         labels[s * padded + p] = w.labels[s * rows.n_nodes + node];
@@ -180,56 +207,65 @@ struct PackedWeights {
   }
 };
 
-// Everything that the strips of one pass need.
-template <typename T>
+// Everything that the tiles of one pass need.
+template <typename T, typename X>
 struct Pass {
-  const TileKernels<T>& kern;
   Rows rows;
-  PackedViews<T> views;
+  PackedViews<T, X> views;
   PackedWeights<T> weights;
-  int64_t slivers;           // of a tile
-  std::vector<Buffer<T>> scratch;  // per worker: strips gz, ge, qz, qe, w; row sums by lane
+  const TileKernels<T, X>& kern;
+  std::vector<Buffer<T>> scratch;  // per worker: tiles gz, ge, qz, qe, w; one more for its own use
 
   Pass(int64_t n, const Views<T>& v, const Weights<T>& w)
-      : kern(kernels<T>()), rows(n, w.n_snapshots > 0 ? w.order : nullptr), views(kern, rows, v),
-        weights(kern, rows, w, v), slivers(kTile / kern.nr) {
-    for (int i = 0; i < num_threads(); ++i) scratch.emplace_back(6 * kTile * kern.nr);
+      : rows(n, w.n_snapshots > 0 ? w.order : nullptr), views(rows, v),
+        weights(rows, w, std::is_same_v<T, X> ? &v : nullptr), kern(views.kern) {
+    for (int i = 0; i < num_threads(); ++i) scratch.emplace_back(6 * kTile * kTile);
   }
 
-  T* strip_memory(int worker, int which) const {
-    return scratch[worker].data() + which * kTile * kern.nr;
+  T* tile_memory(int worker, int which) const {
+    return scratch[worker].data() + which * kTile * kTile;
   }
 
   // Calls f(strip, sliver) for the slivers of tile (i, j).
   template <typename F>
   void for_each_strip(int64_t i, int64_t j, int worker, const F& f) const {
+    T *gz = tile_memory(worker, 0), *ge = tile_memory(worker, 1), *w = tile_memory(worker, 4);
+    const int64_t n_rows = rows.in_tile(i), nr = kern.nr, slivers = ceil_div(rows.in_tile(j), nr);
+    views.products(n_rows, i, j, slivers, gz, ge);
     const uint64_t needed = weights.needed(i, j);
-    T *gz = strip_memory(worker, 0), *ge = strip_memory(worker, 1);
-    T *qz = strip_memory(worker, 2), *qe = strip_memory(worker, 3), *w = strip_memory(worker, 4);
+    if (needed != 0) weigh(needed, n_rows, i, j, slivers, worker);
     for (int64_t s = 0; s < slivers; ++s) {
-      const int64_t columns = std::min(kern.nr, rows.in_tile(j) - s * kern.nr);
-      if (columns <= 0) break;
-      views.products(kern, rows.in_tile(i), i, j, s, gz, ge);
-      Strip<T> strip{rows.in_tile(i), columns, i == j ? s * kern.nr : -1, views.alpha, views.rest,
-                     gz, views.e.d > 0 ? ge : nullptr, nullptr};
-      if (needed != 0) {
-        std::fill(w, w + kTile * kern.nr, T(1));
-        for (int k = 0; k < weights.n; ++k) {  // ascending: a later refresh overwrites
-          if ((needed >> k & 1) == 0) continue;
-          const PackedViews<T>* old = weights.views[k].get();
-          if (old != nullptr) old->products(kern, strip.rows, i, j, s, qz, qe);
-          const PackedViews<T>& from = old != nullptr ? *old : views;
-          const T* e_products = old != nullptr ? qe : ge;
-          const auto row = k * weights.padded + i * kTile;
-          const auto column = k * weights.padded + j * kTile + s * kern.nr;
-          kern.weigh({strip.rows, from.alpha, from.rest, old != nullptr ? qz : gz,
-                      from.e.d > 0 ? e_products : nullptr, weights.least[k], weights.per_width[k],
-                      weights.beta, weights.labels.data() + row, weights.labels.data() + column,
-                      weights.member.data() + row, weights.member.data() + column, w});
-        }
-        strip.w = w;
+      const int64_t at = s * kTile * nr;
+      f(Strip<T>{n_rows, std::min(nr, rows.in_tile(j) - s * nr), i == j ? s * nr : -1, views.alpha,
+                 views.rest, gz + at, views.e.k > 0 ? ge + at : nullptr,
+                 needed != 0 ? w + at : nullptr},
+        s);
+    }
+  }
+
+  // Writes the weights of tile (i, j).
+  void weigh(uint64_t needed, int64_t n_rows, int64_t i, int64_t j, int64_t slivers,
+             int worker) const {
+    T* w = tile_memory(worker, 4);
+    std::fill(w, w + kTile * kTile, T(1));
+    for (int k = 0; k < weights.n; ++k) {  // ascending: a later refresh overwrites
+      if ((needed >> k & 1) == 0) continue;
+      const PackedViews<T, T>* old = weights.views[k].get();
+      const T *qz = tile_memory(worker, 0), *qe = views.e.k > 0 ? tile_memory(worker, 1) : nullptr;
+      T alpha = views.alpha, rest = views.rest;
+      if (old != nullptr) {
+        T *to_z = tile_memory(worker, 2), *to_e = tile_memory(worker, 3);
+        old->products(n_rows, i, j, slivers, to_z, to_e);
+        qz = to_z, qe = old->e.k > 0 ? to_e : nullptr, alpha = old->alpha, rest = old->rest;
       }
-      f(strip, s);
+      for (int64_t s = 0; s < slivers; ++s) {
+        const int64_t row = k * weights.padded + i * kTile, at = s * kTile * kern.nr;
+        const int64_t column = k * weights.padded + j * kTile + s * kern.nr;
+        kern.weigh({n_rows, alpha, rest, qz + at, qe != nullptr ? qe + at : nullptr,
+                    weights.least[k], weights.per_width[k], weights.beta,
+                    weights.labels.data() + row, weights.labels.data() + column,
+                    weights.member.data() + row, weights.member.data() + column, w + at});
+      }
     }
   }
 };
@@ -242,11 +278,9 @@ void for_each_panel(int64_t tiles, int64_t height, const F& body) {
   }
 }
 
-}  // namespace
-
-template <typename T>
-void forward_cpu(const ForwardParams<T>& p) {
-  const Pass<T> pass(p.n_nodes, p.views, p.weights);
+template <typename X, typename T>
+void forward_in(const ForwardParams<T>& p) {
+  const Pass<T, X> pass(p.n_nodes, p.views, p.weights);
   const Rows& rows = pass.rows;
   std::vector<double> sums(rows.tiles * kTile, 0.0);                          // [M] by position
   std::vector<T> positive(rows.m);                                            // [M] by position
@@ -257,7 +291,7 @@ void forward_cpu(const ForwardParams<T>& p) {
     parallel_tasks((end - first) * width, [&](int64_t task, int worker) {
       const int64_t i = first + task % (end - first), j = first + task / (end - first);
       if (j < i) return;
-      T* lanes = pass.strip_memory(worker, 5);  // [kTile, lanes of a vector]
+      T* lanes = pass.tile_memory(worker, 5);  // [kTile, lanes of a vector]
       const int64_t n_lanes = pass.kern.lanes;
       std::fill(lanes, lanes + kTile * n_lanes, T(0));
       const int64_t slot = ((i - first) * rows.tiles + j) * kTile;
@@ -291,10 +325,9 @@ void forward_cpu(const ForwardParams<T>& p) {
   *p.loss = static_cast<T>(loss / static_cast<double>(rows.m));
 }
 
-template <typename T>
-void backward_cpu(const BackwardParams<T>& p) {
-  if (p.grad_z == nullptr && p.grad_e == nullptr && p.grad_alpha == nullptr) return;
-  const Pass<T> pass(p.n_nodes, p.views, p.weights);
+template <typename X, typename T>
+void backward_in(const BackwardParams<T>& p) {
+  const Pass<T, X> pass(p.n_nodes, p.views, p.weights);
   const Rows& rows = pass.rows;
   const int64_t nr = pass.kern.nr;
   const double c = static_cast<double>(*p.grad_loss) / static_cast<double>(rows.m);
@@ -307,47 +340,50 @@ void backward_cpu(const BackwardParams<T>& p) {
   const int64_t dz = p.grad_z != nullptr ? p.views.dz : 0;
   const int64_t de = p.grad_e != nullptr ? p.views.de : 0;
   const int64_t column_slivers = ceil_div(dz + de, nr);
-  std::vector<Target<T>> targets(2 * column_slivers, Target<T>{nullptr, 0, 0, 0});
+  std::vector<Target<T>> targets(2 * column_slivers, Target<T>{});
   for (int64_t s = 0; s < column_slivers; ++s) {
     Target<T>* to = targets.data() + 2 * s;
     const int64_t begin = s * nr, end = std::min(begin + nr, dz + de);
-    if (begin < dz) *to++ = {p.grad_z + begin, dz, 0, std::min(end, dz) - begin};
+    if (begin < dz) {
+      *to++ = {p.grad_z + begin, p.views.z + begin, pass.views.alpha, dz, 0,
+               std::min(end, dz) - begin};
+    }
     if (end > dz) {
       const int64_t from = std::max(begin, dz);
-      *to = {p.grad_e + (from - dz), de, from - begin, end - from};
+      *to = {p.grad_e + (from - dz), p.views.e + (from - dz), pass.views.rest, de, from - begin,
+             end - from};
     }
   }
   // The factor [alpha Z | (1 - alpha) E] of the gradient product, slivers [tile][sliver][row, nr].
-  const Buffer<T> factor(rows.tiles * kTile * column_slivers * nr);
+  const int64_t factor_size = kTile * nr / pass.kern.terms;
+  const Buffer<X> factor(rows.tiles * column_slivers * factor_size);
   const auto factor_at = [&](int64_t tile, int64_t sliver) {
-    return factor.data() + (tile * column_slivers + sliver) * kTile * nr;
+    return factor.data() + (tile * column_slivers + sliver) * factor_size;
   };
-  parallel_tasks(rows.tiles, [&](int64_t tile, int) {
-    for (int64_t s = 0; s < column_slivers; ++s) {
-      T* to = factor_at(tile, s);
-      std::fill(to, to + kTile * nr, T(0));
-      for (int64_t r = 0; r < rows.in_tile(tile); ++r) {
-        const int64_t row = rows.row_of[tile * kTile + r];
-        for (int64_t x = s * nr; x < std::min(s * nr + nr, dz + de); ++x) {
-          to[r * nr + x - s * nr] = x < dz
-                                        ? pass.views.alpha * p.views.z[row * p.views.dz + x]
-                                        : pass.views.rest * p.views.e[row * p.views.de + x - dz];
-        }
+  parallel_tasks(rows.tiles * column_slivers, [&](int64_t task, int worker) {
+    const int64_t tile = task / column_slivers, s = task % column_slivers;
+    T* block = pass.tile_memory(worker, 0);  // [kTile, nr]
+    std::fill(block, block + kTile * nr, T(0));
+    for (const Target<T>* run = &targets[2 * s]; run < &targets[2 * s] + 2; ++run) {
+      for (int64_t r = 0; run->count > 0 && r < rows.in_tile(tile); ++r) {
+        const T* from = run->from + rows.row_of[tile * kTile + r] * run->ld;
+        T* to = block + r * nr + run->offset;
+        for (int64_t x = 0; x < run->count; ++x) to[x] = run->scale * from[x];
       }
     }
+    pass.kern.pack_factor(block, factor_at(tile, s));
   });
 
-  const int64_t tile_size = kTile * kTileLd;
-  const int64_t tile_row_bytes = rows.tiles * tile_size * static_cast<int64_t>(sizeof(T));
+  const int64_t tile_row_bytes = rows.tiles * kStoredTile * static_cast<int64_t>(sizeof(X));
   const int64_t height = std::clamp<int64_t>(kPanelBytes / tile_row_bytes, 1, kPanelTiles);
-  const Buffer<T> panel(std::min(height, rows.tiles) * rows.tiles * tile_size);
+  const Buffer<X> panel(std::min(height, rows.tiles) * rows.tiles * kStoredTile);
   std::vector<double> slopes(height * rows.tiles);
   std::vector<T> partner(rows.tiles * kTile);  // [M] w_{i,p(i)}, then -2 c w_{i,p(i)}
   double slope = 0;
   for_each_panel(rows.tiles, height, [&](int64_t first, int64_t end) {
     const int64_t width = rows.tiles - first;
     const auto tile_at = [&](int64_t i, int64_t j) {
-      return panel.data() + ((i - first) * width + j - first) * tile_size;
+      return panel.data() + ((i - first) * width + j - first) * kStoredTile;
     };
     parallel_tasks((end - first) * width, [&](int64_t task, int worker) {
       const int64_t i = first + task % (end - first), j = first + task / (end - first);
@@ -356,7 +392,7 @@ void backward_cpu(const BackwardParams<T>& p) {
       pass.for_each_strip(i, j, worker, [&](const Strip<T>& strip, int64_t s) {
         sum += pass.kern.gradient(strip, per_row.data() + i * kTile,
                                   per_row.data() + j * kTile + s * nr, static_cast<T>(c),
-                                  tile_at(i, j) + s * nr, partner.data() + i * kTile);
+                                  tile_at(i, j), s * nr, partner.data() + i * kTile);
       });
       slopes[(i - first) * rows.tiles + j] = i == j ? sum : 2 * sum;
     });
@@ -377,7 +413,7 @@ void backward_cpu(const BackwardParams<T>& p) {
           const int64_t y1 = std::min(y0 + kPanelTiles, to);
           for (int64_t s = group * kGroupSlivers;
                s < std::min((group + 1) * kGroupSlivers, column_slivers); ++s) {
-            Segment<T> segments[kPanelTiles];
+            Segment<X> segments[kPanelTiles];
             for (int64_t y = y0; y < y1; ++y) {
               segments[y - y0] = {transposed ? tile_at(y, x) : tile_at(x, y), rows.in_tile(y),
                                   factor_at(y, s)};
@@ -393,20 +429,38 @@ void backward_cpu(const BackwardParams<T>& p) {
       add(x, rows.tiles, false);
       // The positive pairs outweigh all other terms together: added last, the many small terms
       // are not rounded to their size (measured, float32, N = 300: error 5e-8 for 4e-7).
-      for (int64_t s = group * kGroupSlivers;
-           s < std::min((group + 1) * kGroupSlivers, column_slivers); ++s) {
-        pass.kern.add_partners(rows.in_tile(x), rows.row_of.data() + x * kTile,
-                               partner.data() + x * kTile, factor_at(x, s),
-                               targets.data() + 2 * s);
+      const int64_t end_sliver = std::min((group + 1) * kGroupSlivers, column_slivers);
+      for (int64_t r = x * kTile; r < x * kTile + rows.in_tile(x); ++r) {
+        for (int64_t s = 2 * group * kGroupSlivers; s < 2 * end_sliver; ++s) {
+          const Target<T>& run = targets[s];
+          if (run.count == 0) continue;
+          T* to = run.base + rows.row_of[r] * run.ld;
+          const T* from = run.from + rows.row_of[r ^ 1] * run.ld;
+          const T scale = partner[r] * run.scale;
+          for (int64_t k = 0; k < run.count; ++k) to[k] += scale * from[k];
+        }
       }
     });
   });
   if (p.grad_alpha != nullptr) *p.grad_alpha = static_cast<T>(slope / 2);
 }
 
+}  // namespace
+
+template <typename T>
+void forward_cpu(const ForwardParams<T>& p) {
+  with_operand<T>(p.precision, [&](auto operand) { forward_in<decltype(operand)>(p); });
+}
+
+template <typename T>
+void backward_cpu(const BackwardParams<T>& p) {
+  if (p.grad_z == nullptr && p.grad_e == nullptr && p.grad_alpha == nullptr) return;
+  with_operand<T>(p.precision, [&](auto operand) { backward_in<decltype(operand)>(p); });
+}
+
 template <typename T>
 void range_cpu(const RangeParams<T>& p) {
-  const Pass<T> pass(p.n_nodes, p.views, Weights<T>{});
+  const Pass<T, T> pass(p.n_nodes, p.views, Weights<T>{});
   const int64_t tiles = pass.rows.tiles;
   std::vector<T> least(tiles, std::numeric_limits<T>::infinity());
   std::vector<T> greatest(tiles, -std::numeric_limits<T>::infinity());

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/vec.h"
+
 namespace fastclust::infonce {
 
 constexpr int64_t kTile = 192;    // rows and columns of a tile of S; a multiple of every sliver
@@ -52,63 +54,73 @@ struct WeightStrip {
   T* w;                      // [rows, nr]
 };
 
-// Terms of one product that adds to a block of gradient rows: T[rows, k] F[k, columns].
-template <typename T>
+// A stored tile of T, ready to be read from both sides: [kTile, kTileLd] elements; in pairs of bf16
+// [kTile, kTileLd / 2] pairs of columns, then [kTile / 2, kTileLd] pairs of rows.
+constexpr int64_t kStoredTile = kTile * kTileLd;
+
+// One product that adds to a block of gradient rows: T[rows, k] F[k, columns].
+template <typename X>
 struct Segment {
-  const T* t;
-  int64_t k;
-  const T* f;  // [k, nr]
+  const X* tile;
+  int64_t k;   // rows of F
+  const X* f;  // [k / terms, nr]
 };
 
-// Where the columns of a sliver of [dZ | dE] go: one or two runs of columns.
+// Where the columns of a sliver of [dZ | dE] and of F = [alpha Z | (1 - alpha) E] lie: one or two
+// runs of columns.
 template <typename T>
 struct Target {
   T* base;         // element of the gradient at row 0 and the run's first column
-  int64_t ld;      // row stride of the gradient
+  const T* from;   // the same element of Z or E
+  T scale;         // alpha or 1 - alpha
+  int64_t ld;      // row stride of both
   int64_t offset;  // first column of the run within the sliver
   int64_t count;   // columns of the run; 0: there is none
 };
 
-template <typename T>
+// T: element of the embeddings and of all sums. X: operand of the products, T or Bf16Pair; one X
+// holds `terms` elements that follow each other along the sum.
+template <typename T, typename X>
 struct TileKernels {
   int64_t nr;     // columns of a sliver, at most kMaxSliver
   int64_t lanes;  // of a vector
+  int64_t terms;  // of an operand
 
-  // [d, nr] sliver of nr rows of a matrix; a null row is zeros.
-  void (*pack_rows)(const T* const* rows, int64_t d, T* sliver);
+  // [ceil(d / terms), nr] sliver of nr rows of a matrix; a null row is zeros.
+  void (*pack_rows)(const T* const* rows, int64_t d, X* sliver);
 
-  // out[rows, nr] = A B^T: A the slivers [rows / nr][d, nr] of a tile, B one sliver [d, nr].
-  void (*similarity)(int64_t rows, int64_t d, const T* a, const T* b, T* out);
+  // [kTile / terms, nr] sliver of the factor F, of a block [kTile, nr].
+  void (*pack_factor)(const T* block, X* sliver);
+
+  // out[rows, nr] = A B^T: A the slivers [rows / nr][k, nr] of a tile, B one sliver [k, nr].
+  void (*similarity)(int64_t rows, int64_t k, const X* a, const X* b, T* out);
 
   void (*weigh)(const WeightStrip<T>& strip);
 
-  // P = exp(w S), 0 on the diagonal: row sums by lane (row_sums [kTile, nr], added to) and column
-  // sums [nr] (set). `positive` [rows] gets w S of each row's other view on diagonal tiles.
+  // P = exp(w S), 0 on the diagonal: row sums by lane (row_sums [kTile, lanes], added to) and
+  // column sums [nr] (set). `positive` [rows] gets w S of each row's other view on diagonal tiles.
   void (*forward)(const Strip<T>& strip, T* row_sums, T* column_sums, T* positive);
 
-  // P w (per_row + per_column), T without its positive pairs, into out (rows kTileLd apart, nr
-  // columns; columns that do not exist are 0). On diagonal tiles positive[i] is the weight of row
-  // i's other view. Returns sum T (gz - ge), positive pairs included, each -2 c w. The reciprocals
-  // carry c = g / M.
-  double (*gradient)(const Strip<T>& strip, const T* per_row, const T* per_column, T c, T* out,
-                     T* positive);
+  // P w (per_row + per_column), T without its positive pairs, into columns column to column + nr of
+  // a stored tile (those that do not exist are 0). On diagonal tiles positive[i] is the weight of
+  // row i's other view. Returns sum T (gz - ge), positive pairs included, each -2 c w. The
+  // reciprocals carry c = g / M.
+  double (*gradient)(const Strip<T>& strip, const T* per_row, const T* per_column, T c, X* tile,
+                     int64_t column, T* positive);
 
   void (*range)(const Strip<T>& strip, T* least, T* greatest);  // widens [least, greatest]
 
-  // Adds sum over segments to rows of the gradient; `fresh` overwrites them instead. T is read
-  // with row stride 1 and k stride kTileLd if `transposed`, the other way round if not.
+  // Adds sum over segments to rows of the gradient; `fresh` overwrites them instead. Tiles are read
+  // transposed or as they stand.
   void (*accumulate)(int64_t rows, const int64_t* row_of, int64_t n_segments,
-                     const Segment<T>* segments, bool transposed, const Target<T>* targets,
+                     const Segment<X>* segments, bool transposed, const Target<T>* targets,
                      bool fresh);
-
-  // Adds scale[i] f[i ^ 1, :] to row i of the gradient: the positive pairs.
-  void (*add_partners)(int64_t rows, const int64_t* row_of, const T* scale, const T* f,
-                       const Target<T>* targets);
 };
 
-const TileKernels<float>& tile_kernels_avx2(float);
-const TileKernels<double>& tile_kernels_avx2(double);
-const TileKernels<float>& tile_kernels_avx512(float);
-const TileKernels<double>& tile_kernels_avx512(double);
+const TileKernels<float, float>& tile_kernels_avx2(float);
+const TileKernels<double, double>& tile_kernels_avx2(double);
+const TileKernels<float, float>& tile_kernels_avx512(float);
+const TileKernels<double, double>& tile_kernels_avx512(double);
+const TileKernels<float, Bf16Pair>& tile_kernels_avx512bf16();
 
 }  // namespace fastclust::infonce

@@ -11,30 +11,68 @@
 namespace fastclust::infonce {
 namespace {
 
+// `count` elements that follow each other as operands: where they stand, or rounded into `room`.
 template <typename T>
-void pack_rows(const T* const* rows, int64_t d, T* sliver) {
+FASTCLUST_INLINE const T* operands(const T* from, int64_t, T*) {
+  return from;
+}
+
+// Rows of a block [rows, nr] as operands along the rows; rows of `out` are ld apart.
+template <typename T>
+FASTCLUST_INLINE void pack_block(int64_t rows, const T* block, T* out, int64_t ld) {
   constexpr int64_t nr = kNr<T>;
-  for (int64_t p0 = 0; p0 < d; p0 += 16) {
-    const int64_t p1 = p0 + 16 < d ? p0 + 16 : d;
+  for (int64_t i = 0; i < rows; ++i) std::memcpy(out + i * ld, block + i * nr, nr * sizeof(T));
+}
+
+#if defined(__AVX512BF16__)
+FASTCLUST_INLINE const Bf16Pair* operands(const float* from, int64_t count, Bf16Pair* room) {
+  for (int64_t p = 0; p < count; p += 16) {
+    const auto there = static_cast<__mmask16>(count - p < 16 ? (1 << (count - p)) - 1 : 0xffff);
+    const auto rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, from + p));
+    std::memcpy(room + p / 2, &rounded, sizeof(rounded));
+  }
+  return room;
+}
+
+FASTCLUST_INLINE void pack_block(int64_t rows, const float* block, Bf16Pair* out, int64_t ld) {
+  constexpr int nr = kNr<float>, width = Vec<float>::width;
+  for (int64_t i = 0; i < rows; i += 2) {
+    for (int j = 0; j < nr; j += width) {
+      store(out + i / 2 * ld + j, pair(load(block + i * nr + j), load(block + (i + 1) * nr + j)));
+    }
+  }
+}
+#endif
+
+template <typename T, typename X>
+void pack_rows(const T* const* rows, int64_t d, X* sliver) {
+  constexpr int64_t nr = kNr<T>, terms = kTerms<X>;
+  constexpr int64_t run = 64;  // of one row before the next: long enough for the prefetcher
+  X room[run];
+  for (int64_t p = 0; p < d; p += run, sliver += run / terms * nr) {
+    const int64_t count = d - p < run ? d - p : run;
     for (int64_t i = 0; i < nr; ++i) {
-      const T* row = rows[i];
-      if (row == nullptr) {
-        for (int64_t p = p0; p < p1; ++p) sliver[p * nr + i] = T(0);
-      } else {
-        for (int64_t p = p0; p < p1; ++p) sliver[p * nr + i] = row[p];
+      const X* line = rows[i] == nullptr ? nullptr : operands(rows[i] + p, count, room);
+      for (int64_t q = 0; q < (count + terms - 1) / terms; ++q) {
+        sliver[q * nr + i] = line == nullptr ? X{} : line[q];
       }
     }
   }
 }
 
-template <typename T>
-void similarity(int64_t rows, int64_t d, const T* a, const T* b, T* out) {
+template <typename T, typename X>
+void pack_factor(const T* block, X* sliver) {
+  pack_block(kTile, block, sliver, kNr<T>);
+}
+
+template <typename T, typename X>
+void similarity(int64_t rows, int64_t k, const X* a, const X* b, T* out) {
   constexpr int nr = kNr<T>;
   for (int64_t i = 0; i < rows; i += kMr) {
     // The rows of A are columns of its slivers: read by broadcasts, no second packed copy.
-    const T* from = a + i / nr * d * nr + i % nr;
+    const X* from = a + i / nr * k * nr + i % nr;
     Accumulator<T, kNv> acc;
-    multiply<T, kNv, true>(d, from, 1, nr, b, nr, acc);
+    multiply<X, kNv, true>(k, from, 1, nr, b, nr, acc);
 #pragma GCC unroll 8
     for (int r = 0; r < kMr; ++r) {
 #pragma GCC unroll 8
@@ -160,7 +198,8 @@ void forward(const Strip<T>& s, T* row_sums, T* column_sums, T* positive) {
 }
 
 template <typename T, bool kMasked>
-double gradient_strip(const Strip<T>& s, const T* per_row, const T* per_column, T* out) {
+double gradient_strip(const Strip<T>& s, const T* per_row, const T* per_column, T* out,
+                      int64_t ld) {
   constexpr int nr = kNr<T>, width = Vec<T>::width;
   using Reg = typename Vec<T>::Reg;
   Reg slope[kNv] = {};
@@ -178,7 +217,7 @@ double gradient_strip(const Strip<T>& s, const T* per_row, const T* per_column, 
       t = without_absent<T, kMasked>(s, i, j, t);
       const Reg difference = ge == nullptr ? load(s.gz + at) : load(s.gz + at) - load(ge);
       slope[j] = fma(t, difference, slope[j]);
-      store(out + i * kTileLd + j * width, t);
+      store(out + i * ld + j * width, t);
     }
   }
   double sum = 0;
@@ -190,13 +229,22 @@ double gradient_strip(const Strip<T>& s, const T* per_row, const T* per_column, 
   return sum;
 }
 
-template <typename T>
-double gradient(const Strip<T>& s, const T* per_row, const T* per_column, T c, T* out,
-                T* positive) {
-  if (s.first < 0 && s.columns == kNr<T>) {
-    return gradient_strip<T, false>(s, per_row, per_column, out);
+template <typename T, typename X>
+double gradient(const Strip<T>& s, const T* per_row, const T* per_column, T c, X* tile,
+                int64_t column, T* positive) {
+  const bool plain = s.first < 0 && s.columns == kNr<T>;
+  const auto run = plain ? gradient_strip<T, false> : gradient_strip<T, true>;
+  double sum;
+  if constexpr (std::is_same_v<T, X>) {
+    sum = run(s, per_row, per_column, tile + column, kTileLd);
+  } else {
+    T strip[kTile * kNr<T>];
+    sum = run(s, per_row, per_column, strip, kNr<T>);
+    for (int64_t i = 0; i < s.rows; ++i) {
+      operands(strip + i * kNr<T>, kNr<T>, tile + (i * kTileLd + column) / 2);
+    }
+    pack_block(s.rows, strip, tile + kStoredTile / 2 + column, kTileLd);
   }
-  double sum = gradient_strip<T, true>(s, per_row, per_column, out);
   if (s.first < 0) return sum;
   for (int64_t j = 0; j < s.columns; ++j) {
     const int64_t i = (s.first + j) ^ 1, at = i * kNr<T> + j;
@@ -232,11 +280,14 @@ void range(const Strip<T>& s, T* least, T* greatest) {
 }
 
 // Register tiles of the gradient product: accumulators stay in registers over all segments.
-template <typename T, bool kTransposed>
+template <typename T, typename X, bool kTransposed>
 void accumulate_tiles(int64_t rows, const int64_t* row_of, int64_t n_segments,
-                      const Segment<T>* segments, const Target<T>* targets, bool fresh) {
+                      const Segment<X>* segments, const Target<T>* targets, bool fresh) {
   constexpr int nr = kNr<T>, width = Vec<T>::width;
-  constexpr int64_t row_stride = kTransposed ? 1 : kTileLd, k_stride = kTransposed ? kTileLd : 1;
+  constexpr int64_t terms = kTerms<X>;
+  constexpr int64_t row_stride = kTransposed ? 1 : kTileLd / terms;
+  constexpr int64_t k_stride = kTransposed ? kTileLd : 1;
+  constexpr int64_t form = kTransposed ? kStoredTile * (terms - 1) / terms : 0;
   for (int64_t i = 0; i < rows; i += kMr) {
     const int64_t used = rows - i < kMr ? rows - i : kMr;
     const bool whole = used == kMr && targets[0].count == nr;
@@ -247,7 +298,8 @@ void accumulate_tiles(int64_t rows, const int64_t* row_of, int64_t n_segments,
     }
     Accumulator<T, kNv> acc = {};
     for (int64_t s = 0; s < n_segments; ++s) {
-      multiply_add<T, kNv, kTransposed>(segments[s].k, segments[s].t + i * row_stride, row_stride,
+      multiply_add<X, kNv, kTransposed>(segments[s].k / terms,
+                                        segments[s].tile + form + i * row_stride, row_stride,
                                         k_stride, segments[s].f, nr, acc);
     }
     if (whole) {
@@ -277,32 +329,17 @@ void accumulate_tiles(int64_t rows, const int64_t* row_of, int64_t n_segments,
   }
 }
 
-template <typename T>
+template <typename T, typename X>
 void accumulate(int64_t rows, const int64_t* row_of, int64_t n_segments,
-                const Segment<T>* segments, bool transposed, const Target<T>* targets, bool fresh) {
-  if (transposed) {
-    accumulate_tiles<T, true>(rows, row_of, n_segments, segments, targets, fresh);
-  } else {
-    accumulate_tiles<T, false>(rows, row_of, n_segments, segments, targets, fresh);
-  }
+                const Segment<X>* segments, bool transposed, const Target<T>* targets, bool fresh) {
+  const auto run = transposed ? accumulate_tiles<T, X, true> : accumulate_tiles<T, X, false>;
+  run(rows, row_of, n_segments, segments, targets, fresh);
 }
 
-template <typename T>
-void add_partners(int64_t rows, const int64_t* row_of, const T* scale, const T* f,
-                  const Target<T>* targets) {
-  for (const Target<T>* target = targets; target < targets + 2; ++target) {
-    for (int64_t i = 0; target->count > 0 && i < rows; ++i) {
-      T* to = target->base + row_of[i] * target->ld;
-      const T* from = f + (i ^ 1) * kNr<T> + target->offset;
-      for (int64_t j = 0; j < target->count; ++j) to[j] += scale[i] * from[j];
-    }
-  }
-}
-
-template <typename T>
-constexpr TileKernels<T> kTileKernels = {
-    kNr<T>,      Vec<T>::width, pack_rows<T>, similarity<T>, weigh<T>,
-    forward<T>,  gradient<T>,   range<T>,     accumulate<T>, add_partners<T>,
+template <typename T, typename X>
+constexpr TileKernels<T, X> kTileKernels = {
+    kNr<T>,   Vec<T>::width, kTerms<X>,      pack_rows<T, X>, pack_factor<T, X>, similarity<T, X>,
+    weigh<T>, forward<T>,    gradient<T, X>, range<T>,        accumulate<T, X>,
 };
 
 }  // namespace
