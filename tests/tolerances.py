@@ -4,8 +4,8 @@ A kernel may err by at most FACTOR times what torch errs in the same dtype on th
 against the float64 twin, plus the op's rounding allowance: so many units in the last place of the
 largest magnitude in the result.
 
-Products of operands rounded to bf16 err by BF16_ROUNDING, relative to the largest magnitude times the
-size of the factors of a mixed similarity.
+Products of operands rounded to bf16 err by BF16_ROUNDING, relative to the largest magnitude times
+the size of the factors of a mixed similarity.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@
 // (every S tile recomputed twice).
 //
 // Bound by FMA: the products run on the register tiles of common/microkernel.h; exp and weights
-// are about 2 % at D = 1000. With bf16 operands they run on pairs of terms at twice the rate (AVX-512
-// BF16); T is then stored twice, in pairs of columns and in pairs of rows, since either may be the
+// are about 2 % at D = 1000. With bf16 operands they run on pairs of terms at twice the rate
+// (AVX-512 BF16); T is then stored twice, in pairs of columns and in pairs of rows, since either may be the
 // sum's index. The weights' own products stay in float32, and so do the positive pairs.
 #include "infonce/infonce.h"
 
