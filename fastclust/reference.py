@@ -77,9 +77,9 @@ def kmeans(
 ) -> tuple[Tensor, Tensor, float, int]:
     """Lloyd's iterations from given centres.
 
-    label_i = argmin_k |x_i - c_k|^2 (lowest index on ties); c_k = mean of its points; an empty
-    cluster takes the point farthest from its centre; stop once sum_k |dC_k|^2 is at most ``tol``
-    times the mean column variance.
+    ``label_i = argmin_k |x_i - c_k|^2`` (lowest index on ties); c_k = mean of its points; an empty
+    cluster takes the point farthest from its centre; stop once ``sum_k |dC_k|^2`` is at most
+    ``tol`` times the mean column variance.
 
     Parameters
     ----------
@@ -90,7 +90,8 @@ def kmeans(
 
     Returns
     -------
-    labels [N], centers [K, d], inertia, iterations.
+    tuple
+        labels [N], centers [K, d], inertia, iterations.
     """
     n_clusters = centers.shape[0]
     tolerance = tol * x.var(0, correction=0).mean()

@@ -232,11 +232,11 @@ class ECNMFModel(nn.Module):
         Whether the head sees unit rows of Z.
     head : {"kmeans", "random"}
         Start of the softmax head: from k-means centres C of the untrained Z, W = 2 C g and
-        b = -|C|^2 g with g = 1 / within-cluster variance, or random (as published).
+        ``b = -|C|^2 g`` with g = 1 / within-cluster variance, or random (as published).
     view_loss : {"elements", "nodes"}
         Eq. 12 as a mean over all N d elements, or over nodes of squared distances.
     kl : {"batchmean", "sum", "literal"}
-        Eq. 16 as KL(P || Q) / N, without the division, or the mean of log(P / Q) as printed
+        Eq. 16 as ``KL(P || Q) / N``, without the division, or the mean of log(P / Q) as printed
         (which lacks the weight P).
     bce : {"one-hot", "positive"}
         Eq. 18 as binary cross entropy of Q with one-hot pseudo labels, averaged over all entries,
