@@ -37,6 +37,7 @@ template <typename T>
 struct PropagateParams {
   int64_t n_nodes;           // N
   int64_t n_cols;            // d
+  int64_t n_edges;           // E, both directions of every edge
   const int64_t* indptr;     // [N + 1]
   const int32_t* indices;    // [E], ascending in each row, no self loops
   const float* values;       // [E] or nullptr: all one
@@ -58,12 +59,10 @@ struct PropagateParams {
   T* out;                    // [N, d]
   uint32_t* out_mask;        // [N, mask_words(d)] or nullptr: which x the activation let pass
   T* masked_h;               // [N, d] or nullptr: M h
-  T* scratch;                // [n_segments, d]
-  int64_t block_cols;        // CPU only, set inside: columns handled at a time
+  T* scratch;                // [n_segments, d]; set inside on the CPU
 };
 
-// Runs on the thread pool, at the CPU level in force. `scratch` and `block_cols` are set
-// inside.
+// Runs on the thread pool, at the CPU level in force.
 template <typename T>
 void propagate_cpu(PropagateParams<T> p);
 

@@ -65,6 +65,7 @@ PropagateParams<T> graph_params(const GraphArgs& g, const Tensor& h) {
   PropagateParams<T> p{};
   p.n_nodes = n;
   p.n_cols = h.size(1);
+  p.n_edges = n_edges;
   p.indptr = read_ptr<int64_t>(g.indptr);
   p.indices = read_ptr<int32_t>(g.indices);
   p.values = read_ptr<float>(g.values);

@@ -1,96 +1,43 @@
-// Portable kernel, and the split of work over threads for all instruction sets.
+// Portable kernel, and the split of work over columns and threads for all instruction sets.
 //
-// A task is one block of columns of one range of rows (about 4096 edges) or of one hub segment;
-// ranges and segments are cut once, in fastclust/graph.py, and never depend on the thread count.
+// h is copied, a panel of columns at a time, into rows that lie close together, and gathered from
+// there. The copy applies the mask and the column scale once per node instead of once per edge, cuts
+// the pages that a gather touches (4 kB pages of wide rows miss the TLB on every edge), and keeps a
+// panel in L3 where h is in memory. Small matrices are gathered where they lie, and so are those of
+// nodes with few neighbours, for which the copy costs more than it saves. A task is one panel of one
+// range of rows (about 4096 edges) or of one hub segment; ranges and segments are cut once, in
+// fastclust/graph.py, and neither they nor the panels depend on the thread count.
+//
+// What bounds it: bytes gathered, E d sizeof(T). On a 2-core Zen 4 machine (1 MB of L2 a core, 32 MB
+// of L3 shared with neighbours, 25 GB/s of copy, 30 GB/s of read) random rows of 64 to 256 bytes
+// arrive at 75 to 87 GB/s per core while the matrix is in L2 or L3, and at 8 to 10 GB/s from memory.
+// N / stored entries / d = 13752 / 492k / 64 (B) and 600 (A), 200k / 10M / 128 (C), one thread, hot,
+// a prototype of the inner loop; the gathered bytes alone take 1.5, 14 and 60 ms at the cache's rate:
+//   B  3.5 MB     in place 1.6 to 1.7 ms with panels of 32 or 64 columns, 1.9 with 16; copied 1.6
+//   A  33 MB      in place 193, 79, 40, 35 ms with 16, 32, 64, 128 columns (fewer pages the wider),
+//                 56 and 80 with 208 and 304; copied 36, 33, 40, 35 and, in huge pages, 32, 28, 33, 31
+//   C  102 MB     in place 585 (64 columns 556); copied 233 to 325 with 16 columns, 323 to 400 with
+//                 32, 423 with 64: 16 columns of all nodes are 13 MB, which L3 holds
+//   prefetch      in place needs it (A 47 -> 31 ms); on a copy near the core it only costs (A, 32
+//                 columns 33 -> 40 ms; 16 columns 36 -> 57), on C it gains: 324 -> 276 -> 233 ms with
+//                 none, 16 and 32 edges ahead
+//   stores around the cache, C: 157 -> 106 and 134 -> 99 ms on two threads, nothing sure on one
+// Tried and left out: community order within the graph (see fastclust/graph.py).
+#include <sys/mman.h>
+
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
+#include <new>
+#include <vector>
 
 #include "common/cpu.h"
 #include "common/parallel.h"
 #include "propagate/propagate.h"
-#include "propagate/propagate_kernel.h"
+#include "propagate/propagate_kernel_impl.h"
 
 namespace fastclust {
 namespace {
-
-// 32 columns in plain arrays, which any compiler turns into its baseline vectors.
-template <typename Scalar>
-struct PortableVec {
-  using T = Scalar;
-  static constexpr int kWidth = 8;
-  static constexpr int kMaxVecs = 4;
-  struct Reg {
-    T x[kWidth];
-  };
-  using Mask = uint32_t;
-
-  static Mask mask(uint32_t bits) { return bits; }
-  // Bits of vector v in a row of a bit mask; the same in every instance of the kernel.
-  static Mask mask_at(const uint32_t* words, int v) {
-    return (words[v * kWidth / 32] >> (v * kWidth % 32)) & ((1u << kWidth) - 1u);
-  }
-  static Reg zero() { return broadcast(T(0)); }
-  static Reg broadcast(T value) {
-    Reg r;
-    for (int i = 0; i < kWidth; ++i) r.x[i] = value;
-    return r;
-  }
-  static Reg load(const T* p) {
-    Reg r;
-    for (int i = 0; i < kWidth; ++i) r.x[i] = p[i];
-    return r;
-  }
-  static Reg load_masked(const T* p, Mask m) {
-    if (m == (1u << kWidth) - 1u) return load(p);
-    Reg r;
-    for (int i = 0; i < kWidth; ++i) r.x[i] = (m >> i) & 1u ? p[i] : T(0);
-    return r;
-  }
-  static void store(T* p, const Reg& r) {
-    for (int i = 0; i < kWidth; ++i) p[i] = r.x[i];
-  }
-  static void store_masked(T* p, Mask m, const Reg& r) {
-    for (int i = 0; i < kWidth; ++i) {
-      if ((m >> i) & 1u) p[i] = r.x[i];
-    }
-  }
-  static Reg add(const Reg& a, const Reg& b) {
-    Reg r;
-    for (int i = 0; i < kWidth; ++i) r.x[i] = a.x[i] + b.x[i];
-    return r;
-  }
-  static Reg mul(const Reg& a, const Reg& b) {
-    Reg r;
-    for (int i = 0; i < kWidth; ++i) r.x[i] = a.x[i] * b.x[i];
-    return r;
-  }
-  static Reg fma(const Reg& a, const Reg& b, const Reg& c) {
-    Reg r;
-    for (int i = 0; i < kWidth; ++i) r.x[i] = a.x[i] * b.x[i] + c.x[i];
-    return r;
-  }
-  // NaN passes, as in torch.relu and its gradient.
-  static Reg relu(const Reg& a) {
-    Reg r;
-    for (int i = 0; i < kWidth; ++i) r.x[i] = a.x[i] <= T(0) ? T(0) : a.x[i];
-    return r;
-  }
-  static uint32_t not_below_or_zero(const Reg& a) {
-    uint32_t bits = 0;
-    for (int i = 0; i < kWidth; ++i) bits |= static_cast<uint32_t>(!(a.x[i] <= T(0))) << i;
-    return bits;
-  }
-};
-
-// Width of a block: the widest, or a narrower one where that brings a block of h down to what a
-// core can expect to keep in cache.
-int64_t choose_block_cols(int64_t n_nodes, int64_t max_cols, int64_t element_size) {
-  constexpr int64_t kCacheBytes = 4 << 20;
-  for (int64_t cols = max_cols; cols >= 32; cols -= 32) {
-    if (n_nodes * cols * element_size <= kCacheBytes) return cols;
-  }
-  return max_cols;
-}
 
 template <typename T>
 PropagateKernel<T> choose_kernel() {
@@ -101,7 +48,62 @@ PropagateKernel<T> choose_kernel() {
     case CpuLevel::kPortable: break;
   }
 #endif
-  return make_propagate_kernel<PortableVec<T>>();
+  return make_propagate_kernel<T>();
+}
+
+// Uninitialised memory from the start of a cache line, or of a huge page.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) {
+    if (size == 0) return;
+    const size_t page = size_t{2} << 20;
+    size_t bytes = size * sizeof(T);
+    const size_t alignment = bytes >= 2 * page ? page : 64;
+    bytes = (bytes + alignment - 1) / alignment * alignment;
+    data_ = static_cast<T*>(std::aligned_alloc(alignment, bytes));
+    if (data_ == nullptr) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+    if (alignment == page) madvise(data_, bytes, MADV_HUGEPAGE);  // fewer TLB misses; may fail
+#endif
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+// How h is cut into panels.
+struct Plan {
+  bool direct;         // gather from h itself
+  int64_t panel_cols;  // a multiple of kGroupCols
+  int64_t group_cols;  // columns copied at a time, a multiple of panel_cols
+};
+
+// Bytes of a panel that a core can expect to have at hand, bytes beyond which a gather is worth a
+// prefetch, bytes copied at a time, and bytes of output that no cache holds.
+constexpr int64_t kNearBytes = 4 << 20, kFarBytes = 4 << 20, kGroupBytes = 8 << 20;
+constexpr int64_t kStreamBytes = 64 << 20;
+// Neighbours per node from which on a copy of h pays.
+constexpr int64_t kCopyDegree = 8;
+
+// The widest panels that are near; narrow ones where even those are not. Never depends on d, so that
+// a column's bits do not depend on its neighbours.
+template <typename T>
+Plan make_plan(const PropagateParams<T>& p, int64_t max_cols) {
+  const int64_t column_bytes = p.n_nodes * static_cast<int64_t>(sizeof(T));
+  const bool plain = p.h_mask == nullptr && p.col_scale == nullptr && p.masked_h == nullptr;
+  if (plain && p.n_cols % kGroupCols == 0 &&
+      (p.n_edges < kCopyDegree * p.n_nodes || p.n_cols * column_bytes <= kNearBytes)) {
+    return {true, max_cols, p.n_cols};
+  }
+  int64_t cols = max_cols;
+  while (cols > kGroupCols && cols * column_bytes > kNearBytes) cols /= 2;
+  const int64_t panels = kGroupBytes / (cols * column_bytes);
+  return {false, cols, cols * (panels < 1 ? 1 : panels)};
 }
 
 }  // namespace
@@ -110,26 +112,50 @@ template <typename T>
 void propagate_cpu(PropagateParams<T> p) {
   if (p.n_nodes == 0 || p.n_cols == 0) return;
   const PropagateKernel<T> kernel = choose_kernel<T>();
-  p.block_cols = choose_block_cols(p.n_nodes, kernel.max_block_cols, sizeof(T));
-  const int64_t n_blocks = (p.n_cols + p.block_cols - 1) / p.block_cols;
+  const Plan plan = make_plan(p, kernel.max_cols);
   const std::unique_ptr<T[]> scratch(new T[p.hub.n_segments * p.n_cols]);
   p.scratch = scratch.get();
+  const int64_t padded = (p.n_cols + kGroupCols - 1) / kGroupCols * kGroupCols;
+  const int64_t group_cols = plan.group_cols < padded ? plan.group_cols : padded;
+  Buffer<T> packed(plan.direct ? 0 : p.n_nodes * group_cols);
+  constexpr int64_t kSize = sizeof(T);
+  const bool stream = p.n_nodes * p.n_cols * kSize > kStreamBytes && p.n_cols % kGroupCols == 0 &&
+                      reinterpret_cast<uintptr_t>(p.out) % 64 == 0;
 
-  // Blocks are the slow index: threads move through one block of columns together.
-  const int64_t per_block = p.hub.n_segments + p.n_tasks;
-  parallel_tasks(n_blocks * per_block, [&](int64_t task, int) {
-    const int64_t col = task / per_block * p.block_cols;
-    const int64_t k = task % per_block;
-    if (k < p.hub.n_segments) {
-      kernel.segment(p, k, col);
-    } else {
-      const int64_t* rows = p.task_rows + (k - p.hub.n_segments);
-      kernel.rows(p, rows[0], rows[1], col);
+  for (int64_t begin = 0; begin < padded; begin += group_cols) {
+    std::vector<Panel<T>> panels;
+    const int64_t end = begin + group_cols < padded ? begin + group_cols : padded;
+    for (int64_t col = begin; col < end; col += plan.panel_cols) {
+      const int64_t n_cols = end - col < plan.panel_cols ? end - col : plan.panel_cols;
+      Panel<T> panel{packed.data() + (col - begin) * p.n_nodes, n_cols, col, n_cols, false, stream};
+      if (plan.direct) panel.x = p.h + col, panel.stride = p.h_stride;
+      panel.far = p.n_nodes * n_cols * kSize > kFarBytes;
+      panels.push_back(panel);
     }
-  });
-  parallel_tasks(n_blocks * p.hub.n_hubs, [&](int64_t task, int) {
-    kernel.combine(p, task / n_blocks, task % n_blocks * p.block_cols);
-  });
+    const int64_t n_panels = static_cast<int64_t>(panels.size());
+    if (!plan.direct) {
+      parallel_for(p.n_nodes, 1 + 65536 / group_cols, [&](int64_t row_begin, int64_t row_end) {
+        for (const Panel<T>& panel : panels) {
+          kernel.pack(p, panel, const_cast<T*>(panel.x), row_begin, row_end);
+        }
+      });
+    }
+    // Panels are the slow index: threads move through one panel together.
+    const int64_t per_panel = p.hub.n_segments + p.n_tasks;
+    parallel_tasks(n_panels * per_panel, [&](int64_t task, int) {
+      const Panel<T>& panel = panels[task / per_panel];
+      const int64_t k = task % per_panel;
+      if (k < p.hub.n_segments) {
+        kernel.segment(p, panel, k);
+      } else {
+        const int64_t* rows = p.task_rows + (k - p.hub.n_segments);
+        kernel.rows(p, panel, rows[0], rows[1]);
+      }
+    });
+    parallel_tasks(n_panels * p.hub.n_hubs, [&](int64_t task, int) {
+      kernel.combine(p, panels[task % n_panels], task / n_panels);
+    });
+  }
 }
 
 template <typename T>

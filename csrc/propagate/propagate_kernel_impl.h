@@ -1,0 +1,307 @@
+// The CPU kernel, written once over the vectors of common/vec.h and compiled by one translation unit
+// for each instruction set. Everything here has internal linkage, so that no code of a higher
+// instruction set can be picked by the linker for a lower one.
+//
+// The sums of a row over one panel live in registers; even and odd edges are summed apart, which
+// halves the chain of additions, and joined at the end.
+// The residual is added last. Starting the sums from it costs one addition less and ten times the
+// rounding error, because every later partial sum is then as large as the residual.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "common/vec.h"
+#include "propagate/propagate_kernel.h"
+
+namespace fastclust {
+namespace {
+
+// Edges between a prefetch and its use; the addresses come from an index list that no hardware
+// prefetcher follows.
+constexpr int64_t kAhead = 32;
+
+// One bit per lane of an integer mask of 0 and -1.
+template <typename T>
+FASTCLUST_INLINE uint32_t lane_mask_bits(typename Vec<T>::Int m) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask((__m512i)m);
+  if constexpr (sizeof(T) == 8) return _mm512_movepi64_mask((__m512i)m);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return static_cast<uint32_t>(_mm256_movemask_ps((__m256)m));
+  if constexpr (sizeof(T) == 8) return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)m));
+#endif
+  uint32_t bits = 0;
+  for (int i = 0; i < Vec<T>::width; ++i) bits |= static_cast<uint32_t>(m[i] & 1) << i;
+  return bits;
+}
+
+template <typename T>
+FASTCLUST_INLINE void store_around_cache(T* p, typename Vec<T>::Reg x) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)x);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)x);
+#else
+  store(p, x);
+#endif
+}
+
+FASTCLUST_INLINE void finish_stores_around_cache() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// The loops for panels of NV vectors.
+template <typename T, int NV>
+struct Loops {
+  using Reg = typename Vec<T>::Reg;
+  using Int = typename Vec<T>::Int;
+  using P = const PropagateParams<T>&;
+  static constexpr int W = Vec<T>::width;
+  static constexpr int kPerGroup = static_cast<int>(kGroupCols) / W;
+
+  // Whether the panel reaches past the last column of h; the loops below then take the slower way
+  // through a padded copy of every vector.
+  static bool is_ragged(P p, const Panel<T>& panel) {
+    return panel.col + panel.n_cols > p.n_cols;
+  }
+  static int columns_left(P p, int64_t col) {
+    const int64_t left = p.n_cols - col;
+    return static_cast<int>(left < 0 ? 0 : left < W ? left : W);
+  }
+  // Vector at column `col` of a row of p.n_cols columns, zero past the last.
+  template <bool kRagged>
+  FASTCLUST_INLINE Reg load_at(P p, const T* row, int64_t col) {
+    if constexpr (!kRagged) return load<T>(row + col);
+    T x[W] = {};
+    std::memcpy(x, row + col, columns_left(p, col) * sizeof(T));
+    return load<T>(x);
+  }
+  template <bool kRagged>
+  FASTCLUST_INLINE void store_at(P p, T* row, int64_t col, Reg r) {
+    if constexpr (!kRagged) return store<T>(row + col, r);
+    T x[W];
+    store<T>(x, r);
+    std::memcpy(row + col, x, columns_left(p, col) * sizeof(T));
+  }
+
+  // M h at (i, col)
+  template <bool kRagged>
+  FASTCLUST_INLINE Reg masked(P p, int64_t i, int64_t col) {
+    const Reg x = load_at<kRagged>(p, p.h + i * p.h_stride, col);
+    if (p.h_mask == nullptr || (kRagged && col >= p.n_cols)) return x;
+    const uint32_t* words = p.h_mask + i * mask_words(p.n_cols);
+    using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    Int lane;
+    for (int l = 0; l < W; ++l) lane[l] = Lane{1} << l;
+    const Int all = Int{} + static_cast<Lane>(words[col / 32] >> (col % 32));
+    return (Reg)((Int)x & ((all & lane) == lane));
+  }
+
+  template <bool kRagged>
+  static void pack(P p, const Panel<T>& panel, T* x, int64_t row_begin, int64_t row_end) {
+    for (int64_t i = row_begin; i < row_end; ++i) {
+      const Reg scale = broadcast(p.col_scale != nullptr ? p.col_scale[i] : T(1));
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) {
+        const int64_t col = panel.col + v * W;
+        const Reg own = masked<kRagged>(p, i, col);
+        store<T>(x + i * panel.stride + v * W, own * scale);
+        if (p.masked_h != nullptr) store_at<kRagged>(p, p.masked_h + i * p.n_cols, col, own);
+      }
+    }
+  }
+
+  // acc = sum of the edges' rows
+  template <bool kValued, bool kFar>
+  FASTCLUST_INLINE void gather(P p, const Panel<T>& panel, int64_t begin, int64_t end, Reg (&acc)[NV]) {
+    const int32_t* const indices = p.indices;
+    const float* const values = p.values;
+    const T* const x = panel.x;
+    const int64_t stride = panel.stride;
+    const int64_t last = p.n_edges - 1;
+    const auto prefetch = [&](int64_t e) __attribute__((always_inline)) {
+      if constexpr (kFar) {
+        const char* row =
+            reinterpret_cast<const char*>(x + indices[e < last ? e : last] * stride);
+        constexpr int kBytes = NV * W * static_cast<int>(sizeof(T));
+#pragma GCC unroll 16
+        for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(row + b, 0, 3);
+      }
+    };
+    const auto add = [&](int64_t e, Reg(&sum)[NV]) __attribute__((always_inline)) {
+      const T* row = x + indices[e] * stride;
+      if constexpr (kValued) {
+        const Reg value = broadcast(static_cast<T>(values[e]));
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) sum[v] = fma(load<T>(row + v * W), value, sum[v]);
+      } else {
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) sum[v] += load<T>(row + v * W);
+      }
+    };
+    Reg odd[NV];
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) acc[v] = odd[v] = Reg{};
+    int64_t e = begin;
+    for (; e + 2 <= end; e += 2) {
+      prefetch(e + kAhead);
+      prefetch(e + kAhead + 1);
+      add(e, acc);
+      add(e + 1, odd);
+    }
+    if (e < end) {
+      prefetch(e + kAhead);
+      add(e, acc);
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) acc[v] += odd[v];
+  }
+
+  template <bool kRagged>
+  FASTCLUST_INLINE void finish(P p, const Panel<T>& panel, int64_t i, Reg (&acc)[NV]) {
+    const Reg scale = broadcast(p.row_scale != nullptr ? p.row_scale[i] : T(1));
+    const T* const own = panel.x + i * panel.stride;  // c_i M_i h_i
+    uint32_t bits = 0;
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) {
+      const int64_t col = panel.col + v * W;
+      Reg x = acc[v];
+      if (p.self_loops) x += load<T>(own + v * W);
+      x *= scale;
+      if (p.residual != nullptr) {
+        x += load_at<kRagged>(p, p.residual + i * p.residual_stride, col);
+      } else if (p.add_input) {
+        x += p.col_scale == nullptr ? load<T>(own + v * W) : masked<kRagged>(p, i, col);
+      }
+      const Int passed = ~(x <= Reg{});  // NaN passes, as in torch.relu and its gradient
+      if (p.out_mask != nullptr) {
+        bits |= lane_mask_bits<T>(passed) << (v % kPerGroup * W);
+        if ((v + 1) % kPerGroup == 0) {
+          store_bits(p, i, col + W - kGroupCols, bits);
+          bits = 0;
+        }
+      }
+      if (p.relu) x = (Reg)((Int)x & passed);
+      T* const out = p.out + i * p.n_cols;
+      if (panel.stream) {
+        store_around_cache<T>(out + col, x);
+      } else {
+        store_at<kRagged>(p, out, col, x);
+      }
+    }
+  }
+
+  // The mask of 16 columns is half a word (of a machine that puts the low half first, as all do
+  // that this runs on). Bits past the last column are zero.
+  static void store_bits(P p, int64_t i, int64_t col, uint32_t bits) {
+    const int64_t left = p.n_cols - col;
+    if (left <= 0) return;
+    if (left < kGroupCols) bits &= (1u << left) - 1u;
+    char* half = reinterpret_cast<char*>(p.out_mask + i * mask_words(p.n_cols)) + col / 8;
+    if (left <= kGroupCols && col % 32 == 0) {
+      std::memcpy(half, &bits, 4);
+    } else {
+      std::memcpy(half, &bits, 2);
+    }
+  }
+
+  template <bool kValued, bool kFar, bool kRagged>
+  static void rows(P params, const Panel<T>& where, int64_t row_begin, int64_t row_end) {
+    const PropagateParams<T> p = params;  // copies, which no store below can change
+    const Panel<T> panel = where;
+    for (int64_t i = row_begin; i < row_end; ++i) {
+      const int64_t begin = p.indptr[i], end = p.indptr[i + 1];
+      if (end - begin > p.hub.hub_edges) continue;
+      Reg acc[NV];
+      gather<kValued, kFar>(p, panel, begin, end, acc);
+      finish<kRagged>(p, panel, i, acc);
+    }
+    if (panel.stream) finish_stores_around_cache();
+  }
+
+  template <bool kValued, bool kFar>
+  static void segment(P p, const Panel<T>& panel, int64_t s) {
+    Reg acc[NV];
+    gather<kValued, kFar>(p, panel, p.hub.segments[3 * s + 1], p.hub.segments[3 * s + 2], acc);
+    T* const slot = p.scratch + s * p.n_cols;
+    for (int v = 0; v < NV; ++v) store_at<true>(p, slot, panel.col + v * W, acc[v]);
+  }
+
+  static void combine(P p, const Panel<T>& panel, int64_t hub) {
+    const int64_t* entry = p.hub.hubs + 3 * hub;
+    Reg acc[NV] = {};
+    for (int64_t s = entry[1]; s < entry[2]; ++s) {
+      const T* row = p.scratch + s * p.n_cols;
+      for (int v = 0; v < NV; ++v) acc[v] += load_at<true>(p, row, panel.col + v * W);
+    }
+    finish<true>(p, panel, entry[0], acc);
+    if (panel.stream) finish_stores_around_cache();
+  }
+};
+
+// Panels of up to 8 vectors where there are 32 registers, 4 where there are 16.
+template <typename T>
+constexpr int64_t kMaxPanelCols =
+    (kVectorBytes == 64 ? 8 : 4) * Vec<T>::width < kGroupCols
+        ? kGroupCols
+        : (kVectorBytes == 64 ? 8 : 4) * Vec<T>::width;
+
+// Calls f(Loops<T, NV>) with as many vectors as the panel has.
+template <typename T, int64_t kCols = kMaxPanelCols<T>, typename F>
+void with_loops(const Panel<T>& panel, const F& f) {
+  if constexpr (kCols > kGroupCols) {
+    if (panel.n_cols < kCols) return with_loops<T, kCols - kGroupCols>(panel, f);
+  }
+  f(Loops<T, static_cast<int>(kCols / Vec<T>::width)>{});
+}
+
+template <typename T>
+PropagateKernel<T> make_propagate_kernel() {
+  using P = const PropagateParams<T>&;
+  return {
+      kMaxPanelCols<T>,
+      [](P p, const Panel<T>& panel, T* x, int64_t row_begin, int64_t row_end) {
+        with_loops(panel, [&](auto loops) {
+          if (loops.is_ragged(p, panel)) {
+            loops.template pack<true>(p, panel, x, row_begin, row_end);
+          } else {
+            loops.template pack<false>(p, panel, x, row_begin, row_end);
+          }
+        });
+      },
+      [](P p, const Panel<T>& panel, int64_t row_begin, int64_t row_end) {
+        with_loops(panel, [&](auto loops) {
+          const bool ragged = loops.is_ragged(p, panel);
+          if (p.values != nullptr && ragged) {
+            loops.template rows<true, true, true>(p, panel, row_begin, row_end);
+          } else if (p.values != nullptr) {
+            loops.template rows<true, true, false>(p, panel, row_begin, row_end);
+          } else if (ragged) {
+            loops.template rows<false, true, true>(p, panel, row_begin, row_end);
+          } else if (panel.far) {
+            loops.template rows<false, true, false>(p, panel, row_begin, row_end);
+          } else {
+            loops.template rows<false, false, false>(p, panel, row_begin, row_end);
+          }
+        });
+      },
+      [](P p, const Panel<T>& panel, int64_t s) {
+        with_loops(panel, [&](auto loops) {
+          if (p.values != nullptr) {
+            loops.template segment<true, true>(p, panel, s);
+          } else {
+            loops.template segment<false, true>(p, panel, s);
+          }
+        });
+      },
+      [](P p, const Panel<T>& panel, int64_t hub) {
+        with_loops(panel, [&](auto loops) { loops.combine(p, panel, hub); });
+      },
+  };
+}
+
+}  // namespace
+}  // namespace fastclust
