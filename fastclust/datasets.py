@@ -20,11 +20,10 @@ import io
 import logging
 import os
 import pickle
+import pickletools
 import tempfile
 import time
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ import platformdirs
 import pooch
 import scipy.sparse as sp
 
+from fastclust.memory import InsufficientMemoryError, require_memory
 from fastclust.validation import (
     DataWarning,
     check_adjacency,
@@ -514,31 +514,23 @@ def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
 
 def _unzip(file: Any, source: str) -> dict[str, npt.NDArray[Any]]:
     try:
-        archive = np.load(file, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise DatasetFormatError(f"{source} must be a .npz archive, got a single array")
-        return {key: archive[key] for key in archive.files if key in _KNOWN_KEYS}
-    except DatasetFormatError:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's, about old or odd headers
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DatasetFormatError(f"{source} must be a .npz archive, got a single array")
+            keys = [key for key in archive.files if key in _KNOWN_KEYS]
+            # No more than this is read, whatever the compressed size and the headers say.
+            sizes = [archive.zip.getinfo(f"{key}.npy").file_size for key in keys]
+            require_memory(sum(sizes), f"{source}, unpacked,", "give a smaller or an intact file")
+            arrays = {key: archive[key] for key in keys}
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+                raise DatasetFormatError(f"{source} must hold arrays only, got a file of bytes")
+            return arrays
+    except (DatasetFormatError, InsufficientMemoryError):
         raise
-    except _DAMAGE as error:
+    except Exception as error:  # zipfile, zlib and numpy's header parser raise nearly anything
         raise DatasetFormatError(_damage(source, error)) from None
-
-
-# What reading a damaged archive was seen to raise, from zipfile, zlib and numpy's header parser.
-_DAMAGE = (
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    MemoryError,
-    SyntaxError,
-    NotImplementedError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 def _damage(path: str, error: BaseException) -> str:
@@ -637,7 +629,7 @@ def _assemble(name: str, adjacency: Any, features: Any, labels: Any, source: str
             raise DatasetFormatError(
                 f"{source}: labels must hold one class per node ({n}), got shape {labels.shape}"
             )
-        if labels.dtype.kind not in "iu" or labels.min() < 0:
+        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= 2**63:
             raise DatasetFormatError(
                 f"{source}: labels must be integers of 0 or more, got {labels.dtype}"
                 + (f" from {labels.min()}" if labels.dtype.kind in "iuf" else "")
@@ -684,6 +676,7 @@ def _build_planetoid(contents: Mapping[str, bytes], key: str) -> Dataset:
         or ty.shape[0] != test_index.size
         or ally.shape[1] != ty.shape[1]
         or test_index.min() < 0
+        or n > 2 * rows.size
         or np.unique(rows).size != rows.size
     ):
         raise DatasetFormatError(f"{source}: the sizes of its files do not fit together")
@@ -695,9 +688,10 @@ def _build_planetoid(contents: Mapping[str, bytes], key: str) -> Dataset:
     labels[rows] = np.concatenate([ally, ty]).argmax(axis=1)
     try:
         pairs = [(int(i), int(j)) for i, neighbors in graph.items() for j in neighbors]
-    except (TypeError, ValueError):
+        edges = np.array(pairs, np.int64).reshape(-1, 2)
+    except (TypeError, ValueError, OverflowError):
         raise DatasetFormatError(f"ind.{key}.graph must hold node numbers") from None
-    adjacency = _undirected(np.array(pairs, np.int64).reshape(-1, 2), n, f"ind.{key}.graph")
+    adjacency = _undirected(edges, n, f"ind.{key}.graph")
     return _assemble(key, _without_diagonal(adjacency), features, labels, source)
 
 
@@ -733,11 +727,12 @@ def _integer_table(content: bytes, source: str, n_columns: int) -> npt.NDArray[n
         lines = lines[1:]
     try:
         rows = [[int(line[column]) for column in range(n_columns)] for line in lines]
-    except (ValueError, IndexError):
+        table = np.array(rows, np.int64)
+    except (ValueError, IndexError, OverflowError):
         rows = []
     if not rows:
         raise DatasetFormatError(f"{source} must hold {n_columns} integers per line")
-    return np.array(rows, np.int64)
+    return table
 
 
 def _undirected(edges: npt.NDArray[np.int64], n: int, source: str) -> sp.csr_array:
@@ -762,6 +757,30 @@ class _PickledMatrix:
 
     def __setstate__(self, state: Any) -> None:
         self.state = dict(state)
+
+
+class _PickledDtype:
+    """Stands in for numpy.dtype, whose own ``__setstate__`` can be made to break NumPy."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        self.dtype = np.dtype(name)
+        if self.dtype.kind not in "biuf":
+            raise DatasetFormatError(f"it asks for arrays of {name!r}")
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _PickledArray:
+    """Stands in for numpy.ndarray."""
+
+    array: npt.NDArray[Any] | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, data = state
+        raw = data.encode("latin1") if isinstance(data, str) else data  # written by Python 2
+        flat = np.frombuffer(raw, dtype.dtype)
+        self.array = flat.reshape(shape, order="F" if fortran else "C")
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
@@ -790,12 +809,15 @@ def _encode_latin1(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
-_ndarray_reconstruct = np.empty(0).__reduce__()[0]  # wherever this NumPy keeps it
+def _reconstruct_array(cls: Any, shape: Any, code: Any) -> _PickledArray:
+    return _PickledArray()
+
+
 _UNPICKLED = {
-    ("numpy.core.multiarray", "_reconstruct"): _ndarray_reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _ndarray_reconstruct,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct_array,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct_array,
+    ("numpy", "ndarray"): _PickledArray,
+    ("numpy", "dtype"): _PickledDtype,
     ("collections", "defaultdict"): collections.defaultdict,
     ("__builtin__", "list"): list,
     ("builtins", "list"): list,
@@ -807,6 +829,10 @@ _UNPICKLED = {
 
 def _restricted_unpickle(content: bytes, source: str) -> Any:
     try:
+        for opcode, argument, _ in pickletools.genops(content):
+            # The unpickler makes room for as many memory slots as a single number asks for.
+            if opcode.name.endswith("PUT") and argument > len(content):
+                raise DatasetFormatError("it asks for memory without end")
         return _RestrictedUnpickler(io.BytesIO(content), encoding="latin1").load()
     except DatasetFormatError as error:
         raise DatasetFormatError(
@@ -821,17 +847,22 @@ def _restricted_unpickle(content: bytes, source: str) -> Any:
 def _unpickle_matrix(content: bytes, source: str) -> sp.csr_array:
     matrix = _restricted_unpickle(content, source)
     state = getattr(matrix, "state", {}) if isinstance(matrix, _PickledMatrix) else {}
-    data, indices, indptr = (state.get(key) for key in ("data", "indices", "indptr"))
-    arrays_ok = all(isinstance(array, np.ndarray) for array in (data, indices, indptr))
+    data, indices, indptr = (
+        getattr(state.get(key), "array", None) for key in ("data", "indices", "indptr")
+    )
     shape = state.get("_shape", state.get("shape"))
-    if not arrays_ok or not isinstance(shape, tuple):
+    if (
+        any(array is None for array in (data, indices, indptr))
+        or not isinstance(shape, tuple)
+        or not all(isinstance(size, int) and size < 2**62 for size in shape)
+    ):
         raise DatasetFormatError(f"{source} must hold a scipy CSR matrix")
     return _csr(data, indices, indptr, np.array(shape), source, "matrix")
 
 
 def _unpickle_array(content: bytes, source: str) -> npt.NDArray[Any]:
-    array = _restricted_unpickle(content, source)
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "biuf":
+    array = getattr(_restricted_unpickle(content, source), "array", None)
+    if array is None or array.ndim != 2:
         raise DatasetFormatError(f"{source} must hold a numeric array [n, classes]")
     return array
 

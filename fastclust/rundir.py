@@ -108,18 +108,21 @@ class RunDirectory:
 
     def read_result(self) -> dict[str, Any] | None:
         """``result.json``, or None where there is none yet."""
+        path = self.root / "result.json"
         try:
-            text = (self.root / "result.json").read_text()
+            result = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        try:
-            result: dict[str, Any] = json.loads(text)
-            return result
-        except ValueError:
+        except (ValueError, RecursionError):
+            result = None
+        runs = result.get("runs") if isinstance(result, dict) else None
+        if not isinstance(runs, list) or not all(map(_is_run, runs)):
             raise UsageError(
-                f"{self.root / 'result.json'} is damaged; remove it, and --resume will train its "
-                f"seeds again from their checkpoints"
-            ) from None
+                f"{path} is damaged; remove it, and --resume will train its seeds again from their "
+                f"checkpoints"
+            )
+        assert isinstance(result, dict)
+        return result
 
     def set_aside(self) -> Path | None:
         """Move an earlier run out of the way; returns where to, or None if there was none."""
@@ -166,6 +169,11 @@ class RunDirectory:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write ``result.json``."""
         write_atomically(self.root / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def _is_run(entry: Any) -> bool:
+    kinds = {"seed": int, "metrics": dict, "resolved": dict}
+    return isinstance(entry, dict) and all(isinstance(entry.get(k), v) for k, v in kinds.items())
 
 
 # --- TOML --------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from fastclust import datasets
+from fastclust import datasets, memory
 from fastclust.datasets import (
     Dataset,
     DatasetFormatError,
@@ -364,6 +364,7 @@ def test_single_array_is_no_archive(tmp_path):
         ({"shape_x": np.array([40, -12])}, "shape of x must be two sizes"),
         ({"shape_x": np.array([41, 12])}, "x must be a valid compressed"),
         ({"adj_data": np.array([1.0])}, "adj must be a valid compressed"),
+        ({"labels": lambda a: a.astype(np.uint64) + 2**63}, "labels must be integers of 0 or more"),
     ],
 )
 def test_files_with_impossible_contents(tmp_path, uniform, changes, message):
@@ -622,6 +623,16 @@ def test_pickle_cannot_change_scipy(small):
     assert callable(sp.csr_matrix.tocoo)
 
 
+def test_pickle_cannot_change_numpy(small):
+    # BUILD on a dtype: numpy's own __setstate__ changes the one float32 of the whole process.
+    patch = b"cnumpy\ndtype\n(S'f4'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI63\ntb."
+    files = to_planetoid(dataclasses.replace(small, name="cora"), 15, 0, python2_pickle)
+    with pytest.raises(DatasetFormatError):
+        datasets._build_planetoid(files | {"ind.cora.allx": patch}, "cora")
+    assert np.dtype("f4").flags == 0
+    np.zeros(3, np.float32)
+
+
 def test_damaged_pickles(small):
     files = to_planetoid(dataclasses.replace(small, name="cora"), 15, 0, python2_pickle)
     for part in ("allx", "ty", "graph"):
@@ -641,8 +652,14 @@ def test_damaged_pickles(small):
         ("graph", python2_pickle({0: [99]}), r"must hold nodes 0..39, got 0..99"),
         ("test.index", b"a\nb\n", "must hold 1 integers per line"),
         ("test.index", b"1\n2\n", "sizes of its files do not fit"),
+        # found by fuzzing: numbers beyond 64 bits, sizes that would take all memory
+        ("graph", python2_pickle({0: [10**30]}), "must hold node numbers"),
+        ("test.index", b"9" * 30 + b"\n", "must hold 1 integers per line"),
+        ("test.index", b"".join(b"%d\n" % (10**12 + i) for i in range(15)), "sizes of its files"),
+        ("graph", b"(true\xff\x05", "truncated or corrupt|without end"),
+        ("graph", b"\x80\x02}r\xff\xff\xff\x7f.", "without end"),
     ],
-    ids=range(7),
+    ids=range(12),
 )
 def test_planetoid_files_that_do_not_fit(small, part, content, message):
     files = to_planetoid(dataclasses.replace(small, name="cora"), 15, 0, python2_pickle)
@@ -735,6 +752,40 @@ def test_every_name_has_a_source():
     )
     for source in datasets._SOURCES.values():
         assert len(source.digest) == 64
+
+
+def member(header: bytes) -> bytes:
+    """An archive with right checksums whose one known member begins with this header."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("labels.npy", header)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"no array",  # numpy hands such members over as bytes
+        b"\x93NUMPY\x01\x00\x08\x00{'descr'(",  # ends inside a bracket: numpy lets TokenError pass
+        b"\x93NUMPY\x01\x00\x40\x00{'descr': '<f8', 'fortran_order': False, 'shape': (1<<60,)}",
+    ],
+)
+def test_members_that_are_no_arrays(tmp_path, header):
+    (tmp_path / "a.npz").write_bytes(member(header))
+    with pytest.raises(DatasetFormatError, match=r"a\.npz (must hold arrays only|is truncated)"):
+        load_npz(tmp_path / "a.npz")
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path, monkeypatch, uniform):
+    """A megabyte that says, and holds, more than there is memory."""
+    uniform["x_data"] = np.zeros(1 << 27, np.float32)
+    np.savez_compressed(
+        tmp_path / "bomb.npz", **{k: v for k, v in uniform.items() if v is not None}
+    )
+    assert (tmp_path / "bomb.npz").stat().st_size < 1 << 20
+    monkeypatch.setattr(memory, "available_memory", lambda device="cpu": 1 << 28)
+    with pytest.raises(memory.InsufficientMemoryError, match=r"unpacked, needs at least 0.54 GB"):
+        load_npz(tmp_path / "bomb.npz")
 
 
 def test_zip_with_a_foreign_member(tmp_path, uniform, small):

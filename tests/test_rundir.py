@@ -95,9 +95,11 @@ def test_directory_must_be_writable(tmp_path: Path) -> None:
 
 def test_damaged_result(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
-    (tmp_path / "result.json").write_text('{"runs": [')
-    with pytest.raises(UsageError, match="damaged"):
-        directory.read_result()
+    run = b'"seed": 0, "metrics": {}'
+    for content in (b'{"runs": [', b"[]", b'{"runs": [{%s}]}' % run, b"\xff", b"[" * 100_000):
+        (tmp_path / "result.json").write_bytes(content)
+        with pytest.raises(UsageError, match="damaged"):
+            directory.read_result()
 
 
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:

@@ -1,0 +1,480 @@
+"""What is fuzzed: every reader of foreign bytes, as a function that may fail in expected ways only.
+
+A target takes bytes and returns nothing. It swallows the errors that its reader documents; whatever
+else comes out of it is a finding, as are seconds of silence and a jump in memory (see campaign.py).
+Where the raw file is guarded by checksums (zip), further targets mutate what lies behind them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import pickle
+import tempfile
+import types
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from fastclust import cli, datasets, train
+from fastclust.datasets import Dataset, DatasetFormatError
+from fastclust.estimators import ECNMF, SSGC
+from fastclust.memory import InsufficientMemoryError
+from fastclust.rundir import RunDirectory, read_toml
+from fastclust.training import CheckpointError
+from fastclust.validation import check_adjacency, check_features
+
+N, D, K = 12, 6, 3
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader and bytes that it reads well, from which the mutations start."""
+
+    run: Callable[[bytes], None]
+    corpus: Callable[[], list[bytes]]
+    share: int = 10  # of a campaign's cases, relative to the others: cheap targets get more
+
+
+# --- good data -----------------------------------------------------------------------------------
+
+
+@cache
+def graph() -> Dataset:
+    rng = np.random.default_rng(0)
+    upper = np.triu(rng.random((N, N)) < 0.3, 1)
+    adjacency = check_adjacency(sp.csr_array((upper | upper.T).astype(np.float32)))
+    features = check_features(sp.csr_array(rng.integers(0, 3, (N, D)).astype(np.float32)), N)
+    return Dataset("small", adjacency, features, np.arange(N) % K, K)
+
+
+@cache
+def uniform() -> dict[str, Any]:
+    return datasets._to_uniform(graph()) | {"adj_data": graph().adjacency.data}
+
+
+@cache
+def gnn_benchmark() -> dict[str, Any]:
+    parts = {"labels": graph().labels}
+    for name, matrix in (("adj", graph().adjacency), ("attr", sp.csr_array(graph().features))):
+        for part in ("data", "indices", "indptr"):
+            parts[f"{name}_{part}"] = getattr(matrix, part)
+        parts[f"{name}_shape"] = np.array(matrix.shape)
+    return parts
+
+
+def npz(arrays: dict[str, Any], *, compressed: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def require_sound(dataset: Dataset) -> None:
+    """What the rest of the package may take for granted of a loaded graph."""
+    a, x, n = dataset.adjacency, dataset.features, dataset.n_nodes
+    assert a.shape == (n, n) and x.shape[0] == n and n >= 1 and x.shape[1] >= 1
+    assert a.indptr[0] == 0 and (np.diff(a.indptr) >= 0).all() and a.indptr[-1] == a.nnz
+    assert a.nnz == 0 or (a.indices.min() >= 0 and a.indices.max() < n)
+    assert np.isfinite(a.data).all() and (abs(a - a.T) > 0).nnz == 0
+    assert not a.diagonal().any()
+    values = x.data if sp.issparse(x) else x
+    assert values.dtype == np.float32 and np.isfinite(values).all()
+    if dataset.labels is not None:
+        assert dataset.labels.shape == (n,) and dataset.labels.min() >= 0
+        assert dataset.n_clusters == np.unique(dataset.labels).size
+
+
+# --- npz files -----------------------------------------------------------------------------------
+
+
+def read_npz(content: bytes) -> None:
+    with contextlib.suppress(DatasetFormatError, InsufficientMemoryError):
+        arrays = datasets._unzip(io.BytesIO(content), "fuzz.npz")
+        require_sound(datasets._from_arrays(arrays, "fuzz", "fuzz.npz", False))
+
+
+def npz_files() -> list[bytes]:
+    return [
+        npz(arrays, compressed=compressed)
+        for arrays in (uniform(), gnn_benchmark())
+        for compressed in (False, True)
+    ]
+
+
+def read_members(content: bytes) -> None:
+    """Members framed as name, length, bytes: zipped here, so that the checksums are right."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w") as archive:
+        warnings.simplefilter("ignore")  # a name that comes twice
+        while len(content) > 24:
+            name = content[:16].rstrip(b"\0").decode("latin1")
+            size = int.from_bytes(content[16:20], "little") % (1 << 16)
+            archive.writestr(
+                (name.partition("\0")[0] or "labels") + ".npy", content[20 : 20 + size]
+            )
+            content = content[20 + size :]
+    read_npz(buffer.getvalue())
+
+
+def member_frames() -> list[bytes]:
+    frames = []
+    for arrays in (uniform(), gnn_benchmark()):
+        frame = b""
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.save(member, np.asarray(array))
+            data = member.getvalue()
+            frame += name.encode().ljust(16, b"\0") + len(data).to_bytes(4, "little") + data
+        frames.append(frame)
+    return frames
+
+
+_ODD = (0, 1, -1, 2, N, N - 1, N + 1, 127, -128, 2**31 - 1, -(2**31), 2**31, 2**62, -(2**63))
+_ODD_FLOATS = (0.0, -0.0, 1.0, -1.0, np.nan, np.inf, -np.inf, 1e308, 3e38, 1e-45)
+_NO_EDIT = (ValueError, TypeError, IndexError, OverflowError)
+_DTYPES = (
+    "i1",
+    "u1",
+    "i4",
+    "u4",
+    "i8",
+    "u8",
+    "f2",
+    "f4",
+    "f8",
+    "c8",
+    "?",
+    "S3",
+    "U2",
+    "O",
+    "M8[s]",
+)
+
+
+def edited(arrays: dict[str, Any], content: bytes) -> dict[str, Any]:
+    """The arrays after edits of five bytes each: key, operation, place, value, more."""
+    arrays = {key: np.array(value) for key, value in arrays.items()}
+    for at in range(0, len(content) - 4, 5):
+        which, operation, place, value, more = content[at : at + 5]
+        keys = sorted(arrays)
+        if not keys:
+            break
+        key = keys[which % len(keys)]
+        array = arrays[key]
+        with contextlib.suppress(*_NO_EDIT), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            match operation % 10:
+                case 0 if array.size:
+                    odd = _ODD_FLOATS if array.dtype.kind == "f" else _ODD
+                    array.reshape(-1)[place % array.size] = odd[value % len(odd)]
+                case 1:
+                    arrays[key] = array[: place % (array.size + 1)] if array.ndim else array
+                case 2:
+                    arrays[key] = np.concatenate([array, array[: place % 9]])
+                case 3:
+                    arrays[key] = array.astype(_DTYPES[value % len(_DTYPES)])
+                case 4:
+                    arrays[key] = array.reshape((1, -1) if value % 2 else (-1, 1))
+                case 5:
+                    del arrays[key]
+                case 6:
+                    arrays[key] = arrays[keys[value % len(keys)]]
+                case 7:
+                    arrays[key] = np.array(_ODD[value % len(_ODD)])
+                case 8 if array.size:
+                    arrays[key] = array + np.asarray(more - 128).astype(array.dtype)
+                case 9:
+                    arrays[key] = array[::-1]
+    return arrays
+
+
+def read_arrays(content: bytes) -> None:
+    base = (uniform, gnn_benchmark)[content[0] % 2]() if content else uniform()
+    with contextlib.suppress(DatasetFormatError):
+        require_sound(datasets._from_arrays(edited(base, content[1:]), "fuzz", "fuzz.npz", False))
+
+
+def array_edits() -> list[bytes]:
+    rng = np.random.default_rng(1)
+    return [rng.bytes(1 + 5 * n) for n in (0, 1, 1, 1, 2, 2, 3, 5)]
+
+
+# --- the published files -----------------------------------------------------------------------
+
+
+@cache
+def planetoid() -> dict[str, bytes]:
+    d = graph()
+    x, one_hot = sp.csr_matrix(sp.csr_array(d.features)), np.eye(K)[d.labels]
+    neighbors = {i: d.adjacency.indices[d.adjacency.indptr[i] : d.adjacency.indptr[i + 1]].tolist()
+                 for i in range(N)}  # fmt: skip
+    parts = {"allx": x[:8], "tx": x[8:], "ally": one_hot[:8], "ty": one_hot[8:], "graph": neighbors}
+    files = {f"ind.cora.{key}": pickle.dumps(value, 2) for key, value in parts.items()}
+    return files | {"ind.cora.test.index": b"8\n9\n10\n11\n"}
+
+
+def read_planetoid(content: bytes) -> None:
+    """The first byte names the file that the rest replaces."""
+    names = sorted(planetoid())
+    files = planetoid() | ({names[content[0] % len(names)]: content[1:]} if content else {})
+    with contextlib.suppress(DatasetFormatError):
+        require_sound(datasets._build_planetoid(files, "cora"))
+
+
+def planetoid_files() -> list[bytes]:
+    return [bytes([i]) + planetoid()[name] for i, name in enumerate(sorted(planetoid()))]
+
+
+def read_airports(content: bytes) -> None:
+    edges, _, labels = content.partition(b"\0")
+    files = {"x-airports.edgelist": edges, "labels-x-airports.txt": labels}
+    with contextlib.suppress(DatasetFormatError):
+        require_sound(datasets._build_airports(files, "eat"))
+
+
+def airport_files() -> list[bytes]:
+    return [b"10 11\n11 12\n10 12\n\0node label\n10 0\n11 1\n12 0\n", b"1 2\r\n\01 0\n2 1\n"]
+
+
+# --- what fastclust writes and reads again ------------------------------------------------------
+
+
+@cache
+def _scratch() -> Path:
+    """A folder in memory where there is one; kept until the process ends."""
+    shm = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    folder = tempfile.TemporaryDirectory(prefix="fastclust-fuzz-", dir=shm)
+    _scratch.keep = folder  # type: ignore[attr-defined]
+    return Path(folder.name)
+
+
+@cache
+def fitted() -> Path:
+    """A folder with the checkpoint and the saved model of a fitted estimator."""
+    folder = _scratch() / "fitted"
+    model = _estimator(folder)
+    model.fit(graph().features, adjacency=graph().adjacency).save(folder)
+    SSGC(K).fit(graph().features, adjacency=graph().adjacency).save(folder / "ssgc")
+    return folder
+
+
+def _estimator(folder: Path, **keywords: Any) -> ECNMF:
+    return ECNMF(
+        K, epochs=1, width=4, rank=2, n_init=1, checkpoint_dir=folder, device="cpu", **keywords
+    )
+
+
+def read_checkpoint(content: bytes) -> None:
+    fitted()
+    folder = _scratch() / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    (folder / "checkpoint.safetensors").write_bytes(content)
+    with contextlib.suppress(CheckpointError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # one epoch in all: a checkpoint that is taken ends the run
+        _estimator(folder, resume=True).fit(graph().features, adjacency=graph().adjacency)
+
+
+def checkpoints() -> list[bytes]:
+    return [(fitted() / "checkpoint.safetensors").read_bytes()]
+
+
+def read_model(content: bytes) -> None:
+    """A byte for estimator and file, then the file."""
+    kind, content = (content[0], content[1:]) if content else (0, b"")
+    model, source = (ECNMF, fitted()) if kind & 1 else (SSGC, fitted() / "ssgc")
+    folder = _scratch() / "model"
+    folder.mkdir(exist_ok=True)
+    for i, name in enumerate(("config.json", "model.safetensors")):
+        mine = i == kind >> 1 & 1
+        (folder / name).write_bytes(content if mine else (source / name).read_bytes())
+    with contextlib.suppress(ValueError):
+        model.load(folder)  # type: ignore[attr-defined]
+
+
+def models() -> list[bytes]:
+    return [
+        bytes([kind]) + (source / name).read_bytes()
+        for kind, source, name in (
+            (0, fitted() / "ssgc", "config.json"),
+            (1, fitted(), "config.json"),
+            (2, fitted() / "ssgc", "model.safetensors"),
+            (3, fitted(), "model.safetensors"),
+        )
+    ]
+
+
+def read_run_directory(content: bytes) -> None:
+    folder = _scratch() / "run"
+    directory = RunDirectory(folder)
+    result, _, history = content.partition(b"\0")
+    (folder / "result.json").write_bytes(result)
+    (folder / "history.jsonl").write_bytes(history)
+    with contextlib.suppress(cli.UsageError):
+        before = directory.read_result()
+        if before is not None:
+            assert all(isinstance(run["seed"], int) for run in before["runs"])
+    for row in train._read_rows(folder / "history.jsonl"):
+        assert isinstance(row["epoch"], int)
+
+
+def run_directories() -> list[bytes]:
+    result = {
+        "dataset": "digits",
+        "runs": [{"seed": 0, "metrics": {"acc": 0.5}, "resolved": {}}],
+        "mean": {},
+    }
+    row = {"epoch": 1, "loss": 0.5, "seconds": 0.1}
+    return [json.dumps(result).encode() + b"\0" + json.dumps(row).encode() + b"\n"]
+
+
+# --- the command line --------------------------------------------------------------------------
+
+
+def _outcome(function: Callable[[], object]) -> None:
+    """Run a part of the command as the command would; only its own messages may come out."""
+    try:
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            function()
+    except SystemExit as leaving:
+        assert leaving.code in (0, 2), leaving.code
+    except Exception as error:
+        code, message = cli.explain(error)
+        if code != 2 or not message.strip() or "\n" in message:
+            raise
+
+
+@cache
+def _offline_train() -> types.ModuleType:
+    """fastclust.train with a data set of its own for every name."""
+
+    def load(name: Any, root: Any = None) -> Dataset:
+        if str(name) not in datasets.DATASET_NAMES:
+            raise datasets.DatasetNotFoundError(f"no data set {name!r}")
+        return Dataset(str(name), graph().adjacency, graph().features, graph().labels, K)
+
+    module = types.ModuleType("offline")
+    module.__dict__.update(train.__dict__)
+    resolve = types.FunctionType(train.resolve.__code__, module.__dict__, "resolve")
+    module.__dict__.update(load_dataset=load, resolve=resolve)
+    return module
+
+
+def _plan(arguments: list[str], saved: dict[str, Any] | None = None) -> None:
+    module = _offline_train()
+    parsed = module.build_parser().parse_args(arguments)
+    plan, _ = module.resolve(module.gather_settings(parsed, saved))
+    # what is accepted must survive the way through config.toml
+    config = plan.config()
+    json.dumps(train.plain(config))
+
+
+def read_arguments(content: bytes) -> None:
+    """Arguments as a shell hands them over: text without NUL, undecodable bytes as surrogates."""
+    arguments = [part.decode("utf-8", "surrogateescape") for part in content.split(b"\0")]
+    _outcome(lambda: _plan(arguments))
+
+
+def argument_lists() -> list[bytes]:
+    lines = [
+        "--dataset digits --model hsan --epochs 3 --seeds 0-9",
+        "--seed 1,3,5-7 --n-clusters 4 --device cpu --precision bf16",
+        "--set rank=3 --set lr=1e-3 --set recombine=merge --set bias=true --set batch_size=none",
+        "--selection silhouette --protocol paper-code --out x --resume --quiet --json",
+        "--config nothing.toml --data-root /nowhere",
+        "--help",
+        "--set help --model ssgc",
+        "--model ssgc --set n_steps=4",
+    ]
+    return [line.encode().replace(b" ", b"\0") for line in lines]
+
+
+def read_config(content: bytes) -> None:
+    path = _scratch() / "config.toml"
+    path.write_bytes(content)
+    _outcome(lambda: _plan(["--config", str(path)]))
+    with contextlib.suppress(cli.UsageError):
+        saved = read_toml(path)
+        _outcome(lambda: _plan(["--resume"], saved))
+
+
+def configs() -> list[bytes]:
+    return [
+        b'dataset = "cora"\nmodel = "ecnmf"\nseeds = [0, 1]\nlr = 1e-3\nbatch_size = "none"\n',
+        b'model = "hsan"\nseed = "0-3"\nn_input = "auto"\nstructure = true\nbeta = inf\n',
+        b"[table]\na = 1\nb = [1.5, 'x', 1979-05-27]\n",
+    ]
+
+
+# --- arrays in memory --------------------------------------------------------------------------
+
+
+def read_adjacency(content: bytes) -> None:
+    """Anything array-like as adjacency and as features: form, dtype, sizes, then the values."""
+    if len(content) < 5:
+        return
+    form, kind, rows, columns, n = content[:5]
+    dtype = np.dtype(("i8", "i4", "f4", "f8", "u1", "i2", "?")[kind % 7])
+    raw = content[5:]
+    flat = np.frombuffer(raw[: len(raw) // dtype.itemsize * dtype.itemsize], dtype)
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if form % 2 and flat.dtype.kind in "iu":
+            flat = flat % 64 - 2
+        shape = (rows % 17, columns % 17)
+        if flat.size < shape[0] * shape[1]:
+            return
+        value: Any = flat[: shape[0] * shape[1]].reshape(shape)
+        if form % 8 == 2:
+            value = torch.from_numpy(value.copy())
+        elif form % 8 == 4:
+            value = sp.coo_array(value)
+        elif form % 8 == 6:
+            value = sp.csc_array(value)
+        for check in (check_adjacency, check_features):
+            with contextlib.suppress(ValueError, TypeError, InsufficientMemoryError):
+                check(value, n % 20 if n else None)
+
+
+def raw_arrays() -> list[bytes]:
+    edges = np.array([[0, 1, 2, 3], [1, 2, 3, 0]], np.int64)
+    dense = graph().adjacency.toarray()
+    return [
+        bytes([1, 0, 2, 4, 4]) + edges.tobytes(),
+        bytes([0, 2, N, N, N]) + dense.astype(np.float32).tobytes(),
+        bytes([4, 3, N, N, N]) + dense.astype(np.float64).tobytes(),
+    ]
+
+
+def read_seeds(content: bytes) -> None:
+    _outcome(lambda: train._seeds(content.decode("utf-8", "replace")))
+
+
+TARGETS = {
+    "npz": Target(read_npz, npz_files),
+    "npz-members": Target(read_members, member_frames),
+    "npz-arrays": Target(read_arrays, array_edits, share=30),
+    "planetoid": Target(read_planetoid, planetoid_files),
+    "airports": Target(read_airports, airport_files, share=20),
+    "checkpoint": Target(read_checkpoint, checkpoints, share=2),
+    "model": Target(read_model, models, share=15),
+    "run-directory": Target(read_run_directory, run_directories, share=20),
+    "arguments": Target(read_arguments, argument_lists, share=5),
+    "config": Target(read_config, configs, share=5),
+    "arrays": Target(read_adjacency, raw_arrays, share=30),
+    "seeds": Target(read_seeds, lambda: [b"0-9", b"0,3,7-9", b"4294967295"], share=30),
+}
