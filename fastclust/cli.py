@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol
 
+from fastclust.memory import InsufficientMemoryError
+
 __all__ = [
     "Interrupted",
     "Parser",
@@ -117,7 +119,7 @@ def explain(error: Exception) -> tuple[int, str]:
         if error.errno in _OUT_OF_SPACE:
             advice = "make room, then run the same command with --resume; older files are intact"
         return 2, f"{where}{error.strerror}; {advice}"
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, (FileNotFoundError, InsufficientMemoryError)):
         return 2, text
     if isinstance(error, MemoryError) or "not enough memory" in text or "out of memory" in text:
         return 2, f"not enough memory ({text[:120]}); use a smaller graph, rank or width"

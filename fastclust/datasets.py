@@ -831,7 +831,7 @@ def _restricted_unpickle(content: bytes, source: str) -> Any:
     try:
         for opcode, argument, _ in pickletools.genops(content):
             # The unpickler makes room for as many memory slots as a single number asks for.
-            if opcode.name.endswith("PUT") and argument > len(content):
+            if opcode.name.endswith("PUT") and (argument or 0) > len(content):
                 raise DatasetFormatError("it asks for memory without end")
         return _RestrictedUnpickler(io.BytesIO(content), encoding="latin1").load()
     except DatasetFormatError as error:

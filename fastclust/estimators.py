@@ -32,6 +32,7 @@ from fastclust import ops
 from fastclust._version import __version__
 from fastclust.datasets import nearest_neighbor_graph
 from fastclust.graph import Graph
+from fastclust.memory import require_memory
 from fastclust.models.ecnmf import ECNMFModel
 from fastclust.models.hsan import HSANModel, filtered_attributes, principal_axes
 from fastclust.models.inputs import as_tensor, kmeans_labels, nearest_center, project, unit_rows
@@ -352,6 +353,10 @@ class _TrainedClusterer(_GraphClusterer):
         """
         raise NotImplementedError
 
+    def _memory_needed(self, n_nodes: int, n_features: int) -> int:
+        """Bytes that training holds at least: parameters, their optimiser, the embeddings."""
+        raise NotImplementedError
+
     def fit(self: Self, X: Any, y: Any = None, *, adjacency: Any = None) -> Self:
         """Cluster the nodes of an attributed graph.
 
@@ -375,12 +380,20 @@ class _TrainedClusterer(_GraphClusterer):
         ------
         ValueError, TypeError
             Unusable data or settings; the message names the argument.
+        InsufficientMemoryError
+            It cannot fit into memory; told before anything large is allocated.
         TrainingInterrupted
             SIGINT or SIGTERM with ``checkpoint_dir`` set, after the checkpoint was written.
         TrainingDivergedError
             The loss is no longer finite.
         """
         features, graph, device = self._prepare(X, adjacency)
+        require_memory(
+            self._memory_needed(*features.shape),
+            f"{type(self).__name__} on {features.shape[0]} nodes with {features.shape[1]} features",
+            f"lower width (now {self.width}), reduce the features or take a subgraph",
+            device,
+        )
         model, basis = self._build(features, graph, device)
         rule = {key: self.resolved_[key] for key in ("optimizer", "lr")}
         identity = None
@@ -562,6 +575,13 @@ class HSAN(_TrainedClusterer):
         if "lr" not in overrides and estimator._optimizer() == "averaged":
             estimator.lr = None
         return estimator
+
+    def _memory_needed(self, n_nodes: int, n_features: int) -> int:
+        inputs = self._n_components(n_nodes, n_features) or n_features
+        sides = 2 if self.structure else 1  # attributes, and the graph: an encoder row per node
+        parameters = 2 * self.width * (inputs + (n_nodes if self.structure else 0))
+        # value, gradient and two moments of each parameter; both views of every node with gradient
+        return 4 * (n_nodes * inputs + 4 * parameters + 2 * sides * 2 * n_nodes * self.width)
 
     def _optimizer(self) -> str:
         if self.optimizer is not None:
@@ -745,6 +765,11 @@ checkpoint_dir, checkpoint_every, resume, verbose
         "target_every": [_COUNT],
         "pseudo_start": [Interval(Integral, 0, None, closed="left")],
     }
+
+    def _memory_needed(self, n_nodes: int, n_features: int) -> int:
+        parameters = 2 * self.width * (n_features + (self.n_layers - 1) * self.width)
+        # value, gradient and two moments of each parameter; both views of every node
+        return 4 * (4 * parameters + 2 * n_nodes * self.width)
 
     def _build(
         self, features: Features, graph: sp.csr_array, device: torch.device

@@ -21,6 +21,7 @@ import torch
 
 from fastclust._library import cuda_loaded, cuda_status
 from fastclust.interop import from_foreign
+from fastclust.memory import require_memory
 
 __all__ = [
     "DataWarning",
@@ -380,6 +381,7 @@ def _as_csr(adjacency: Any, n_nodes: int | None, name: str) -> sp.csr_array:
         n = int(max(rows.max(), cols.max())) + 1 if n_nodes is None and rows.size else n_nodes
         if n is None:
             raise ValueError(f"{name} must hold at least one edge when the number of nodes is open")
+        require_memory(16 * n, f"{name} with node number {n - 1}", "number the nodes from 0 on")
         matrix = sp.csr_array((np.ones(rows.size, np.float32), (rows, cols)), shape=(n, n))
         matrix.data[:] = 1.0  # a repeated column of an edge index is the same edge
         return matrix

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import fastclust
 
 FUZZ = Path(__file__).resolve().parent / "fuzz"
 
@@ -16,7 +19,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory a
 def test_no_target_has_findings() -> None:
     """In a process of its own, whose memory is limited and measured."""
     command = [sys.executable, str(FUZZ / "campaign.py"), "--cases", "10000", "--seed", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    here = os.environ | {"PYTHONPATH": str(Path(fastclust.__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=here)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastclust import _library  # noqa: F401  (registers the operators)
+from fastclust.memory import require_memory
 
 #: Arithmetic of the products, as numbered in csrc/infonce/infonce.h.
 PRECISIONS = {"fp32": 0, "tf32": 1, "bf16x3": 2, "bf16": 3}
@@ -227,6 +228,9 @@ def dense_weights(w: Hardness) -> Tensor:
         torch.Size([4, 4])
     """
     member = torch.cat([w.membership, w.membership])  # [2N]
+    rows = member.numel()
+    needed = rows * rows * (8 + 2 * w.alpha.element_size())
+    require_memory(needed, f"dense_weights [{rows}, {rows}]", "take fewer nodes", member.device)
     common = member[:, None] & member[None, :]  # [2N, 2N]
     dense = torch.ones_like(common, dtype=w.alpha.dtype)
     for s, (z, e) in enumerate(zip(w.z, w.e, strict=True)):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastclust import _library  # noqa: F401  (registers the operators)
+from fastclust.memory import require_memory
 from fastclust.ops import lowrank_device  # noqa: F401  (the same on CUDA tensors)
 
 __all__ = ["LowRank", "LowRankMatrix", "batched_svd", "low_rank"]
@@ -132,6 +133,9 @@ class LowRankMatrix:
 
     def to_dense(self) -> Tensor:
         """Return X_r [N, D], with the means when ``add_mean`` is set."""
+        needed = self.shape[0] * self.shape[1] * self._right.element_size()
+        advice = "use it in factors: matmul(), left and right"
+        require_memory(needed, f"to_dense {list(self.shape)}", advice, self._right.device)
         out = (self._u @ self._right).flatten(0, 1)[: self.shape[0]]
         if self.add_mean and self._mean is not None:
             out = out + self._of_rows(self._mean)
