@@ -519,6 +519,7 @@ def _unzip(file: Any, source: str) -> dict[str, npt.NDArray[Any]]:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DatasetFormatError(f"{source} must be a .npz archive, got a single array")
+            assert archive.zip is not None
             keys = [key for key in archive.files if key in _KNOWN_KEYS]
             # No more than this is read, whatever the compressed size and the headers say.
             sizes = [archive.zip.getinfo(f"{key}.npy").file_size for key in keys]
