@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_graph import random_adjacency
 from tolerances import bound
 
@@ -368,6 +370,79 @@ def test_backward_is_the_adjoint(level, small_hubs):
     out = ops.propagate(graph, h)
     (grad,) = torch.autograd.grad(out, h, g)
     torch.testing.assert_close((out * g).sum(), (h * grad).sum(), rtol=1e-12, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 90),
+    degree=st.floats(0, 30),
+    d=st.sampled_from([1, 7, 16, 33, 64, 140]),
+    norm=st.sampled_from(["rw", "sym", "none"]),
+    self_loops=st.booleans(),
+    weighted=st.booleans(),
+    hub_edges=st.sampled_from([3, 16, 8192]),
+    seed=st.integers(0, 2**20),
+)
+def test_properties_of_any_graph(n, degree, d, norm, self_loops, weighted, hub_edges, seed):
+    adjacency = random_adjacency(n, degree, seed=seed, weighted=weighted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(graph_module.HUB_EDGES, "cpu", hub_edges)
+        patch.setattr(graph_module, "TASK_EDGES", 64)
+        graph = Graph(adjacency, norm, self_loops)
+        order = np.random.default_rng(seed).permutation(n)
+        permuted = Graph(sp.csr_array(adjacency[order][:, order]), norm, self_loops)
+    h = randn(n, d, dtype=torch.float64, seed=seed).requires_grad_()
+    g = randn(n, d, dtype=torch.float64, seed=seed + 1)
+    out = ops.propagate(graph, h)
+    close = {"rtol": 1e-11, "atol": 1e-11}
+    # A 1 = row sums
+    ones = ops.propagate(graph, torch.ones(n, d, dtype=torch.float64))
+    sums = reference.dense_adjacency(graph).sum(dim=1, keepdim=True).expand(n, d)
+    torch.testing.assert_close(ones, sums, **close)
+    # linear
+    both = ops.propagate(graph, 3 * h.detach() - g)
+    torch.testing.assert_close(both, 3 * out.detach() - ops.propagate(graph, g), **close)
+    # the backward is the transpose
+    (grad,) = torch.autograd.grad(out, h, g)
+    transposed = reference.dense_adjacency(graph).T @ g
+    torch.testing.assert_close(grad, transposed, **close)
+    # nodes renamed
+    renamed = ops.propagate(permuted, h.detach()[torch.from_numpy(order)])
+    torch.testing.assert_close(renamed, out.detach()[torch.from_numpy(order)], **close)
+
+
+def panels_of_any_width(n: int) -> sp.csr_array:
+    """A ring with chords: 10 neighbours each, so that h is copied into panels."""
+    rows = np.arange(n)
+    steps = np.array([1, 2, 3, 7, 11])
+    i, j = np.repeat(rows, 5), (rows[:, None] + steps).reshape(-1) % n
+    upper = sp.coo_array((np.ones(5 * n), (i, j)), shape=(n, n))
+    return sp.csr_array(upper + upper.T, dtype=np.float32)
+
+
+@pytest.mark.parametrize(("n", "d"), [(9_000, 144), (20_000, 72), (40_000, 40), (70_000, 48)])
+@pytest.mark.parametrize("norm", ["rw", "sym"])
+def test_panels_of_every_width(n, d, norm, level):
+    # 128 columns down to 16, the last panel ragged, prefetch off and on
+    adjacency = panels_of_any_width(n)
+    graph = Graph(adjacency, norm)
+    abar = sp.csr_array(adjacency + sp.eye_array(n)).astype(np.float64) / 11  # 11-regular
+    h = randn(n, d).requires_grad_()
+    g = randn(n, d, seed=1)
+    out = ops.propagate(graph, h, residual=h, activation="relu")
+    exact = abar @ h.detach().double().numpy() + h.detach().double().numpy()
+    np.testing.assert_allclose(out.detach().numpy(), np.maximum(exact, 0), rtol=0, atol=3e-6)
+    (grad,) = torch.autograd.grad(out, h, g)
+    passed = np.where(out.detach().numpy() > 0, g.double().numpy(), 0)
+    np.testing.assert_allclose(grad.numpy(), abar @ passed + passed, rtol=0, atol=3e-6)
+
+
+def test_output_beyond_the_cache(level):
+    # from 64 MB on it is stored around the cache
+    n, d = 140_000, 128
+    graph = Graph(panels_of_any_width(n), "sym")
+    h = randn(1, d).expand(n, d)
+    torch.testing.assert_close(ops.propagate(graph, h), h, rtol=2e-6, atol=2e-6)
 
 
 def test_errors_have_no_sign(level, small_hubs):
