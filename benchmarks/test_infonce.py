@@ -8,13 +8,18 @@ nodes confident, weights on::
     FASTCLUST_BENCH_LONG=1 pytest benchmarks/test_infonce.py  # also N = 7650 and 13752
 
 ``extra_info`` of each result holds Gflop/s, counted as 4 M^2 D plus 2 M^2 D for the share of pairs
-that need a separate snapshot, and that rate as a share of the FMA rate times the threads.
+that need a separate snapshot, and that rate as a share of the float32 FMA rate times the threads,
+read right before and after (bf16 dot products run at twice the FMA rate on Zen 4). Peak memory of a
+step stands in ``extra_info`` of ``test_peak_memory``.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,33 +101,51 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_cpu_level(before)
 
 
-def record(benchmark: Any, gflop: float, threads: int) -> None:
-    """State the rate, and its share of the FMA rate measured beside it."""
-    rate = gflop / benchmark.stats.stats.min
-    peak = _C.fma_peak_gflops() * threads
+def timed(
+    benchmark: Any, gflop: float, threads: int, step: Callable[[], object], rounds: int, warmup: int
+) -> None:
+    """Time a step; state its rate, and its share of the FMA rate measured before and after."""
+    peaks = [_C.fma_peak_gflops()]
+    benchmark.pedantic(step, rounds=rounds, warmup_rounds=warmup)
+    peaks.append(_C.fma_peak_gflops())
+    rate = gflop / benchmark.stats.stats.median
+    peak = sum(peaks) / 2 * threads
     benchmark.extra_info.update(gflops=rate, fma_peak=peak, share_of_peak=rate / peak)
 
 
+KINDS = [("none", 1.0), ("current", 1.0), ("snapshot", 1.0), ("snapshot", 2.0)]
+
+
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize(
-    ("kind", "beta"), [("none", 1.0), ("current", 1.0), ("snapshot", 1.0), ("snapshot", 2.0)]
-)
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_fastclust(
-    benchmark: Any, n: int, kind: str, beta: float, threads: int, level: str
+    benchmark: Any, n: int, kind: str, beta: float, precision: str, threads: int
 ) -> None:
-    """This package, at each dispatch level."""
-    if n > 2708 and level != LEVELS[0]:
-        pytest.skip("lower levels are timed at N = 2708")
+    """This package at the best dispatch level."""
     problem = Problem(n, beta)
     weights = problem.weights(kind)
     benchmark.group = f"loss N={n} threads={threads}"
-    benchmark.pedantic(
-        problem.step,
-        args=(lambda z, e, a: ops.hard_infonce(z, e, a, weights=weights),),
-        rounds=3,
-        warmup_rounds=1 if n == 2708 else 0,
-    )
-    record(benchmark, problem.gflop(kind), threads)
+
+    def loss(z: Tensor, e: Tensor, alpha: Tensor) -> Tensor:
+        return ops.hard_infonce(z, e, alpha, weights=weights, precision=precision)
+
+    small = n == SIZES[0]
+    gflop = problem.gflop(kind)
+    timed(benchmark, gflop, threads, lambda: problem.step(loss), 3 if small else 1, int(small))
+
+
+@pytest.mark.parametrize("kind", ["none", "snapshot"])
+def test_level(benchmark: Any, kind: str, threads: int, level: str) -> None:
+    """The dispatch levels, N = 2708."""
+    problem = Problem(SIZES[0], 1.0)
+    weights = problem.weights(kind)
+    benchmark.group = f"levels threads={threads}"
+
+    def loss(z: Tensor, e: Tensor, alpha: Tensor) -> Tensor:
+        return ops.hard_infonce(z, e, alpha, weights=weights)
+
+    timed(benchmark, problem.gflop(kind), threads, lambda: problem.step(loss), 2, 0)
 
 
 @pytest.mark.parametrize("n", [n for n in SIZES if n <= DENSE_LIMIT])
@@ -131,20 +154,54 @@ def test_dense(benchmark: Any, n: int, how: str, threads: int) -> None:
     """The dense peers, their weights given to them ready-made."""
     problem = Problem(n, 1.0)
     w = ops.dense_weights(problem.weights("snapshot"))
-    loss = torch.compile(dense_loss) if how == "compiled" else dense_loss
+    dense = torch.compile(dense_loss) if how == "compiled" else dense_loss
     benchmark.group = f"loss N={n} threads={threads}"
-    benchmark.pedantic(
-        problem.step,
-        args=(lambda z, e, a: loss(z, e, a, w),),
-        rounds=3 if n == 2708 else 1,
-        warmup_rounds=1 if n == 2708 or how == "compiled" else 0,
+    small = n == SIZES[0]
+    timed(
+        benchmark,
+        problem.gflop("none"),
+        threads,
+        lambda: problem.step(lambda z, e, a: dense(z, e, a, w)),
+        3 if small else 1,
+        int(small or how == "compiled"),
     )
-    record(benchmark, problem.gflop("none"), threads)
 
 
-def test_torch_matrix_product(benchmark: Any, threads: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torch_matrix_product(benchmark: Any, dtype: torch.dtype, threads: int) -> None:
     """The library product that the dense peers stand on."""
-    a = torch.randn(4096, 4096)
+    a = torch.randn(4096, 4096).to(dtype)
     benchmark.group = f"matrix product threads={threads}"
-    benchmark.pedantic(torch.mm, args=(a, a), rounds=3, warmup_rounds=1)
-    record(benchmark, 2 * 4096**3 / 1e9, threads)
+    timed(benchmark, 2 * 4096**3 / 1e9, threads, lambda: torch.mm(a, a), 3, 1)
+
+
+PEAK_MEMORY = """
+import resource, sys
+sys.path.insert(0, "benchmarks")
+from test_infonce import Problem
+from fastclust import ops
+problem = Problem(int(sys.argv[1]), 1.0)
+weights = problem.weights("snapshot")
+problem.old = ()
+problem.step(
+    lambda z, e, a: ops.hard_infonce(z, e, a, weights=weights, precision=sys.argv[2])
+)
+print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_peak_memory(benchmark: Any, precision: str) -> None:
+    """Peak resident bytes of a fresh process that takes one step with snapshot weights."""
+    n = SIZES[-1]
+    benchmark.group = f"peak memory N={n}"
+    command = [sys.executable, "-c", PEAK_MEMORY, str(n), precision]
+
+    def run() -> int:
+        root = Path(__file__).resolve().parent.parent
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+        return int(done.stdout)
+
+    peak = benchmark.pedantic(run, rounds=1)
+    benchmark.extra_info["peak_bytes"] = peak
+    assert peak < 2**30

@@ -19,6 +19,12 @@
 // are about 2 % at D = 1000. With bf16 operands they run on pairs of terms at twice the rate
 // (AVX-512 BF16); T is then stored twice, in pairs of columns and in pairs of rows, since either may be the
 // sum's index. The weights' own products stay in float32, and so do the positive pairs.
+//
+// Measured on Zen 4 (N = 2708, D = 1000, one thread, share of the FMA rate read before and after each
+// step): 0.78 to 0.84 with weights 1; with a snapshot 0.75 to 0.81 before and 0.77 to 0.81 after all
+// products of Z were taken before those of E and of the snapshot, strip by strip four sets of rows
+// (1.5 MB) had passed through L2. A register tile alone reaches 0.94 to 1.00 from L2, so what is left
+// lies in L3 and memory. Lost: 2 MB pages for the buffers (no difference beyond the noise of 5 %).
 #include "infonce/infonce.h"
 
 #include <algorithm>

@@ -108,10 +108,12 @@ struct Refreshes {
 };
 
 template <typename T>
-void loss(int64_t n, int64_t dz, int64_t de, double alpha, int kind, double beta, int wanted) {
+void loss(int64_t n, int64_t dz, int64_t de, double alpha, int kind, double beta, int wanted,
+          Precision precision = Precision::kFp32) {
   char text[96];
+  const bool half = precision == Precision::kBf16;
   std::snprintf(text, sizeof(text), "infonce %s N %d, d %d + %d, alpha %g, weights %d, beta %g",
-                kTypeName<T>, int(n), int(dz), int(de), alpha, kind, beta);
+                half ? "bf16" : kTypeName<T>, int(n), int(dz), int(de), alpha, kind, beta);
   const std::string name = text;
   const Pair<T> pair(n, dz, de, alpha, 3);
   const Refreshes<T> refreshes(kind, n, pair, beta);
@@ -151,7 +153,8 @@ void loss(int64_t n, int64_t dz, int64_t de, double alpha, int kind, double beta
   }
   const bool want_z = wanted & 1, want_e = wanted & 2, want_alpha = wanted & 4;
   Values expected = row_sums, bound;
-  const double eps = 64 * kEpsilon<T> * (1 + std::abs(alpha)) * (1 + beta);
+  const double unit = half ? std::ldexp(1, -8) : 64 * kEpsilon<T>;
+  const double eps = unit * (1 + std::abs(alpha)) * (1 + beta);
   for (const double sum : row_sums) bound.push_back(eps * sum);
   const auto add = [&](const Values& values, double scale) {
     expected.insert(expected.end(), values.begin(), values.end());
@@ -174,6 +177,7 @@ void loss(int64_t n, int64_t dz, int64_t de, double alpha, int kind, double beta
         f.n_nodes = n;
         f.views = pair.views();
         f.weights = refreshes.weights();
+        f.precision = precision;
         f.loss = value.data();
         f.row_sums = sums.data();
         forward_cpu(f);
@@ -181,6 +185,7 @@ void loss(int64_t n, int64_t dz, int64_t de, double alpha, int kind, double beta
         b.n_nodes = n;
         b.views = pair.views();
         b.weights = refreshes.weights();
+        b.precision = precision;
         b.row_sums = sums.data();
         b.grad_loss = seed.data();
         b.grad_z = want_z ? d_z.data() : nullptr;
@@ -226,6 +231,12 @@ void run_type() {
 void run() {
   run_type<float>();
   run_type<double>();
+  int turn = 0;
+  for (const int64_t n : {1, 5, 95, 96, 97, 200, 410}) {
+    for (const int64_t d : {1, 16, 31, 65}) {
+      loss<float>(n, d, n % 3, 0.7, turn++ % 4, 1, 7, Precision::kBf16);
+    }
+  }
 }
 
 const Register infonce("infonce", run);
