@@ -392,6 +392,55 @@ def test_ecnmf_loss_equals_the_formula(graph_data, keywords, sparse):
     assert not keywords.get("bias", True) or len(parameters) == len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("norm", ["rw", "sym", "none"])
+@pytest.mark.parametrize("n_layers", [1, 2, 3])
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.parametrize("row_normalise", [True, False])
+def test_joined_layers_and_the_loss_in_place_are_exact(
+    graph_data, norm, n_layers, activation, row_normalise
+):
+    """In float64 the rewritten network agrees with the plain one far below float32 rounding."""
+    adjacency, x = graph_data
+    x64 = torch.from_numpy(x).double()
+    low_rank = ops.low_rank(x64, 4, add_mean=True, seed=0)
+    settings = {"activation": activation, "row_normalise": row_normalise, "n_layers": n_layers}
+    graph = Graph(adjacency, norm=norm)
+    model = ECNMFModel(x64, low_rank, graph, n_clusters=K, width=6, alpha=0.7, **settings).double()
+    for b in model.b:
+        b.data.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(3))
+    joined = [type(view).__name__ == "_LinearView" for view in model.inputs]
+    assert joined == [activation == "identity" and n_layers > 1] * 2
+
+    a = dense_adjacency(adjacency) + torch.eye(N, dtype=torch.float64)
+    d = a.sum(1)
+    abar = {"rw": a / d[:, None], "sym": a / (d[:, None] * d).sqrt(), "none": a}[norm]
+    for _ in range(2):  # the second time in memory that is already there
+        dense = dense_ecnmf(model, abar, x64, low_rank.to_dense())
+        got = model.loss()
+        nodes, labels = model.pseudo
+        one_hot = torch.nn.functional.one_hot(labels, K).double()
+        chosen = dense["q"][nodes].clamp(1e-8, 1 - 1e-7)
+        expected = (
+            0.7 * dense["view"].mean()
+            + (dense["p"].detach() * (dense["p"].detach().log() - dense["q"].log())).sum() / N
+            + torch.nn.functional.binary_cross_entropy(chosen, one_hot)
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=0)
+        parameters = list(model.parameters())
+        want = torch.autograd.grad(expected, parameters)
+        have = torch.autograd.grad(got, parameters)
+        for h, w in zip(have, want, strict=True):
+            torch.testing.assert_close(h, w, rtol=1e-8, atol=1e-12)
+
+
+def test_a_loss_whose_memory_was_taken_again_refuses_its_gradient(graph_data):
+    model = ecnmf(*graph_data)
+    first = model.loss()
+    model.loss()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.backward()
+
+
 def test_target_distribution_sharpens_and_survives_an_empty_cluster():
     q = torch.tensor([[0.8, 0.2, 0.0], [0.6, 0.4, 0.0], [1.0, 0.0, 0.0]])
     p = target_distribution(q)

@@ -36,8 +36,8 @@ def matmul(
     out : Tensor [m, n], optional
         Where to write the result, contiguous; outside autograd only.
     precision : {"fp32", "tf32", "bf16x3", "bf16"}, default "fp32"
-        ``"bf16"`` rounds the factors to bfloat16 and sums in float32: a relative error of about
-        2e-3 instead of 1e-7. The others multiply in the dtype of ``a``.
+        ``"bf16"`` is torch's product of the factors rounded to bfloat16, rounded once more: a
+        relative error of about 3e-3 instead of 1e-7. The others multiply in the dtype of ``a``.
 
     Returns
     -------
@@ -59,10 +59,11 @@ def matmul(
     """
     _check(a, b, bias, out)
     if precision == "bf16":
-        a, b = (x.bfloat16().to(x.dtype) for x in (a, b))
-    if a.device.type != "cpu":
-        product = a @ b if bias is None else torch.addmm(bias, a, b)
+        product = (a.bfloat16() @ b.bfloat16()).to(a.dtype)
+        product = product if bias is None else product + bias
         return product if out is None else out.copy_(product)
+    if a.device.type != "cpu":
+        return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     if out is not None:
         torch.ops.fastclust.matmul_out(out, a, b, bias)
         return out
