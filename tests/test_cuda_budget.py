@@ -71,9 +71,8 @@ BUDGETS = {
     r"(cholesky|gram_schmidt|jacobi)_kernel": Budget(TWO_BLOCKS, {}, 64),
     # k-means.
     r"(assign|measure|repair|sums)_kernel<(float|double)>": Budget(TWO_BLOCKS, {}),
-    r"(column_sums|square_norms|sample|draw|choose|count|means|inertia)_kernel(<(float|double)>)?": (
-        Budget(64, {}, 40)
-    ),
+    r"(column_sums|square_norms|sample|draw|choose)_kernel<(float|double)>": Budget(64, {}, 40),
+    r"(count|means|inertia)_kernel<(float|double)>": Budget(64, {}, 40),
     r"(mean|converge|total)_kernel": Budget(64, {}, 40),
 }
 
