@@ -65,6 +65,10 @@ STABLE_TORCH_LIBRARY(fastclust, m) {
   m.def(
       "lowrank_mean(Tensor values, Tensor? indptr, Tensor? indices, int n_cols, int batch_size) "
       "-> Tensor");
+  // [M, B, D]: X_c, rows past a short last batch are zero.
+  m.def(
+      "lowrank_center(Tensor values, Tensor? indptr, Tensor? indices, Tensor? mean, int n_cols, "
+      "int batch_size) -> Tensor");
   // [M, D, D]: X_c^T X_c.
   m.def(
       "lowrank_gram(Tensor values, Tensor? indptr, Tensor? indices, Tensor? mean, int n_cols, "

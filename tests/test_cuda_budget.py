@@ -64,12 +64,26 @@ BUDGETS = {
     r"(pack|sum|loss|inverse|finish|alpha|range_finish|rank|tile_mask)_kernel(<.*>)?": Budget(
         64, {}
     ),
+    # The batched SVD: the small factorisations are one block per batch, bound by latency.
+    r"(column_means|center|normal|gram|apply|shift|shifted)_kernel(<(float|double)>)?": Budget(
+        64, {}, 40
+    ),
+    r"(cholesky|gram_schmidt|jacobi)_kernel": Budget(TWO_BLOCKS, {}, 64),
+    # k-means.
+    r"(assign|measure|repair|sums)_kernel<(float|double)>": Budget(TWO_BLOCKS, {}),
+    r"(column_sums|square_norms|sample|draw|choose)_kernel<(float|double)>": Budget(64, {}, 40),
+    r"(count|means|inertia)_kernel<(float|double)>": Budget(64, {}, 40),
+    r"(mean|converge|total)_kernel": Budget(64, {}, 40),
 }
 
 
 def objects() -> list[Path]:
     """CUDA objects of the last build in this checkout."""
-    return sorted(ROOT.glob("build/**/infonce/*.cu.o"))
+    return sorted(
+        path
+        for op in ("infonce", "lowrank", "kmeans")
+        for path in ROOT.glob(f"build/**/{op}/*.cu.o")
+    )
 
 
 needs_build = pytest.mark.skipif(
@@ -85,7 +99,8 @@ def demangle(names: list[str]) -> dict[str, str]:
     text = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True).stdout
     short = {}
     for name, full in zip(names, text.splitlines(), strict=True):
-        full = full.replace("fastclust::infonce::", "").replace("unsigned short", "bf16")
+        full = re.sub(r"fastclust::\w+::(\(anonymous namespace\)::)?", "", full)
+        full = full.replace("unsigned short", "bf16")
         full = full.removeprefix("void ").partition("(")[0].replace(" >", ">")
         short[name] = full
     return short

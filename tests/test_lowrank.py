@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -10,6 +16,7 @@ from tolerances import bound
 
 from fastclust import _C, ops, reference
 from fastclust.datasets import load_dataset
+from fastclust.ops import lowrank_device
 
 READINGS = ("merge", "block", "per_batch", "literal")
 fastclust_ops = torch.ops.fastclust
@@ -499,6 +506,7 @@ def test_opcheck():
     v = torch.randn(3, 9, 4)
     for rows in ((x, None, None), parts):
         torch.library.opcheck(fastclust_ops.lowrank_mean, (*rows, 9, 8))
+        torch.library.opcheck(fastclust_ops.lowrank_center, (*rows, mean, 9, 8))
         torch.library.opcheck(fastclust_ops.lowrank_gram, (*rows, mean, 9, 8))
         torch.library.opcheck(fastclust_ops.lowrank_project, (*rows, mean, 9, 8, v))
         q = torch.randn(3, 8, 4)
@@ -517,10 +525,7 @@ def test_products_of_the_centred_rows(n, d, batch, center, layout):
         x = sparse_binary(n, d, density) * value
         x[0, 0] = value
         source = layout(x)
-        if source.layout == torch.strided:
-            rows = (source, None, None)
-        else:
-            rows = (source.values(), source.crow_indices().long(), source.col_indices().int())
+        rows = rows_of(source)
         m = -(-n // batch)
         padded = torch.zeros(m * batch, d, dtype=torch.float64)
         padded[:n] = x
@@ -542,62 +547,173 @@ def test_products_of_the_centred_rows(n, d, batch, center, layout):
         assert torch.equal(c, c.mT)
 
 
-# ------------------------------------------------------- what CUDA tensors run, on the CPU
+# --- the CUDA kernels, executed on the CPU over an emulated block ---------------------------------
+
+ROOT = Path(__file__).parent.parent
+
+
+class Device:
+    """The CUDA kernels and launchers compiled as ordinary C++, under the names of the operators."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+
+    def call(self, name: str, dtype: torch.dtype, *args: object) -> None:
+        suffix = "double" if dtype == torch.float64 else "float"
+        given = []
+        for a in args:
+            if a is None or isinstance(a, torch.Tensor):
+                given.append(ctypes.c_void_p(None if a is None else a.data_ptr()))
+            else:
+                given.append(ctypes.c_double(a) if isinstance(a, float) else ctypes.c_int64(a))
+        getattr(self.library, f"{name}_{suffix}")(*given)
+
+    def lowrank_center(self, values, indptr, indices, mean, n_cols, batch):
+        n = len(values) if indptr is None else len(indptr) - 1
+        out = values.new_full((-(-n // batch), batch, n_cols), float("nan"))
+        self.call(
+            *("center", values.dtype, values, indptr, indices, mean, n, n_cols, batch),
+            out,
+        )
+        return out
+
+    def lowrank_mean(self, values, indptr, indices, n_cols, batch):
+        n = len(values) if indptr is None else len(indptr) - 1
+        if indptr is not None:
+            values = self.lowrank_center(values, indptr, indices, None, n_cols, batch)
+        out = values.new_empty(-(-n // batch), n_cols)
+        self.call("mean", values.dtype, values, n, n_cols, batch, out)
+        return out
+
+    def lowrank_normal(self, like, m, first, n, width, seed):
+        out = like.new_empty(m, n, width)
+        self.call("normal", like.dtype, m, first, n, width, seed, out)
+        return out
+
+    def lowrank_orthonormalize(self, y, v, bound, root, passes):
+        m, n, width = y.shape
+        y, v = y.contiguous(), None if v is None else v.contiguous()
+        q, new_bound = torch.empty_like(y), torch.empty(m, dtype=torch.float64)
+        self.call(
+            *("orthonormalize", y.dtype, m, n, width, passes, float(root), y, v, bound),
+            *(q, new_bound),
+        )
+        return q, new_bound
+
+    def lowrank_thin_svd(self, y, rank):
+        m, n, width = y.shape
+        u, s = y.new_empty(m, n, rank), torch.empty(m, width, dtype=torch.float64)
+        vt = torch.empty(m, width, width, dtype=torch.float64)
+        self.call("thin_svd", y.dtype, m, n, width, rank, y.contiguous(), u, s, vt)
+        return u, s, vt
+
+    def __getattr__(self, name: str):
+        return getattr(lowrank_device, name.removeprefix("lowrank_"))
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    library = tmp_path_factory.mktemp("device") / "lowrank_emulated.so"
+    source = ROOT / "tests" / "device" / "lowrank_emulated.cpp"
+    command = [compiler, "-std=c++20", "-O2", "-fPIC", "-shared"]
+    command += ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests"), "-x", "c++", str(source)]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    return Device(ctypes.CDLL(str(library)))
+
+
+def rows_of(source: torch.Tensor) -> tuple:
+    if source.layout == torch.strided:
+        return source, None, None
+    return source.values(), source.crow_indices().long(), source.col_indices().int()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, csr])
 @pytest.mark.parametrize("batch", [8, 30])
-def test_device_composition_equals_the_native_operators(batch, layout, dtype):
-    from fastclust.ops import lowrank_device as device
-
-    x = sparse_binary(30, 9, 0.3).to(dtype)
-    source = layout(x)
-    if source.layout == torch.strided:
-        rows = (source, None, None)
-    else:
-        rows = (source.values(), source.crow_indices().long(), source.col_indices().int())
-    m = -(-30 // batch)
-    tolerance = 50 * torch.finfo(dtype).eps
-    mean = fastclust_ops.lowrank_mean(*rows, 9, batch)
-    assert torch.allclose(device.mean(*rows, 9, batch), mean, atol=tolerance)
-    v = device.normal(x, m, 2, 9, 5, 3)
-    assert torch.allclose(fastclust_ops.lowrank_normal(x, m, 2, 9, 5, 3), v, atol=1e-5)
-    q = torch.randn(m, batch, 5, dtype=dtype)
+def test_device_rows_and_numbers_equal_the_native_ones(device, batch, layout, dtype):
+    rows, m = rows_of(layout(sparse_binary(30, 37, 0.3).to(dtype))), -(-30 // batch)
+    tolerance = 4 * torch.finfo(dtype).eps
+    mean = fastclust_ops.lowrank_mean(*rows, 37, batch)
+    assert torch.allclose(device.lowrank_mean(*rows, 37, batch), mean, atol=tolerance)
     for mu in (mean, None):
-        for ours, native, operand in (
-            (device.gram, fastclust_ops.lowrank_gram, ()),
-            (device.project, fastclust_ops.lowrank_project, (v,)),
-            (device.project_transposed, fastclust_ops.lowrank_project_transposed, (q,)),
-        ):
-            wanted = native(*rows, mu, 9, batch, *operand)
-            assert torch.allclose(ours(*rows, mu, 9, batch, *operand), wanted, atol=tolerance)
-    y = q.clone()
-    y[0, :, 3] = y[0, :, 1] * 2
-    for shift in (None, q):
-        got, bound = device.orthonormalize(y, shift, None, 0.3, 2)
-        wanted, native_bound = fastclust_ops.lowrank_orthonormalize(y, shift, None, 0.3, 2)
-        if shift is None:
-            assert torch.allclose(got, wanted, atol=1e-4)
-        assert torch.allclose(bound, native_bound, rtol=0.1, atol=1e-3)
-    u, s, vt = device.thin_svd(y, 5)
-    assert torch.allclose(s, fastclust_ops.lowrank_thin_svd(y, 5)[1], atol=1e-5)
-    assert torch.allclose(u.double() * s[:, None] @ vt, y.double(), atol=1e-5)
+        wanted = fastclust_ops.lowrank_center(*rows, mu, 37, batch)
+        assert torch.allclose(device.lowrank_center(*rows, mu, 37, batch), wanted, atol=tolerance)
+    wanted = fastclust_ops.lowrank_normal(rows[0], m, 2, 9, 5, 3)
+    got = device.lowrank_normal(rows[0], m, 2, 9, 5, 3)
+    assert torch.allclose(got, wanted, atol=100 * tolerance)
 
 
-def test_device_composition_runs_the_whole_algorithm(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("m", "n", "width"), [(1, 1, 1), (2, 7, 3), (2, 300, 33), (1, 600, 70)])
+def test_device_factorisations_equal_the_native_ones(device, m, n, width, dtype):
+    g = torch.Generator().manual_seed(n)
+    y = torch.randn(m, n, width, generator=g, dtype=dtype) * 0.9 ** torch.arange(width, dtype=dtype)
+    v = torch.linalg.qr(torch.randn(m, n, width, generator=g, dtype=dtype)).Q.contiguous()
+    if width > 2:
+        y[0, :, 2] = 2 * y[0, :, 1]  # dependent
+    eps = torch.finfo(dtype).eps
+    bound = torch.full((m,), 0.01, dtype=torch.float64)
+    for args in ((y, None, None, 0.0, 2), (y, v, bound, 0.3, 1), (y, v, bound, 0.9, 2)):
+        q, new_bound = device.lowrank_orthonormalize(*args)
+        wanted, native_bound = fastclust_ops.lowrank_orthonormalize(*args)
+        assert torch.allclose(new_bound, native_bound, rtol=1e-3, atol=1e-6)
+        if args[1] is None:  # the dependent column is exactly zero in both
+            assert torch.allclose(q, wanted, atol=1e4 * eps)
+            assert (q[0].norm(dim=0) == 0).sum() == (width > 2)
+        defect = (q.double().mT @ q.double() - torch.eye(width).double()).abs()
+        kept = q.norm(dim=1) > 0
+        defect = defect * (kept[:, :, None] & kept[:, None, :])
+        assert defect.max() < (16 * eps if args[4] == 2 else 1e-2)
+    rank = max(1, width - 2)
+    u, s, vt = device.lowrank_thin_svd(y, rank)
+    _, native, _ = fastclust_ops.lowrank_thin_svd(y, rank)
+    size = float(native.max())
+    assert (s - native).abs().max() < 64 * eps * size
+    best = native[:, rank:].square().sum(1).sqrt()
+    left = (y.double() - u.double() * s[:, None, :rank] @ vt[:, :rank]).flatten(1).norm(dim=1)
+    assert (left - best).abs().max() < 64 * eps * size
+
+
+def test_device_kernels_have_no_race(device):
+    y = torch.randn(2, 290, 35)
+    results = []
+    for order in (0, 1, 2):  # ascending, descending, random progress of the warps
+        device.library.set_warp_order(order)
+        results.append((*device.lowrank_orthonormalize(y, y, None, 0.2, 2),
+                        *device.lowrank_thin_svd(y, 30)))  # fmt: skip
+    device.library.set_warp_order(0)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_device_runs_the_whole_algorithm(device, monkeypatch):
     import fastclust.ops.lowrank as module
-    from fastclust.ops import lowrank_device as device
 
     x = sparse_binary(90, 40, 0.2)
-    wanted = {s: ops.low_rank(s, 6, batch_size=40, n_iter=6).to_dense() for s in (x, csr(x))}
-
-    class Operators:
-        def __getattr__(self, name: str):
-            return getattr(device, name.removeprefix("lowrank_"))
-
-    monkeypatch.setattr(module.torch.ops, "fastclust", Operators())
-    for source, result in wanted.items():
-        got = ops.low_rank(source, 6, batch_size=40, n_iter=6).to_dense()
-        assert relative(got, result) < 1e-4
+    steep = decaying(60, 20, 0.5).float()
+    wanted = [ops.low_rank(s, 6, batch_size=40).to_dense() for s in (x, csr(x), steep)]
+    native = fastclust_ops
+    monkeypatch.setattr(module.torch.ops, "fastclust", device)
+    monkeypatch.setattr(Device, "lowrank_center", lambda self, *a: native.lowrank_center(*a))
+    for source, result in zip((x, csr(x), steep), wanted, strict=True):
+        assert relative(ops.low_rank(source, 6, batch_size=40).to_dense(), result) < 1e-3
     assert not ops.low_rank(torch.full((50, 7), 0.1), 2, batch_size=16).to_dense().any()
+
+
+@pytest.mark.parametrize("n", [2, 6, 80])
+def test_device_index_maps(device, n):
+    library = device.library
+    library.pair.restype = library.tile_row.restype = ctypes.c_int64
+    met = set()
+    for turn in range(n - 1):
+        pairs = [
+            divmod(library.pair(*map(ctypes.c_int64, (n, turn, i))), 10**6) for i in range(n // 2)
+        ]
+        assert sorted(itertools.chain(*pairs)) == list(range(n))  # disjoint
+        met |= set(pairs)
+    assert met == set(itertools.combinations(range(n), 2))
+    tiles = [divmod(library.tile_row(ctypes.c_int64(i)), 10**6) for i in range(n * (n + 1) // 2)]
+    assert tiles == [(i, j) for j in range(n) for i in range(j + 1)]

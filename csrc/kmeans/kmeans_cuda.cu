@@ -29,24 +29,6 @@ constexpr int kMaxHistogram = 2048;
 
 // --- pieces -------------------------------------------------------------------------------------
 
-__device__ double warp_sum(double v) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
-  return v;
-}
-
-// Sum over the block, on every thread, in an order that depends on the block's size alone.
-__device__ double block_sum(double v, double* scratch /* [32] */) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
-  v = warp_sum(v);
-  __syncthreads();
-  if (lane == 0) scratch[warp] = v;
-  __syncthreads();
-  double sum = 0.0;
-  for (int w = 0; w < n_warps; ++w) sum += scratch[w];
-  return sum;
-}
-
 // |a - b|^2 in float64, by one warp, on every lane.
 template <typename T>
 __device__ double warp_square_distance(const T* a, const T* b, int64_t width) {
@@ -633,23 +615,6 @@ __global__ void converge_kernel(int64_t n_restarts, int64_t n_clusters, const do
 
 // --- launchers ----------------------------------------------------------------------------------
 
-#if !defined(FASTCLUST_DEVICE_EMULATOR)
-template <typename... Parameters, typename... Args>
-void launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream,
-            Args... args) {
-  kernel<<<grid, threads, 0, stream>>>(args...);
-}
-#endif
-
-template <typename U>
-U* take(const Allocate& allocate, int64_t count) {
-  return static_cast<U*>(allocate(static_cast<size_t>(count) * sizeof(U)));
-}
-
-unsigned blocks(int64_t count, int64_t per_block) {
-  return static_cast<unsigned>(ceil_div(count, per_block));
-}
-
 template <typename T>
 T rounding(const Problem<T>& p) {  // every product sums over the whole width in one register
   return static_cast<T>(
@@ -660,7 +625,7 @@ template <typename T>
 T* square_norms(const T* x, int64_t n, int64_t width, const Allocate& allocate,
                 cudaStream_t stream) {
   T* norms = take<T>(allocate, n);
-  launch(square_norms_kernel<T>, blocks(n, kThreads / 32), kThreads, stream, x, n, width, norms);
+  enqueue(square_norms_kernel<T>, blocks(n, kThreads / 32), kThreads, stream, x, n, width, norms);
   return norms;
 }
 
@@ -669,7 +634,7 @@ void launch_assign(const Problem<T>& p, const T* x_norms, const T* centers, cons
                    const bool* done, int32_t* labels, cudaStream_t stream) {
   const dim3 grid(blocks(p.n_points, kCudaTile),
                   blocks(p.n_restarts, restarts_per_tile(p.n_clusters)));
-  launch(assign_kernel<T>, grid, kThreads, stream, p, x_norms, centers, norms, done, rounding(p),
+  enqueue(assign_kernel<T>, grid, kThreads, stream, p, x_norms, centers, norms, done, rounding(p),
          labels);
 }
 
@@ -689,12 +654,12 @@ void initialize_plus_plus(const Problem<T>& p, int64_t seed, const T* x_norms, T
     const auto grid = static_cast<unsigned>(n_group);
     for (int64_t step = 0; step < p.n_clusters; ++step) {
       const int64_t drawn = step == 0 ? 1 : trials;
-      launch(draw_kernel<T>, grid, kThreads, stream, p, r, step, trials, seed, current,
+      enqueue(draw_kernel<T>, grid, kThreads, stream, p, r, step, trials, seed, current,
              current_sums, tiles, candidates);
-      launch(measure_kernel<T>, static_cast<unsigned>(tiles), kThreads, stream, p, x_norms,
+      enqueue(measure_kernel<T>, static_cast<unsigned>(tiles), kThreads, stream, p, x_norms,
              candidates, n_group * drawn, drawn, step == 0, current, doubtful, tiles, distance,
              tile_sums);
-      launch(choose_kernel<T>, grid, kThreads, stream, p, r, step, drawn, candidates, distance,
+      enqueue(choose_kernel<T>, grid, kThreads, stream, p, r, step, drawn, candidates, distance,
              tile_sums, tiles, current, current_sums, centers);
     }
   }
@@ -711,12 +676,12 @@ cudaError_t center_cuda(const T* x, int64_t n, int64_t d, T* xc, int64_t dp, dou
   double* partial = take<double>(allocate, n_chunks * d);
   double* squares = take<double>(allocate, d);
   const dim3 grid(blocks(dp, kColumns), static_cast<unsigned>(n_chunks));
-  launch(column_sums_kernel<T>, grid, kColumns, stream, x, n, d, rows, mean, nullptr, dp, partial);
-  launch(column_means_kernel, blocks(d, kColumns), kColumns, stream, partial, n_chunks, d, n, mean);
-  launch(column_sums_kernel<T>, grid, kColumns, stream, x, n, d, rows, mean, xc, dp, partial);
-  launch(column_means_kernel, blocks(d, kColumns), kColumns, stream, partial, n_chunks, d, n,
+  enqueue(column_sums_kernel<T>, grid, kColumns, stream, x, n, d, rows, mean, nullptr, dp, partial);
+  enqueue(column_means_kernel, blocks(d, kColumns), kColumns, stream, partial, n_chunks, d, n, mean);
+  enqueue(column_sums_kernel<T>, grid, kColumns, stream, x, n, d, rows, mean, xc, dp, partial);
+  enqueue(column_means_kernel, blocks(d, kColumns), kColumns, stream, partial, n_chunks, d, n,
          squares);
-  launch(mean_kernel, 1, kThreads, stream, squares, d, variance);
+  enqueue(mean_kernel, 1, kThreads, stream, squares, d, variance);
   return cudaGetLastError();
 }
 
@@ -734,7 +699,7 @@ cudaError_t initialize_cuda(const Problem<T>& p, Init init, int64_t seed, T* cen
       cudaMemsetAsync(taken, 0, static_cast<size_t>(p.n_restarts * p.n_points), stream);
   if (status != cudaSuccess) return status;
   const int n_draws = init == Init::kCentral ? kCentralDraws : 1;
-  launch(sample_kernel<T>, static_cast<unsigned>(p.n_restarts), kThreads, stream, p, n_draws, seed,
+  enqueue(sample_kernel<T>, static_cast<unsigned>(p.n_restarts), kThreads, stream, p, n_draws, seed,
          x_norms, taken, rows, centers);
   return cudaGetLastError();
 }
@@ -769,14 +734,14 @@ cudaError_t lloyd_cuda(const Problem<T>& p, const double* tolerance, bool norm_r
     launch_assign<T>(p, x_norms, centers, norms, converged, labels, stream);
     status = cudaMemsetAsync(counts, 0, static_cast<size_t>(n_centers) * sizeof(int32_t), stream);
     if (status != cudaSuccess) return status;
-    launch(count_kernel<T>, count_grid, kThreads, stream, p, labels, converged, kCountRows, counts);
-    launch(repair_kernel<T>, restarts, kThreads, stream, p, centers, converged, labels, counts,
+    enqueue(count_kernel<T>, count_grid, kThreads, stream, p, labels, converged, kCountRows, counts);
+    enqueue(repair_kernel<T>, restarts, kThreads, stream, p, centers, converged, labels, counts,
            distances, repaired);
-    launch(sums_kernel<T>, static_cast<unsigned>(sum_blocks), kThreads, stream, p, labels,
+    enqueue(sums_kernel<T>, static_cast<unsigned>(sum_blocks), kThreads, stream, p, labels,
            converged, rows, n_chunks, partial);
-    launch(means_kernel<T>, static_cast<unsigned>(n_centers), 128, stream, p, converged, counts,
+    enqueue(means_kernel<T>, static_cast<unsigned>(n_centers), 128, stream, p, converged, counts,
            n_chunks, partial, centers, norms, shift);
-    launch(converge_kernel, blocks(p.n_restarts, 32), 32, stream, p.n_restarts, p.n_clusters, shift,
+    enqueue(converge_kernel, blocks(p.n_restarts, 32), 32, stream, p.n_restarts, p.n_clusters, shift,
            repaired, tolerance, norm_rule, n_iter, converged);
   }
   return cudaGetLastError();
@@ -792,8 +757,8 @@ cudaError_t assign_cuda(const Problem<T>& p, const T* centers, int32_t* labels, 
   auto* sums = take<double>(allocate, p.n_restarts * n_blocks);
   launch_assign<T>(p, x_norms, centers, norms, nullptr, labels, stream);
   const dim3 grid(static_cast<unsigned>(n_blocks), static_cast<unsigned>(p.n_restarts));
-  launch(inertia_kernel<T>, grid, kThreads, stream, p, centers, labels, sums);
-  launch(total_kernel, static_cast<unsigned>(p.n_restarts), kThreads, stream, sums, n_blocks,
+  enqueue(inertia_kernel<T>, grid, kThreads, stream, p, centers, labels, sums);
+  enqueue(total_kernel, static_cast<unsigned>(p.n_restarts), kThreads, stream, sums, n_blocks,
          inertia);
   return cudaGetLastError();
 }

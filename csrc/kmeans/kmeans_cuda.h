@@ -6,14 +6,10 @@
 #include <cuda_runtime.h>
 #endif
 
-#include <cstddef>
-#include <functional>
-
+#include "common/launch.cuh"
 #include "kmeans/kmeans.h"
 
 namespace fastclust::kmeans {
-
-using Allocate = std::function<void*(size_t bytes)>;
 
 template <typename T>
 cudaError_t center_cuda(const T* x, int64_t n, int64_t d, T* xc, int64_t dp, double* mean,

@@ -29,6 +29,10 @@ struct Rows {
 template <typename T>
 void column_means(const Rows<T>& x, T* out);
 
+// out [M, B, D]: X_c; rows past the end of a short last batch are zero.
+template <typename T>
+void center(const Rows<T>& x, T* out);
+
 // out [M, D, D] = X_c^T X_c of each batch.
 template <typename T>
 void gram(const Rows<T>& x, T* out);

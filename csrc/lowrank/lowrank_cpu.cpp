@@ -24,6 +24,7 @@
 #include "common/rng.h"
 #include "lowrank/lowrank.h"
 #include "lowrank/lowrank_kernel_impl.h"
+#include "lowrank/lowrank_map.h"
 
 namespace fastclust::lowrank {
 namespace {
@@ -139,6 +140,20 @@ void column_means(const Rows<T>& x, T* out) {
     }
     for (int64_t j = 0; j < n; ++j) {
       out[batch * d + j0 + j] = static_cast<T>(double(first[j]) + sum[j] / double(rows));
+    }
+  });
+}
+
+template <typename T>
+void center(const Rows<T>& x, T* out) {
+  const int64_t size = x.n_batches() * x.batch_size;
+  parallel_for(size, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (i < x.n_rows) {
+        load_panel(x, i, 1, out + i * x.n_cols);
+      } else {
+        std::fill_n(out + i * x.n_cols, x.n_cols, T(0));
+      }
     }
   });
 }
@@ -412,8 +427,7 @@ Triangle gram_factor(int64_t n, int64_t l, const float* y) {
   });
   add_slots(partial, n_slots, l * l, g.data());
   Triangle out(l);
-  // Half a unit of float rounding, squared: shorter than that, a column is noise.
-  kernels().small.cholesky(l, 3.6e-15, g.data(), out.r.data(), out.inverse.data());
+  kernels().small.cholesky(l, kFloatNoise, g.data(), out.r.data(), out.inverse.data());
   return out;
 }
 
@@ -618,6 +632,7 @@ void normal(int64_t n_batches, int64_t first_batch, int64_t n, int64_t width, ui
 
 #define FASTCLUST_INSTANTIATE(T)                                                                 \
   template void column_means<T>(const Rows<T>&, T*);                                             \
+  template void center<T>(const Rows<T>&, T*);                                                   \
   template void gram<T>(const Rows<T>&, T*);                                                     \
   template void multiply<T>(int64_t, int64_t, int64_t, int64_t, const T*, const T*, T*);         \
   template void project<T>(const Rows<T>&, int64_t, const T*, T*);                               \

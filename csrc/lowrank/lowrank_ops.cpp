@@ -1,62 +1,8 @@
 // Registers the CPU operators of the batched randomised SVD; schemas in csrc/library.cpp.
-#include <optional>
-#include <tuple>
-
-#include "common/tensor.h"
-#include "lowrank/lowrank.h"
+#include "lowrank/lowrank_args.h"
 
 namespace fastclust::lowrank {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-
-template <typename F>
-auto dispatch(const Tensor& t, const F& f) {
-  if (t.scalar_type() == ScalarType::Double) return f(double{});
-  check_dtype(t, "values", ScalarType::Float);
-  return f(float{});
-}
-
-// values [N, D] (dense), or values [nnz] with indptr [N + 1] int64 and indices [nnz] int32;
-// mean [M, D].
-template <typename T>
-Rows<T> rows_of(const Tensor& values, const OptionalTensor& indptr, const OptionalTensor& indices,
-                const OptionalTensor& mean, int64_t n_cols, int64_t batch_size) {
-  STD_TORCH_CHECK(batch_size > 0 && n_cols > 0, "batch_size and n_cols must be positive");
-  STD_TORCH_CHECK(indptr.has_value() == indices.has_value(),
-                  "indptr and indices must be given together");
-  int64_t n_rows;
-  if (indptr.has_value()) {
-    check_shape(values, "values", {-1});
-    check_shape(*indptr, "indptr", {-1});
-    check_shape(*indices, "indices", {values.size(0)});
-    check_dtype(*indptr, "indptr", ScalarType::Long);
-    check_dtype(*indices, "indices", ScalarType::Int);
-    n_rows = indptr->size(0) - 1;
-  } else {
-    check_shape(values, "values", {-1, n_cols});
-    n_rows = values.size(0);
-  }
-  STD_TORCH_CHECK(n_rows > 0, "x must have rows");
-  const Rows<T> x{read_ptr<T>(values), read_ptr<int64_t>(indptr), read_ptr<int32_t>(indices),
-                  read_ptr<T>(mean), n_rows, n_cols, batch_size};
-  if (mean.has_value()) {
-    check_shape(*mean, "mean", {x.n_batches(), n_cols});
-    check_dtype(*mean, "mean", values.scalar_type());
-  }
-  return x;
-}
-
-Tensor mean_op(Tensor values, OptionalTensor indptr, OptionalTensor indices, int64_t n_cols,
-               int64_t batch_size) {
-  return dispatch(values, [&](auto zero) {
-    using T = decltype(zero);
-    const auto x = rows_of<T>(values, indptr, indices, std::nullopt, n_cols, batch_size);
-    Tensor out = new_empty(values, {x.n_batches(), n_cols});
-    column_means(x, write_ptr<T>(out));
-    return out;
-  });
-}
 
 Tensor gram_op(Tensor values, OptionalTensor indptr, OptionalTensor indices, OptionalTensor mean,
                int64_t n_cols, int64_t batch_size) {
@@ -108,63 +54,30 @@ Tensor multiply_op(Tensor a, Tensor b) {
   });
 }
 
-std::tuple<Tensor, Tensor> orthonormalize_op(Tensor y, OptionalTensor v, OptionalTensor bound,
-                                             double root, int64_t passes) {
-  return dispatch(y, [&](auto zero) {
-    using T = decltype(zero);
-    check_shape(y, "y", {-1, -1, -1});
-    STD_TORCH_CHECK(passes == 1 || passes == 2, "passes must be 1 or 2, got ", passes);
-    const int64_t m = y.size(0), n = y.size(1), l = y.size(2);
-    if (v.has_value()) {
-      check_shape(*v, "v", {m, n, l});
-      check_dtype(*v, "v", y.scalar_type());
-    }
-    if (bound.has_value()) {
-      check_shape(*bound, "bound", {m});
-      check_dtype(*bound, "bound", ScalarType::Double);
-    }
-    Tensor q = new_empty(y, {m, n, l});
-    Tensor new_bound = new_empty(y, {m}, ScalarType::Double);
-    orthonormalize(Orthonormalize<T>{m, n, l, static_cast<int>(passes), root, read_ptr<T>(y),
-                                     read_ptr<T>(v), read_ptr<double>(bound), write_ptr<T>(q),
-                                     write_ptr<double>(new_bound)});
-    return std::make_tuple(q, new_bound);
-  });
-}
-
-std::tuple<Tensor, Tensor, Tensor> thin_svd_op(Tensor y, int64_t rank) {
-  return dispatch(y, [&](auto zero) {
-    using T = decltype(zero);
-    check_shape(y, "y", {-1, -1, -1});
-    const int64_t m = y.size(0), n = y.size(1), l = y.size(2);
-    STD_TORCH_CHECK(rank >= 0 && rank <= l, "rank must be at most ", l, ", got ", rank);
-    Tensor u = new_empty(y, {m, n, rank}), s = new_empty(y, {m, l}, ScalarType::Double);
-    Tensor vt = new_empty(y, {m, l, l}, ScalarType::Double);
-    thin_svd(ThinSvd<T>{m, n, l, rank, read_ptr<T>(y), write_ptr<T>(u), write_ptr<double>(s),
-                        write_ptr<double>(vt)});
-    return std::make_tuple(u, s, vt);
-  });
-}
-
-Tensor normal_op(Tensor like, int64_t n_batches, int64_t first_batch, int64_t n_rows, int64_t width,
-                 int64_t seed) {
-  return dispatch(like, [&](auto zero) {
-    using T = decltype(zero);
-    Tensor out = new_empty(like, {n_batches, n_rows, width});
-    normal(n_batches, first_batch, n_rows, width, static_cast<uint64_t>(seed), write_ptr<T>(out));
-    return out;
-  });
-}
+struct Cpu {
+#define FASTCLUST_FORWARD(name)                                 \
+  template <typename... Args>                                   \
+  static void name(const Tensor&, const Args&... args) {        \
+    lowrank::name(args...);                                     \
+  }
+  FASTCLUST_FORWARD(column_means)
+  FASTCLUST_FORWARD(center)
+  FASTCLUST_FORWARD(orthonormalize)
+  FASTCLUST_FORWARD(thin_svd)
+  FASTCLUST_FORWARD(normal)
+#undef FASTCLUST_FORWARD
+};
 
 STABLE_TORCH_LIBRARY_IMPL(fastclust, CPU, m) {
-  m.impl("lowrank_mean", TORCH_BOX(&mean_op));
+  m.impl("lowrank_mean", TORCH_BOX(&mean_op<Cpu>));
+  m.impl("lowrank_center", TORCH_BOX(&center_op<Cpu>));
   m.impl("lowrank_gram", TORCH_BOX(&gram_op));
   m.impl("lowrank_project", TORCH_BOX(&project_op));
   m.impl("lowrank_project_transposed", TORCH_BOX(&project_transposed_op));
   m.impl("lowrank_multiply", TORCH_BOX(&multiply_op));
-  m.impl("lowrank_orthonormalize", TORCH_BOX(&orthonormalize_op));
-  m.impl("lowrank_thin_svd", TORCH_BOX(&thin_svd_op));
-  m.impl("lowrank_normal", TORCH_BOX(&normal_op));
+  m.impl("lowrank_orthonormalize", TORCH_BOX(&orthonormalize_op<Cpu>));
+  m.impl("lowrank_thin_svd", TORCH_BOX(&thin_svd_op<Cpu>));
+  m.impl("lowrank_normal", TORCH_BOX(&normal_op<Cpu>));
 }
 
 }  // namespace

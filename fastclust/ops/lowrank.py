@@ -694,6 +694,18 @@ def _(
     return values.new_empty(_n_batches(values, indptr, batch_size), n_cols)
 
 
+@torch.library.register_fake("fastclust::lowrank_center")
+def _(
+    values: Tensor,
+    indptr: _Optional,
+    indices: _Optional,
+    mean: _Optional,
+    n_cols: int,
+    batch_size: int,
+) -> Tensor:
+    return values.new_empty(_n_batches(values, indptr, batch_size), batch_size, n_cols)
+
+
 @torch.library.register_fake("fastclust::lowrank_gram")
 def _(
     values: Tensor,

@@ -33,52 +33,25 @@ inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int atomicAdd(int* address, int value) { return std::exchange(*address, *address + value); }
 
 constexpr cudaError_t cudaErrorInvalidConfiguration = cudaErrorInvalidValue;
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   std::memset(p, value, bytes);
   return cudaSuccess;
 }
 
-namespace fastclust::kmeans {
-
-template <typename... Parameters, typename... Args>
-void launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream,
-            Args... args) {
-  const auto call = [&] { kernel(args...); };
-  using Call = decltype(call);
-  void (*run)(const Call*) = [](const Call* c) { (*c)(); };
-  fastclust::launch(run, grid, threads, 0, stream, &call);
-}
-
-}  // namespace fastclust::kmeans
-
+#include "device/emulated_launch.h"
 #include "kmeans/kmeans_cuda.cu"
 
 namespace {
 
 using namespace fastclust::kmeans;
-
-// Memory that starts as NaN in every format.
-class Memory {
- public:
-  Allocate allocate() {
-    return [this](size_t bytes) -> void* {
-      pieces_.emplace_back(new unsigned char[bytes + 64]);
-      std::memset(pieces_.back().get(), 0xff, bytes + 64);
-      return pieces_.back().get();
-    };
-  }
-
- private:
-  std::vector<std::unique_ptr<unsigned char[]>> pieces_;
-};
+using fastclust::Allocate;
 
 template <typename T>
 void solve(const T* x, int64_t n, int64_t d, int64_t n_clusters, int64_t n_restarts, int init,
            int64_t seed, double tol, int64_t max_iter, T* xc, int64_t dp, double* mean,
            double* variance, T* centers, T* starts, int64_t* n_iter, bool* converged,
            int32_t* labels, double* inertia) {
-  Memory memory;
+  emulator::Memory memory;
   const Allocate allocate = memory.allocate();
   center_cuda(x, n, d, xc, dp, mean, variance, allocate, nullptr);
   const Problem<T> p{xc, n, dp, n_clusters, n_restarts};
