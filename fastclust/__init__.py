@@ -1,6 +1,6 @@
 """fastclust: clustering of attributed graphs with fused CPU and CUDA kernels."""
 
-from fastclust import metrics, ops, plot
+from fastclust import interop, metrics, nn, ops, plot
 from fastclust._version import __version__
 from fastclust.datasets import load_dataset, load_npz
 from fastclust.estimators import ECNMF, HSAN, SSGC
@@ -13,10 +13,12 @@ __all__ = [
     "SSGC",
     "Graph",
     "__version__",
+    "interop",
     "load_dataset",
     "load_npz",
     "make_attributed_sbm",
     "metrics",
+    "nn",
     "ops",
     "plot",
 ]

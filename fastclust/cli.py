@@ -32,6 +32,7 @@ __all__ = [
     "Parser",
     "Progress",
     "UsageError",
+    "cluster_count",
     "convert",
     "count",
     "did_you_mean",
@@ -209,6 +210,11 @@ def count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
     return value
+
+
+def cluster_count(text: str) -> int | str:
+    """A number of clusters, or "auto", as an argparse type."""
+    return "auto" if text == "auto" else count(text)
 
 
 def parse_seeds(text: str) -> list[int]:

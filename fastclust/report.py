@@ -59,7 +59,7 @@ STYLE: dict[str, Any] = {
 # --- terminal ----------------------------------------------------------------------------------
 
 
-def headline(model: str, dataset: Dataset, n_clusters: int, where: str) -> str:
+def headline(model: str, dataset: Dataset, n_clusters: int | str, where: str) -> str:
     """One line on what is about to run."""
     return (
         f"{MODEL_NAMES[model]} on {dataset.name}: {dataset.n_nodes:,} nodes, "

@@ -18,6 +18,7 @@ are in place.
 
 from __future__ import annotations
 
+import csv
 import errno
 import io
 import json
@@ -25,7 +26,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +148,19 @@ class RunDirectory:
         """Where the files of one seed lie."""
         return self.root if seed == self._first else self.root / f"seed-{seed}"
 
-    def write_seed(self, seed: int, estimator: Any) -> None:
-        """Write the clusters, the embedding and the model of a fitted estimator."""
+    def write_seed(self, seed: int, estimator: Any, names: Iterable[str] | None = None) -> None:
+        """Write the clusters, the embedding and the model of a fitted estimator.
+
+        Nodes go by ``names`` where there are some, else by their numbers.
+        """
         folder = self.folder(seed)
-        lines = [f"{node},{cluster}\n" for node, cluster in enumerate(estimator.labels_.tolist())]
-        write_atomically(folder / "assignments.csv", "node,cluster\n" + "".join(lines))
+        clusters = estimator.labels_.tolist()
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(["node", "cluster"])
+        nodes = range(len(clusters)) if names is None else names
+        writer.writerows(zip(nodes, clusters, strict=True))
+        write_atomically(folder / "assignments.csv", table.getvalue())
         buffer = io.BytesIO()
         np.save(buffer, estimator.embedding_, allow_pickle=False)
         write_atomically(folder / "embedding.npy", buffer.getvalue())

@@ -16,7 +16,7 @@ import sys
 import time
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from fastclust.datasets import Dataset, load_dataset
 from fastclust.estimators import ECNMF, HSAN, PRECISIONS, SSGC
 from fastclust.info import cpu_name, versions
 from fastclust.rundir import RunDirectory, read_toml, write_atomically
+from fastclust.tables import load_files
 from fastclust.training import SELECTIONS, internal_scores
 from fastclust.validation import check_device, check_n_clusters
 
@@ -40,7 +41,9 @@ MODELS: dict[str, Any] = {"ecnmf": ECNMF, "hsan": HSAN, "ssgc": SSGC}
 # Options that are parameters of the estimators under the same name.
 PARAMETER_OPTIONS = ("n_clusters", "device", "precision", "epochs", "selection", "protocol")
 # Settings of the run that are no parameters of the estimators.
-RUN_SETTINGS = ("dataset", "data_root", "model", "seeds")
+RUN_SETTINGS = ("dataset", "data_root", "edges", "features", "labels", "ids", "model", "seeds")
+# Of these, the files of a graph of one's own, see fastclust.tables.
+FILE_SETTINGS = ("edges", "features", "labels", "ids")
 # Parameters of the estimators that the run itself fills in.
 RUN_OWNED = ("random_state", "callbacks", "checkpoint_dir", "resume", "verbose")
 
@@ -56,12 +59,25 @@ examples:
       Amazon Computers; scores, assignments, model and report.html go to runs/amac
   python -m fastclust.train --dataset cora --model hsan --seeds 0-9 --out runs/cora
       ten seeds; interrupt it when you like, the same command with --resume goes on
-  python -m fastclust.train --dataset my_graph.npz --n-clusters 12 --out runs/mine
-      a graph of your own (no labels needed; formats: see fastclust.load_npz)
+  python -m fastclust.train --edges edges.csv --features users.csv --n-clusters auto --out runs/mine
+      a graph of your own, no labels needed; the number of clusters is estimated
+  python -m fastclust.train --edges links.mtx --features words.npz --labels topic.csv
+      matrices (Matrix Market, scipy.sparse.save_npz); scores against a file of labels
+  python -m fastclust.train --dataset my_graph.npz --n-clusters 12
+      adjacency, attributes and labels in one .npz file (formats: see fastclust.load_npz)
   python -m fastclust.train --dataset cora --set rank=20 --set lr=1e-3
       other hyper-parameters; --set help lists those of the model
   python -m fastclust.train --config runs/cora/config.toml
       repeat a run exactly
+
+files of your own:
+  --edges     two columns, the ends of each edge, and perhaps a third, its weight; or a matrix.
+              Without it: the graph of nearest neighbours of the attributes
+  --features  one row of numbers per node, with a header; or a matrix. A column named id, node or
+              node_id (or --ids NAME) names the nodes, which --edges then calls by these names;
+              otherwise nodes are 0, 1, 2, ... in the order of the rows
+  --labels    a column of the attribute table, or a file: one label per node, or node and label
+  tables: .csv .tsv .txt, .parquet (needs pyarrow); matrices: .npz of SciPy, .mtx, .npy
 
 settings, each overriding the one before:
   preset of the data set < --config < --set < options with a name of their own
@@ -83,6 +99,10 @@ def build_parser() -> cli.Parser:
         help="cora, citeseer, amap, amac, eat, uat, bat, digits, or the path of a .npz file "
         "(default: digits)",
     )
+    add("--edges", metavar="FILE", help="edges of your own graph: table or matrix, see below")
+    add("--features", metavar="FILE", help="attributes of your own graph: table or matrix")
+    add("--labels", metavar="COLUMN|FILE", help="known classes, to score the result with")
+    add("--ids", metavar="COLUMN", help="column of the attribute table that names the nodes")
     add(
         "--data-root",
         metavar="DIR",
@@ -90,9 +110,10 @@ def build_parser() -> cli.Parser:
     )
     add(
         "--n-clusters",
-        type=cli.count,
-        metavar="K",
-        help="number of clusters (default: the number of classes, where the data has labels)",
+        type=cli.cluster_count,
+        metavar="K|auto",
+        help="number of clusters; auto estimates it without labels (default: the number of "
+        "classes, where the data has labels)",
     )
 
     group = parser.add_argument_group("how")
@@ -158,6 +179,7 @@ class Plan:
     """A run with every setting resolved."""
 
     dataset: str
+    files: dict[str, str]  # of one's own, in place of a data set
     data_root: str | None
     model: str
     seeds: list[int]
@@ -165,7 +187,8 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """What ``config.toml`` holds."""
-        run: dict[str, Any] = {"dataset": self.dataset, "model": self.model, "seeds": self.seeds}
+        data: dict[str, Any] = dict(self.files) or {"dataset": self.dataset}
+        run = data | {"model": self.model, "seeds": self.seeds}
         if self.data_root is not None:
             run["data_root"] = self.data_root
         return run | self.parameters
@@ -203,6 +226,15 @@ def gather_settings(
 def resolve(settings: dict[str, Any]) -> tuple[Plan, Dataset]:
     """Check and complete the settings; loads the data, since K may come from its labels."""
     settings = dict(settings)
+    files = {
+        key: _text(settings.pop(key), key)
+        for key in FILE_SETTINGS
+        if settings.get(key, "none") != "none"
+    }
+    if files and "dataset" in settings:
+        raise UsageError(
+            f"--dataset and --{next(iter(files))} are two sources of data: give one of them"
+        )
     dataset_name = _text(settings.pop("dataset", "digits"), "dataset")
     data_root = settings.pop("data_root", None)
     model = _text(settings.pop("model", "ecnmf"), "model")
@@ -222,7 +254,12 @@ def resolve(settings: dict[str, Any]) -> tuple[Plan, Dataset]:
         settings[key] = cli.convert(key, value, hints[key])
 
     is_path = dataset_name.endswith(".npz") or os.sep in dataset_name
-    if is_path:
+    if files:
+        files = {key: _absolute(key, value) for key, value in files.items()}
+        dataset = load_files(**files)
+        dataset_name = dataset.name
+        preset = MODELS[model]()
+    elif is_path:
         dataset_name = os.path.abspath(os.path.expanduser(dataset_name))
         dataset = load_dataset(Path(dataset_name))
         preset = MODELS[model]()
@@ -236,11 +273,14 @@ def resolve(settings: dict[str, Any]) -> tuple[Plan, Dataset]:
     parameters |= {"n_clusters": dataset.n_clusters} | settings
     if parameters["n_clusters"] is None:
         raise UsageError(
-            f"{dataset_name} has no labels to take the number of clusters from; give --n-clusters K"
+            f"{dataset_name} has no labels to take the number of clusters from; give "
+            f"--n-clusters K, or --n-clusters auto to have it estimated"
         )
-    check_n_clusters(parameters["n_clusters"], dataset.n_nodes)
+    if parameters["n_clusters"] != "auto":
+        check_n_clusters(parameters["n_clusters"], dataset.n_nodes)
     plan = Plan(
         dataset=dataset_name,
+        files=files,
         data_root=None if data_root is None else os.path.abspath(_text(data_root, "data_root")),
         model=model,
         seeds=seeds,
@@ -260,6 +300,12 @@ def _text(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UsageError(f"{name} must be a name or path, got {value!r}")
     return value.strip()
+
+
+def _absolute(key: str, value: str) -> str:
+    """A file's absolute path, so that the run can be repeated from anywhere; columns stay."""
+    path = os.path.abspath(os.path.expanduser(value))
+    return path if key in ("edges", "features") or os.path.exists(path) else value
 
 
 def _seeds(value: Any) -> list[int]:
@@ -407,6 +453,8 @@ def train_seed(
         **peak_memory(),
         "resolved": plain(estimator.resolved_),
     }
+    if estimator.n_clusters_evidence_ is not None:
+        run["n_clusters_evidence"] = estimator.n_clusters_evidence_
     return run, estimator, history
 
 
@@ -466,7 +514,8 @@ def summarise(plan: Plan, dataset: Dataset, runs: list[dict[str, Any]]) -> dict[
         "n_nodes": dataset.n_nodes,
         "n_edges": dataset.n_edges,
         "n_features": dataset.n_features,
-        "n_clusters": plan.parameters["n_clusters"],
+        # Estimated, it may differ between seeds: then it is that of the first.
+        "n_clusters": (runs[0]["resolved"] if runs else plan.parameters)["n_clusters"],
         "labelled": dataset.labels is not None,
         "complete": len(runs) == len(plan.seeds),
         "runs": runs,
@@ -510,7 +559,7 @@ def run(
     if directory is not None:
         # Seeds of an earlier call stay in the results.
         seeds = list(dict.fromkeys([*plan.seeds[:1], *finished, *plan.seeds]))
-        plan = Plan(plan.dataset, plan.data_root, plan.model, seeds, plan.parameters)
+        plan = replace(plan, seeds=seeds)
         directory.begin(plan.seeds, plan.config())
     progress = cli.make_progress(quiet)
     failure: OSError | None = None
@@ -535,7 +584,7 @@ def run(
         runs.append(plain(entry))
         if directory is not None and folder is not None:
             try:
-                directory.write_seed(seed, estimator)
+                directory.write_seed(seed, estimator, dataset.node_names)
                 history.finish(estimator.history_)
                 directory.write_result(plain(summarise(plan, dataset, runs)))
             except OSError as error:
@@ -566,7 +615,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 note(f"moved the earlier run in {directory.root} to {moved}")
     if not arguments.quiet:
         k, where = plan.parameters["n_clusters"], place(plan.parameters["device"])
-        note(report.headline(plan.model, dataset, k, where))
+        note(
+            report.headline(
+                plan.model, dataset, "an estimated number of" if k == "auto" else k, where
+            )
+        )
     result, failure = run(plan, dataset, directory, resume=saved is not None, quiet=arguments.quiet)
     print(json.dumps(result) if arguments.json else report.table(result), flush=True)
     if failure is not None:

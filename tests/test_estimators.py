@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastclust as fc
+from fastclust.callbacks import TensorBoard
 from fastclust.models.n_clusters import estimate_n_clusters
 from fastclust.presets import PRESETS
 from fastclust.validation import DataWarning
@@ -335,6 +337,26 @@ def test_ecnmf_takes_every_recombination(recombine, add_mean, two_blocks):
     adjacency, x, _ = two_blocks
     estimator = QUICK["ecnmf"](recombine=recombine, batch_size=16, rank=3, add_mean=add_mean)
     assert np.isfinite(estimator.fit(x, adjacency=adjacency).embedding_).all()
+
+
+def test_callbacks(two_blocks, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    adjacency, x, _ = two_blocks
+    epochs: list[int] = []
+    board = TensorBoard(tmp_path)
+    watched = QUICK["hsan"](callbacks=[board, lambda event: epochs.append(event.epoch)])
+    watched.fit(x, adjacency=adjacency)
+    assert epochs == [1, 2, 3]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    losses = [scalar.value for scalar in events.Scalars("loss")]
+    np.testing.assert_allclose(losses, [row["loss"] for row in watched.history_], rtol=1e-6)
+    assert len(events.Scalars("modularity")) == 2  # evaluated epochs
+    assert QUICK["hsan"](callbacks=epochs.append).fit(x, adjacency=adjacency)  # one callable
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install 'fastclust\[tensorboard\]'"):
+        TensorBoard(tmp_path)
 
 
 # --- unusual and bad input -----------------------------------------------------------------------

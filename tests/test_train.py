@@ -283,10 +283,135 @@ def test_precedence_and_round_trip(
     assert outcome(first) == outcome(again)
 
 
+def own_files(parts: dict[str, np.ndarray], folder: Path) -> tuple[str, ...]:
+    """The blocks as tables with named nodes; returns the options that name them."""
+    n = len(parts["labels"])
+    adjacency = sp.csr_array(
+        (np.ones(parts["adj_indices"].size), parts["adj_indices"], parts["adj_indptr"]), (n, n)
+    )
+    x = sp.csr_array((parts["x_data"], parts["x_indices"], parts["x_indptr"]), (n, 8)).toarray()
+    edges = sp.triu(adjacency).tocoo()
+    lines = [f"n{i},n{j}" for i, j in zip(edges.row, edges.col, strict=True)]
+    (folder / "edges.csv").write_text("source,target\n" + "\n".join(lines) + "\n")
+    rows = [
+        f"n{i},{label}," + ",".join(f"{value:.9g}" for value in row)
+        for i, (label, row) in enumerate(zip(parts["labels"], x, strict=True))
+    ]
+    header = "id,group," + ",".join(f"x{j}" for j in range(8))
+    (folder / "nodes.csv").write_text(header + "\n" + "\n".join(rows) + "\n")
+    return ("--edges", "edges.csv", "--features", "nodes.csv", "--labels", "group")
+
+
+def test_own_tables_and_exact_repetition(
+    capsys: pytest.CaptureFixture[str],
+    blocks: str,
+    parts: dict[str, np.ndarray],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = own_files(parts, tmp_path)
+    arguments = ("--epochs", "3", *SMALL, "--out")
+    code, _, err = call(capsys, *files, *arguments, "own")
+    assert code == 0, err
+    assert call(capsys, "--dataset", blocks, *arguments, "npz")[0] == 0
+    own, npz = outcome(Path("own")), outcome(Path("npz"))
+    assert own["result"]["runs"] == npz["result"]["runs"], "the same graph, the same result"
+    names, clusters = zip(
+        *(line.split(",") for line in Path("own/assignments.csv").read_text().splitlines()),
+        strict=True,
+    )
+    assert names == ("node", *(f"n{i}" for i in range(60)))
+    assert [*clusters[1:]] == [str(k) for k in ECNMF.load("own").labels_]
+
+    # from elsewhere: the configuration holds absolute paths
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    code, _, err = call(capsys, "--config", "../own/config.toml", "--out", "again")
+    assert code == 0, err
+    assert outcome(Path("again")) == own
+    code, _, err = call(capsys, "--out", str(tmp_path / "own"), "--resume")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("model", ["ecnmf", "hsan", "ssgc"])
+def test_estimated_number_of_clusters_repeats(
+    capsys: pytest.CaptureFixture[str], unlabelled: str, tmp_path: Path, model: str
+) -> None:
+    small = () if model == "ssgc" else ("--epochs", "2", "--set", "width=8")
+    arguments = ("--dataset", unlabelled, "--model", model, *small, "--n-clusters", "auto")
+    first, again = tmp_path / "first", tmp_path / "again"
+    code, _, err = call(capsys, *arguments, "--out", str(first))
+    assert code == 0 and "an estimated number of clusters" in err, err
+    result = json.loads((first / "result.json").read_text())
+    assert result["n_clusters"] == result["config"]["n_clusters"]
+    assert 2 <= result["n_clusters"] <= 6
+    assert len(result["runs"][0]["n_clusters_evidence"]["agreement"]) == 5
+    assert 'n_clusters = "auto"' in (first / "config.toml").read_text()
+    assert call(capsys, "--config", str(first / "config.toml"), "--out", str(again))[0] == 0
+    for name in ("assignments.csv", "embedding.npy", "model.safetensors", "config.toml"):
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["--edges", "edges.csv"], "features must be given"),
+        (["--edges", "edges.csv", "--features", "nodes.csv"], "give --n-clusters K"),
+        (["--features", "nodes.csv", "--dataset", "cora"], "two sources of data"),
+        (["--features", "nodes.csv", "--labels", "grup"], "did you mean group?"),
+        (["--features", "nodes.csv", "--ids", "name"], "must have the column 'name'"),
+        (["--edges", "absent.csv", "--features", "nodes.csv"], "absent.csv does not exist"),
+        (["--set", "edges=x.csv"], "use --edges instead"),
+        (["--n-clusters", "some"], "whole number of 1 or more, got 'some'"),
+    ],
+)
+def test_mistakes_with_own_files(
+    capsys: pytest.CaptureFixture[str],
+    parts: dict[str, np.ndarray],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    fragment: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own_files(parts, tmp_path)
+    code, out, err = call(capsys, *arguments, "--quiet")
+    assert code == 2 and fragment in err
+    assert out == "" and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_one_command_for_all_modules(blocks: str) -> None:
+    def fastclust_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "fastclust", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    run = ("--dataset", blocks, "--epochs", "1", "--json", "--quiet", *SMALL)
+    alone, whole = spawn(*run), fastclust_command("train", *run)
+    assert whole.returncode == alone.returncode == 0, whole.stderr
+    first, second = (json.loads(done.stdout)["runs"][0]["metrics"] for done in (alone, whole))
+    assert first == second
+    usage = fastclust_command()
+    assert usage.returncode == 0 and "train" in usage.stdout and "compare" in usage.stdout
+    wrong = fastclust_command("trian")
+    assert wrong.returncode == 2 and "did you mean train?" in wrong.stderr
+    version = fastclust_command("--version")
+    assert version.stdout.strip() == f"fastclust {fastclust.__version__}"
+
+
 def test_help_teaches() -> None:
     done = spawn("--help")
     assert done.returncode == 0 and done.stderr == ""
-    for text in ("examples:", "--resume", "--set", "exit codes", "amac", "my_graph.npz"):
+    for text in (
+        "examples:",
+        "--resume",
+        "--set",
+        "exit codes",
+        "amac",
+        "my_graph.npz",
+        "--edges edges.csv",
+    ):
         assert text in done.stdout
 
 

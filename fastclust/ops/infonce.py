@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastclust import _library  # noqa: F401  (registers the operators)
+from fastclust.interop import as_operand
 from fastclust.memory import require_memory
 
 #: Arithmetic of the products, as numbered in csrc/infonce/infonce.h.
@@ -198,6 +199,7 @@ def hardness(
     """
     z, e, alpha = _check_views(z, e, alpha)
     n = z.shape[0] // 2
+    labels, confident = as_operand(labels), as_operand(confident)
     _check_vector(labels, "labels", n, z.device, (torch.int64, torch.int32))
     _check_vector(confident, "confident", n, z.device, (torch.bool,))
     if not isinstance(beta, int | float):
@@ -305,6 +307,7 @@ def _check_views(
     z: Tensor, e: Tensor | None, alpha: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Check the embeddings and return them contiguous, e as a tensor, alpha 0-d in their dtype."""
+    z = as_operand(z)
     _check_embedding(z, "z")
     rows = z.shape[0]
     if rows == 0 or rows % 2:
@@ -315,6 +318,7 @@ def _check_views(
     if e is None:
         e = z.new_empty((rows, 0))
     else:
+        e = as_operand(e)
         _check_embedding(e, "e")
         if e.shape[0] != rows:
             raise ValueError(

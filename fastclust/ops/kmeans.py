@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastclust import _library  # noqa: F401  (registers the operators)
+from fastclust.interop import as_operand
 
 _METHODS = {"k-means++": 0, "random": 1, "paper-code": 2}
 # The released HSAN code: at most this many iterations, until (sum_k |dC_k|)^2 < 1e-4.
@@ -38,7 +40,7 @@ class KMeansResult:
     inertia
         Sum of squared distances of the points to their centres, summed in float64.
     n_iter
-        Lloyd iterations of that restart.
+        Lloyd iterations of that restart. Both are tensors inside ``torch.compile``.
     """
 
     labels: Tensor
@@ -121,6 +123,11 @@ def kmeans(
     >>> bool(result.labels[0] == result.labels[1])
     True
     """
+    x, init = as_operand(x), as_operand(init)
+    if torch.compiler.is_compiling():
+        given, method = (init, None) if isinstance(init, Tensor) else (None, init)
+        fit = torch.ops.fastclust.kmeans_fit
+        return KMeansResult(*fit(x, n_clusters, n_init, max_iter, tol, given, method, seed))
     _check_points(x)
     _check_integer("n_clusters", n_clusters, 1)
     _check_integer("n_init", n_init, 1)
@@ -239,6 +246,41 @@ def _check_integer(name: str, value: int, least: int | None) -> None:
         raise TypeError(f"{name} must be an integer, was {value!r}")
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, was {value}")
+
+
+@torch.library.custom_op("fastclust::kmeans_fit", mutates_args=())
+def _fit(
+    x: Tensor,
+    n_clusters: int,
+    n_init: int,
+    max_iter: int,
+    tol: float,
+    init: Tensor | None,
+    method: str | None,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The whole of :func:`kmeans` as one operator: its loops depend on the data."""
+    result = kmeans(
+        x,
+        n_clusters,
+        n_init=n_init,
+        max_iter=max_iter,
+        tol=tol,
+        init=method if init is None else init,
+        seed=seed,
+    )
+    inertia = x.new_tensor(result.inertia, dtype=torch.float64)
+    return result.labels, result.centers, inertia, x.new_tensor(result.n_iter, dtype=torch.int64)
+
+
+@_fit.register_fake
+def _(x: Tensor, n_clusters: int, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape[0], dtype=torch.int64),
+        x.new_empty(n_clusters, x.shape[1]),
+        x.new_empty((), dtype=torch.float64),
+        x.new_empty((), dtype=torch.int64),
+    )
 
 
 @torch.library.register_fake("fastclust::kmeans_center")

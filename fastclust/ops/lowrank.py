@@ -396,7 +396,7 @@ def _factor(
     # Squared in X_c^T X_c, small singular values come near to rounding: such batches take half a
     # step more, on the rows. The host looks only where that is free.
     steep = s[:, rank - 1] < 2 * torch.finfo(v.dtype).eps ** (1 / 3) * s[:, 0]  # [M]
-    if steep.is_cuda or steep.any():
+    if steep.is_cuda or torch.compiler.is_compiling() or steep.any():
         q, _ = ops.lowrank_orthonormalize(w, None, None, 0.0, 2)
         p, t, yt = ops.lowrank_thin_svd(rows.project_transposed(batch, mean, q), rank)
         steep = steep[:, None]

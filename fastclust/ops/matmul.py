@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastclust import _library  # noqa: F401  registers the operators
+from fastclust.interop import as_operand
 
 __all__ = ["matmul"]
 
@@ -57,6 +58,7 @@ def matmul(
     >>> matmul(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]), bias=torch.ones(1))
     tensor([[12.]])
     """
+    a, b, bias = as_operand(a), as_operand(b), as_operand(bias)
     _check(a, b, bias, out)
     if precision == "bf16":
         product = (a.bfloat16() @ b.bfloat16()).to(a.dtype)

@@ -8,6 +8,7 @@ import torch
 
 from fastclust import _library  # noqa: F401  registers the operators
 from fastclust.graph import Graph
+from fastclust.interop import as_operand
 
 __all__ = ["propagate"]
 
@@ -36,7 +37,8 @@ def propagate(
     graph : Graph
         On the device of ``h``.
     h : torch.Tensor
-        [N, d], float32 or float64, any strides; rows that are contiguous are read in place.
+        [N, d], float32 or float64, any strides, or an array that speaks DLPack (see
+        :mod:`fastclust.interop`); rows that are contiguous are read in place.
     residual : torch.Tensor, optional
         [N, d], added before the activation; of the dtype and on the device of ``h``. ``h``
         itself is read once only.
@@ -71,6 +73,9 @@ def propagate(
     tensor([[2.],
             [2.]])
     """
+    own_residual = residual is h and steps == 1
+    h = as_operand(h)
+    residual = h if own_residual else as_operand(residual)
     _check(graph, h, residual, activation, steps)
     relu = activation == "relu"
     if steps == 0:
@@ -78,7 +83,6 @@ def propagate(
         out = torch.relu(out) if relu else out
         return out.clone(memory_format=torch.contiguous_format) if out is h else out
 
-    own_residual = residual is h and steps == 1
     tensors = _graph_args(graph, h.dtype)
     out = h
     for _ in range(steps - 1):

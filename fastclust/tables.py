@@ -1,0 +1,406 @@
+"""A graph of one's own from files: a list of edges, a table of attributes, labels where there are.
+
+===================  =============================================================================
+``.csv .tsv .txt``   Text columns apart by tab, comma, semicolon or blanks. The first line is a
+                     header unless it holds a number; ``#`` and ``%`` begin lines of comment.
+``.parquet``         The same as columns of a Parquet file; needs pyarrow.
+``.npz``             A matrix from ``scipy.sparse.save_npz``.
+``.mtx``             A matrix in Matrix Market format, also ``.mtx.gz``.
+``.npy``             A dense matrix from ``numpy.save``.
+===================  =============================================================================
+
+Nodes are rows of the attributes. A column ``id``, ``node`` or ``node_id`` of the attribute table
+gives them names, by which the edges and labels may then call them; otherwise they are 0, 1, 2, ...
+Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.io
+import scipy.sparse as sp
+
+from fastclust.datasets import (
+    Dataset,
+    DatasetFormatError,
+    DatasetNotFoundError,
+    nearest_neighbor_graph,
+)
+from fastclust.validation import check_adjacency, check_features, check_labels
+
+__all__ = ["load_files"]
+
+ID_COLUMNS = ("id", "node", "node_id")
+_EDGE_WORDS = {"source", "target", "src", "dst", "from", "to", "u", "v", "node1", "node2"}
+_MATRICES = (".npz", ".mtx", ".npy")
+_N_NEIGHBORS = 10
+
+PathLike = str | os.PathLike[str]
+
+
+def load_files(
+    edges: PathLike | None = None,
+    features: PathLike | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    *,
+    ids: str | None = None,
+) -> Dataset:
+    """Read an attributed graph from files of one's own.
+
+    Parameters
+    ----------
+    edges : path, optional
+        A table of two columns, the ends of each undirected edge, and optionally a third, its
+        weight; an edge that is listed again counts once, with its largest weight. Or a square
+        matrix. Without it: the graph of 10 nearest neighbours of the attributes.
+    features : path
+        The attributes, a table of numbers or a matrix [N, D].
+    labels : str or path, optional
+        A column of the attribute table, or a file: a table with one label per node in the order of
+        the nodes, or with two columns, node and label.
+    ids : str, optional
+        The column of the attribute table that names the nodes; by default ``id``, ``node`` or
+        ``node_id``, where there is one.
+
+    Returns
+    -------
+    Dataset
+
+    Raises
+    ------
+    DatasetNotFoundError
+        A file does not exist.
+    DatasetFormatError
+        A file is damaged, not what its suffix says, or does not fit the others. The message names
+        the file and, where it can, the line or column.
+    """
+    if features is None:
+        raise DatasetFormatError("features must be given: the file of the nodes' attributes")
+    path = _existing(features)
+    table = None if _is_matrix(path) else _Table.read(path)
+    header = [] if table is None else table.header
+    if labels is not None and os.fspath(labels) not in header and not Path(labels).exists():
+        near = difflib.get_close_matches(os.fspath(labels), header, n=1)
+        raise DatasetNotFoundError(
+            f"labels must be a column of the attribute table or a file, got {os.fspath(labels)!r}"
+            + (f" (did you mean {near[0]}?)" if near else "")
+        )
+    names = label_column = None
+    if table is None:
+        matrix = _checked(check_features, _matrix(path), name=str(path))
+        if ids is not None:
+            raise DatasetFormatError(f"ids must be left out: {path} is a matrix without columns")
+    else:
+        id_column = _id_column(table, ids)
+        if id_column is not None:
+            names = _unique_names(table.text(id_column), table, id_column)
+        if labels is not None and os.fspath(labels) in table.header:
+            label_column = table.header.index(os.fspath(labels))
+        numeric = [i for i in range(table.width) if i not in (id_column, label_column)]
+        matrix = _checked(check_features, table.numbers(numeric), name=str(path))
+    n = int(matrix.shape[0])
+
+    if edges is None:
+        adjacency = nearest_neighbor_graph(matrix, _N_NEIGHBORS)
+    else:
+        adjacency = _adjacency(_existing(edges), n, names)
+    classes = None
+    if label_column is not None and table is not None:
+        classes = table.text(label_column)
+    elif labels is not None:
+        classes = _labels(labels, n, names)
+    if classes is not None:
+        if classes.dtype.kind in "OSU" and (np.char.str_len(classes.astype(str)) == 0).any():
+            raise DatasetFormatError(
+                "labels must be there for every node or for none; leave --labels out to cluster "
+                "without them"
+            )
+        classes = _checked(check_labels, classes, n, name="labels")
+    k = None if classes is None else int(classes.max()) + 1
+    return Dataset(path.name.partition(".")[0], adjacency, matrix, classes, k, names)
+
+
+# --- edges and labels -----------------------------------------------------------------------------
+
+
+def _adjacency(path: Path, n: int, names: npt.NDArray[np.str_] | None) -> sp.csr_array:
+    if _is_matrix(path):
+        return _checked(check_adjacency, _matrix(path), n, name=str(path))
+    table = _Table.read(path, edge_list=True)
+    if table.width not in (2, 3):
+        raise DatasetFormatError(
+            f"{path} must have two columns, the ends of each edge, and at most a third, its "
+            f"weight; got {table.width}"
+        )
+    ends = np.stack([_nodes(table.text(column), n, names, path) for column in (0, 1)])  # [2, E]
+    weights = table.numbers([2])[:, 0] if table.width == 3 else np.ones(ends.shape[1], np.float32)
+    # One entry per pair of nodes, of the largest of its weights, in both directions.
+    low, high = np.minimum(*ends), np.maximum(*ends)
+    order = np.lexsort((-weights, high, low))
+    low, high, weights = low[order], high[order], weights[order]
+    first = np.r_[True, (low[1:] != low[:-1]) | (high[1:] != high[:-1])][: low.size]
+    low, high, weights = low[first], high[first], weights[first]
+    upper = sp.csr_array((weights, (low, high)), shape=(n, n))
+    return _checked(check_adjacency, upper + upper.T, n, name=str(path))
+
+
+def _nodes(
+    ends: npt.NDArray[np.str_], n: int, names: npt.NDArray[np.str_] | None, path: Path
+) -> npt.NDArray[np.int64]:
+    """Node numbers from names, or from numbers as text."""
+    if names is None:
+        try:
+            nodes = ends.astype(np.int64)
+        except ValueError:
+            bad = str(next(end for end in ends if not end.lstrip("+-").isdigit()))
+            raise DatasetFormatError(
+                f"{path} must hold node numbers 0..{n - 1}, got {bad!r}; for nodes with names, "
+                f"give the attribute table a column {ID_COLUMNS[0]!r}, or name it with --ids"
+            ) from None
+        if nodes.size and not 0 <= nodes.min() <= nodes.max() < n:
+            raise DatasetFormatError(
+                f"{path} must hold node numbers 0..{n - 1}, one per row of the attributes, got "
+                f"{nodes.min()}..{nodes.max()}; numbers count from 0"
+            )
+        return nodes
+    order = np.argsort(names)
+    place = np.minimum(np.searchsorted(names, ends, sorter=order), n - 1)
+    nodes = order[place]
+    unknown = np.flatnonzero(names[nodes] != ends)
+    if unknown.size:
+        raise DatasetFormatError(
+            f"{path} must hold nodes of the attribute table only, got {str(ends[unknown[0]])!r}, "
+            f"which is not in its id column ({unknown.size} such entries)"
+        )
+    return nodes
+
+
+def _labels(labels: PathLike, n: int, names: npt.NDArray[np.str_] | None) -> npt.NDArray[Any]:
+    path = Path(labels)
+    if path.suffix == ".npy":
+        array = _matrix(path)
+        return np.asarray(array).reshape(-1)
+    table = _Table.read(path)
+    if table.width == 1:
+        classes = table.text(0)
+        if classes.size == n - 1 and table.header:
+            classes = np.concatenate([table.header, classes])  # a label like the others
+    elif table.width == 2:
+        nodes = _nodes(table.text(0), n, names, path)
+        if np.unique(nodes).size != nodes.size:
+            raise DatasetFormatError(f"{path} must hold one label per node, some have two")
+        classes = np.full(n, "", dtype=table.text(1).dtype)
+        classes[nodes] = table.text(1)
+    else:
+        raise DatasetFormatError(
+            f"{path} must have one column of labels, or two, node and label; got {table.width}"
+        )
+    if classes.size != n:
+        raise DatasetFormatError(f"{path} must hold one label per node ({n}), got {classes.size}")
+    return classes
+
+
+def _id_column(table: _Table, ids: str | None) -> int | None:
+    if ids is None:
+        found = [i for i, name in enumerate(table.header) if name.lower() in ID_COLUMNS]
+        return found[0] if found else None
+    if ids not in table.header:
+        near = difflib.get_close_matches(ids, table.header, n=1)
+        raise DatasetFormatError(
+            f"{table.path} must have the column {ids!r} that ids names"
+            + (f" (did you mean {near[0]}?)" if near else "")
+        )
+    return table.header.index(ids)
+
+
+def _unique_names(names: npt.NDArray[np.str_], table: _Table, column: int) -> npt.NDArray[np.str_]:
+    values, counts = np.unique(names, return_counts=True)
+    if (counts > 1).any():
+        raise DatasetFormatError(
+            f"{table.path} must name every node once, got {str(values[counts.argmax()])!r} "
+            f"{counts.max()} times in column {table.header[column]!r}"
+        )
+    return names
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _existing(path: PathLike) -> Path:
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise DatasetNotFoundError(f"{found} does not exist; give the path of a file")
+    if not found.is_file():
+        raise DatasetFormatError(f"{found} must be a file, got a directory or special file")
+    return found
+
+
+def _is_matrix(path: Path) -> bool:
+    return path.name.removesuffix(".gz").endswith(_MATRICES)
+
+
+def _matrix(path: Path) -> Any:
+    """A matrix from a .npz, .mtx or .npy file, sparse or dense."""
+    try:
+        if path.suffix == ".npz":
+            return sp.csr_array(sp.load_npz(path))
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False)
+        matrix = scipy.io.mmread(path)
+        return sp.csr_array(matrix) if sp.issparse(matrix) else np.asarray(matrix)
+    except Exception as error:  # a damaged file can raise nearly anything
+        text = " ".join(str(error).split())[:160]
+        kind = {".npz": "scipy.sparse.save_npz", ".npy": "numpy.save"}.get(path.suffix)
+        raise DatasetFormatError(
+            f"{path} must be a matrix "
+            f"{f'written by {kind}' if kind else 'in Matrix Market format'}: "
+            f"{text or type(error).__name__}"
+        ) from None
+
+
+def _checked(check: Any, *arguments: Any, name: str) -> Any:
+    """The result of a check, its errors as errors of a file."""
+    try:
+        return check(*arguments, name=name)
+    except (TypeError, ValueError) as error:
+        raise DatasetFormatError(str(error)) from None
+
+
+@dataclass
+class _Table:
+    """Columns of a text or Parquet file; ``header`` is empty where columns have no names."""
+
+    path: Path
+    header: list[str]
+    width: int
+    separator: str | None = None
+    skip: int = 0  # lines before the data
+    parquet: Any = None
+
+    @classmethod
+    def read(cls, path: Path, *, edge_list: bool = False) -> _Table:
+        if path.suffix == ".parquet":
+            return cls._read_parquet(path)
+        try:
+            with _open_text(path) as file:
+                used = ((i, line.strip()) for i, line in enumerate(file) if _is_data(line))
+                head = list(itertools.islice(used, 2))
+        except (OSError, UnicodeDecodeError, EOFError) as error:
+            raise DatasetFormatError(f"{path} must be a text table: {error}") from None
+        if not head:
+            raise DatasetFormatError(f"{path} must hold a table, got no line of data")
+        separator = next((mark for mark in "\t,;" if mark in head[0][1]), None)
+        rows = [_split(line, separator) for _, line in head]
+        is_header = not any(map(_is_number, rows[0]))
+        if edge_list and is_header:
+            # Ends may be names: then only known words or numbers below tell a header.
+            words = {word.lower() for word in rows[0]}
+            is_header = bool(words & _EDGE_WORDS) or any(map(_is_number, rows[-1][:2]))
+        skip = head[0][0] + is_header
+        return cls(path, rows[0] if is_header else [], len(rows[0]), separator, skip)
+
+    @classmethod
+    def _read_parquet(cls, path: Path) -> _Table:
+        try:
+            import pyarrow.parquet as parquet
+        except ImportError:
+            raise DatasetFormatError(
+                f"{path} must be read with pyarrow, which is not installed: pip install pyarrow, "
+                f"or save the table as CSV"
+            ) from None
+        try:
+            table = parquet.read_table(path)
+        except Exception as error:  # pyarrow has many kinds
+            text = " ".join(str(error).split())[:160]
+            raise DatasetFormatError(f"{path} must be a Parquet file: {text}") from None
+        return cls(path, list(table.column_names), table.num_columns, parquet=table)
+
+    def text(self, column: int) -> npt.NDArray[np.str_]:
+        """One column as text, without blanks around it."""
+        if self.parquet is not None:
+            values = self.parquet.column(column).to_pylist()
+            return np.array(["" if value is None else str(value) for value in values])
+        return np.char.strip(self._load([column], str)[:, 0])
+
+    def numbers(self, columns: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Columns of numbers, float32 [rows, columns]."""
+        if not columns:
+            raise DatasetFormatError(f"{self.path} must have columns of numbers, the attributes")
+        if self.parquet is None:
+            return np.asarray(self._load(columns, np.float32))
+        arrays = []
+        for column in columns:
+            array = self.parquet.column(column).to_numpy()
+            if array.dtype.kind not in "biuf":
+                raise DatasetFormatError(self._not_numeric(column, str(array[0])))
+            arrays.append(array.astype(np.float32))
+        return np.stack(arrays, axis=1)
+
+    def _load(self, columns: Sequence[int], dtype: Any) -> npt.NDArray[Any]:
+        try:
+            with _open_text(self.path) as file:
+                lines = (line for line in itertools.islice(file, self.skip, None) if _is_data(line))
+                return np.loadtxt(
+                    lines,
+                    dtype=dtype,
+                    comments=None,
+                    delimiter=self.separator,
+                    usecols=columns,
+                    quotechar='"',
+                    ndmin=2,
+                )
+        except (ValueError, IndexError, UnicodeDecodeError, OSError, EOFError) as error:
+            text = " ".join(str(error).split()).partition("; use")[0][:160]
+            if dtype is not str:
+                with _open_text(self.path) as file:
+                    line = next(itertools.islice(file, self.skip, None), "")
+                for column, word in enumerate(_split(line.strip(), self.separator)):
+                    if column in columns and not _is_number(word):
+                        text = self._not_numeric(column, word)
+                        raise DatasetFormatError(text) from None
+            raise DatasetFormatError(
+                f"{self.path} must be a table of {self.width} columns: {text} (rows of data count "
+                f"from 0)"
+            ) from None
+
+    def _not_numeric(self, column: int, value: str) -> str:
+        name = self.header[column] if self.header else f"{column + 1}"
+        return (
+            f"{self.path} must hold numbers in its attribute columns, got {value!r} in column "
+            f"{name!r}; leave the column out, encode it, or name it with --ids or --labels"
+        )
+
+
+def _open_text(path: Path) -> Any:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def _is_data(line: str) -> bool:
+    return line.strip() != "" and line.lstrip()[0] not in "#%"
+
+
+def _split(line: str, separator: str | None) -> list[str]:
+    if separator is None:
+        return line.split()
+    rows: Iterator[list[str]] = csv.reader([line], delimiter=separator)
+    return [word.strip() for word in next(rows)]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,185 @@
+"""Graphs from one's own files: every format gives the same graph, every mistake a clear message."""
+
+from __future__ import annotations
+
+import gzip
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import scipy.sparse as sp
+
+from fastclust.datasets import DatasetFormatError, DatasetNotFoundError
+from fastclust.tables import load_files
+
+# 0 - 1 - 2, 0 - 3, with names, attributes and classes
+NAMES = ["ann", "bob", "cy", "di"]
+X = np.array([[1, 0.5], [0, 2], [-3, 0], [0, 0]], np.float32)
+CLASSES = ["red", "blue", "red", "blue"]
+EDGES = [(0, 1), (1, 2), (0, 3)]
+A = np.zeros((4, 4), np.float32)
+for i, j in EDGES:
+    A[i, j] = A[j, i] = 1
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    lines = [f"{n},{a},{b},{c}" for n, (a, b), c in zip(NAMES, X, CLASSES, strict=True)]
+    write("named.csv", "id,height,weight,colour", *lines)
+    write("plain.csv", "height,weight", *(f"{a},{b}" for a, b in X))
+    write("edges.csv", "source,target", *(f"{NAMES[i]},{NAMES[j]}" for i, j in EDGES))
+    write("numbers.txt", "# a comment", *(f"{i} {j}" for i, j in EDGES))
+    return tmp_path
+
+
+def write(name: str, *lines: str) -> None:
+    Path(name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def check(dataset, *, adjacency=A, labelled=False, named=False) -> None:
+    np.testing.assert_array_equal(dataset.adjacency.toarray(), adjacency)
+    features = dataset.features.toarray() if sp.issparse(dataset.features) else dataset.features
+    np.testing.assert_array_equal(features, X)
+    assert features.dtype == np.float32
+    assert (dataset.labels is not None) == labelled == (dataset.n_clusters is not None)
+    if labelled:
+        assert dataset.labels.tolist() == [1, 0, 1, 0] and dataset.n_clusters == 2
+    assert (dataset.node_names is not None) == named
+    if named:
+        assert dataset.node_names.tolist() == NAMES
+
+
+def test_tables_with_names(folder):
+    check(load_files("edges.csv", "named.csv", "colour"), labelled=True, named=True)
+    check(load_files("edges.csv", "named.csv", "colour", ids="id"), labelled=True, named=True)
+
+
+def test_tables_with_numbers(folder):
+    check(load_files("numbers.txt", "plain.csv"))
+    write("tabs.tsv", *(f"{i}\t{j}" for i, j in EDGES))
+    write("semicolons.csv", "h;w", *(f"{a}; {b}" for a, b in X))
+    check(load_files("tabs.tsv", "semicolons.csv"))
+    write("no_header.txt", *(f"{a}\t{b}" for a, b in X))
+    check(load_files("numbers.txt", "no_header.txt"))
+    with gzip.open("edges.csv.gz", "wt") as file:
+        file.write("u,v\n" + "".join(f"{i},{j}\n" for i, j in EDGES))
+    check(load_files("edges.csv.gz", "plain.csv"))
+    write("byte_mark.csv", "\ufeffh,w", *(f"{a},{b}" for a, b in X))
+    check(load_files("numbers.txt", "byte_mark.csv"))
+
+
+def test_names_without_a_header_and_with_quotes(folder):
+    write("bare.csv", *(f"{NAMES[i]},{NAMES[j]}" for i, j in EDGES))
+    check(load_files("bare.csv", "named.csv", "colour"), labelled=True, named=True)
+    write(
+        "quoted.csv", "id,h,w", *(f'"{n}, jr",{a},{b}' for n, (a, b) in zip(NAMES, X, strict=True))
+    )
+    write("edges2.csv", "from,to", *(f'"{NAMES[i]}, jr","{NAMES[j]}, jr"' for i, j in EDGES))
+    assert load_files("edges2.csv", "quoted.csv").node_names[0] == "ann, jr"
+
+
+def test_repeated_and_weighted_edges(folder):
+    write("again.txt", *(f"{i} {j}" for i, j in EDGES), "1 0", "0 1")
+    check(load_files("again.txt", "plain.csv"))
+    write("weighted.csv", "source,target,weight", "0,1,2", "1,0,5", "1,2,0.5", "0,3,1")
+    expected = A.copy()
+    expected[0, 1] = expected[1, 0] = 5
+    expected[1, 2] = expected[2, 1] = 0.5
+    check(load_files("weighted.csv", "plain.csv"), adjacency=expected)
+
+
+def test_matrices(folder):
+    sp.save_npz("a.npz", sp.csr_matrix(A))
+    sp.save_npz("x.npz", sp.csc_array(X))
+    scipy.io.mmwrite("a.mtx", sp.coo_array(np.triu(A) + np.tril(A)))
+    scipy.io.mmwrite("x.mtx", X)
+    np.save("x.npy", X)
+    np.save("y.npy", np.array([4, 2, 4, 2]))
+    for edges in ("a.npz", "a.mtx", "numbers.txt"):
+        for features in ("x.npz", "x.mtx", "x.npy"):
+            check(load_files(edges, features, "y.npy"), labelled=True)
+    check(load_files("a.mtx", "named.csv", "colour"), labelled=True, named=True)
+
+
+def test_parquet(folder, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    columns = {"id": NAMES, "h": X[:, 0].tolist(), "w": X[:, 1].tolist(), "colour": CLASSES}
+    parquet.write_table(pa.table(columns), "x.parquet")
+    ends = {"u": [NAMES[i] for i, _ in EDGES], "v": [NAMES[j] for _, j in EDGES]}
+    parquet.write_table(pa.table(ends), "e.parquet")
+    check(load_files("e.parquet", "x.parquet", "colour"), labelled=True, named=True)
+    with pytest.raises(DatasetFormatError, match="numbers in its attribute columns, got 'red'"):
+        load_files("e.parquet", "x.parquet")
+    write("bad.parquet", "hello")
+    with pytest.raises(DatasetFormatError, match="must be a Parquet file"):
+        load_files("e.parquet", "bad.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DatasetFormatError, match="pip install pyarrow, or save the table as CSV"):
+        load_files("edges.csv", "x.parquet")
+
+
+def test_labels_from_files(folder):
+    write("y.txt", *CLASSES)
+    check(load_files("numbers.txt", "plain.csv", "y.txt"), labelled=True)
+    write("y.csv", "node,class", *(f"{i},{CLASSES[i]}" for i in (2, 0, 3, 1)))
+    check(load_files("numbers.txt", "plain.csv", "y.csv"), labelled=True)
+
+
+def test_attributes_alone_make_a_nearest_neighbour_graph(folder):
+    rng = np.random.default_rng(0)
+    np.save("x.npy", rng.normal(size=(50, 3)))
+    assert load_files(features="x.npy").adjacency.nnz >= 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("edges.csv", None), "features must be given"),
+        (("absent.csv", "plain.csv"), "absent.csv does not exist"),
+        (("edges.csv", "."), "must be a file, got a directory"),
+        (("edges.csv", "plain.csv"), "node numbers 0..3, got 'ann'; for nodes with names"),
+        (("numbers.txt", "named.csv", "colour"), "nodes of the attribute table only, got '0'"),
+        (("edges.csv", "named.csv"), "got 'red' in column 'colour'"),
+        (("edges.csv", "named.csv", "color"), r"did you mean colour\?"),
+        (("one.txt", "plain.csv"), "must have two columns"),
+        (("far.txt", "plain.csv"), r"node numbers 0..3, one per row .* got 1..4; numbers count"),
+        (("negative.txt", "plain.csv"), "no negative weights, got -1"),
+        (("ragged.csv", "plain.csv"), "must be a table of 2 columns: .*row 2"),
+        (("numbers.txt", "empty.csv"), "must hold a table, got no line of data"),
+        (("numbers.txt", "binary.csv"), "must be a text table"),
+        (("numbers.txt", "nan.csv"), "finite values only.*NaN at row 1, column 0"),
+        (("numbers.txt", "twice.csv"), "name every node once, got 'ann' 2 times"),
+        (("numbers.txt", "words.csv"), "got 'tall' in column 'h'"),
+        (("numbers.txt", "late.csv"), "could not convert string 'tall'"),
+        (("numbers.txt", "plain.csv", "short.txt"), r"one label per node \(4\), got 2"),
+        (("numbers.txt", "plain.csv", "some.csv"), "labels must be there for every node or for"),
+        (("numbers.txt", "bad.npz"), "written by scipy.sparse.save_npz"),
+        (("bad.mtx", "plain.csv"), "must be a matrix in Matrix Market format"),
+        (("wide.mtx", "plain.csv"), "must be square"),
+        (("numbers.txt", "bad.npy"), "written by numpy.save"),
+    ],
+)
+def test_mistakes(folder, arguments, message):
+    write("one.txt", "0", "1")
+    write("far.txt", "0 1", "1 4")
+    write("negative.txt", "0 1 -1")
+    write("ragged.csv", "source,target", "0,1", "2")
+    write("empty.csv", "", "# nothing")
+    Path("binary.csv").write_bytes(b"\xff\xfe\x00\x81" * 9)
+    write("nan.csv", "h,w", "1,2", "nan,2", "1,1", "1,1")
+    write("twice.csv", "id,h", "ann,1", "bob,2", "ann,3", "di,4")
+    write("words.csv", "h,w", "tall,1", "small,2")
+    write("late.csv", "h,w", "1,1", "tall,1")
+    write("short.txt", "1", "2")
+    write("some.csv", "node,class", "0,a", "1,b")
+    for name in ("bad.npz", "bad.npy", "bad.mtx"):
+        write(name, "no such matrix")
+    scipy.io.mmwrite("wide.mtx", sp.coo_array(np.ones((4, 5))))
+    with pytest.raises((DatasetFormatError, DatasetNotFoundError), match=message) as caught:
+        load_files(*arguments)
+    assert "\n" not in str(caught.value)
