@@ -15,11 +15,12 @@ __all__ = ["Graph"]
 Norm = Literal["rw", "sym", "none"]
 NORMS = ("rw", "sym", "none")
 
-# Nodes keep the caller's order. The best order that any search for communities could find, the
-# true communities of a synthetic graph by degree inside (200k nodes, 10M entries, 80 % of them
-# inside ten communities), made a step at d = 128 slower: 281-325 -> 340-430 ms on one thread,
-# 106-200 -> 170-200 on two. The kernels gather from panels of 16 columns that fit the cache in any
-# order; what an order adds is scattered reads and writes of the caller's rows.
+# Nodes keep the caller's order. The true communities of a synthetic graph (200k nodes, 10M
+# entries, 80 % of them inside ten communities), by degree inside, were no gain at d = 128 in a
+# prototype that gathers from panels of 16 columns: 258-418 ms in the caller's order, 329-493
+# sorted, on one thread, 99-271 and 170-216 on two. The two orders ran one after the other on a
+# machine with neighbours, so this shows no gain, not a loss; real graphs and other layouts were
+# not measured.
 
 # Edges per CPU task: small enough that threads finish together, large enough that handing out a
 # task costs nothing.

@@ -9,19 +9,22 @@
 // fastclust/graph.py, and neither they nor the panels depend on the thread count.
 //
 // What bounds it: bytes gathered, E d sizeof(T). On a 2-core Zen 4 machine (1 MB of L2 a core, 32 MB
-// of L3 shared with neighbours, 25 GB/s of copy, 30 GB/s of read) random rows of 64 to 256 bytes
-// arrive at 75 to 87 GB/s per core while the matrix is in L2 or L3, and at 8 to 10 GB/s from memory.
-// N / stored entries / d = 13752 / 492k / 64 (B) and 600 (A), 200k / 10M / 128 (C), one thread, hot,
-// a prototype of the inner loop; the gathered bytes alone take 1.5, 14 and 60 ms at the cache's rate:
-//   B  3.5 MB     in place 1.6 to 1.7 ms with panels of 32 or 64 columns, 1.9 with 16; copied 1.6
-//   A  33 MB      in place 193, 79, 40, 35 ms with 16, 32, 64, 128 columns (fewer pages the wider),
-//                 56 and 80 with 208 and 304; copied 36, 33, 40, 35 and, in huge pages, 32, 28, 33, 31
-//   C  102 MB     in place 585 (64 columns 556); copied 233 to 325 with 16 columns, 323 to 400 with
-//                 32, 423 with 64: 16 columns of all nodes are 13 MB, which L3 holds
-//   prefetch      in place needs it (A 47 -> 31 ms); on a copy near the core it only costs (A, 32
-//                 columns 33 -> 40 ms; 16 columns 36 -> 57), on C it gains: 324 -> 276 -> 233 ms with
-//                 none, 16 and 32 edges ahead
-//   stores around the cache, C: 157 -> 106 and 134 -> 99 ms on two threads, nothing sure on one
+// of L3 shared with neighbours, 25 GB/s of copy, 30 GB/s of read) random rows of 128 to 256 bytes
+// arrived at 75 to 87 GB/s per core at best while the matrix was in L2 or L3, at 8 to 10 from memory.
+// N / stored entries / d = 13752 / 492k / 64 (B) and 600 (A), 200k / 10M / 128 (C). Least of six
+// calls of a prototype of the inner loop, one thread, hot; variants one after the other, not
+// interleaved, and the same variant differed by up to two times between runs, so that only gaps
+// larger than that tell anything:
+//   B  3.5 MB     in place 1.6 to 2.7 ms with panels of 32 or 64 columns; copied 1.6 to 3.2. The
+//                 kernel itself took 2.5 to 3.4 ms; where the rest goes was not found
+//   A  33 MB      in place 193, 79, 40, 35 ms with 16, 32, 64, 128 columns (fewer pages the wider);
+//                 copied 36, 33, 40, 35
+//   C  102 MB     in place 520 to 590; copied 233 to 499 with 16 columns, 323 to 551 with 32
+//   prefetch      in place A gains (128 columns 49 -> 31 ms); copied A loses (16 columns 36 -> 57);
+//                 copied C, 16 columns: 324, 276, 233 ms with none, 16 and 32 edges ahead in one run,
+//                 433, 487, 429 in the next
+// Stores around the cache are undecided: on C two threads the prototype went 157 -> 106 and 134 -> 99
+// ms, this kernel 175 -> 196 (interleaved). kCopyDegree was never measured.
 // Tried and left out: community order within the graph (see fastclust/graph.py).
 #include <sys/mman.h>
 
