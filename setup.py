@@ -91,6 +91,10 @@ class NinjaBuild(build_ext):
             )
             graph.rule("nvlink", f"{q(nvcc.path)} -shared $in -o $out $flags")
 
+        # Kernels of their own for Hopper are built where the architectures hold 9.0a.
+        hopper = [Path(s) for ext in self.extensions for s in ext.sources if s.endswith("_sm90.cu")]
+        nvcc_defines = ["-DFASTCLUST_SM90"] if hopper else []
+
         outputs = []
         for ext in self.extensions:
             objects = []
@@ -101,7 +105,8 @@ class NinjaBuild(build_ext):
                 if source.suffix == ".cu":
                     hopper_only = source.stem.endswith("_sm90")
                     gencode = toolchain.gencode_flags(archs, hopper_only=hopper_only)
-                    flags = [*toolchain.NVCC_FLAGS, *gencode, *common, f"-ccbin={cxx}"]
+                    flags = [*toolchain.NVCC_FLAGS, *gencode, *common, *nvcc_defines]
+                    flags.append(f"-ccbin={cxx}")
                     graph.build("nvcc", obj, [source], flags)
                 else:
                     flags = [*toolchain.CXX_FLAGS, *toolchain.simd_flags(source), *common]

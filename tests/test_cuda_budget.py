@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Blocks have 256 threads: 128 registers let two of them share a multiprocessor, 255 one.
 TWO_BLOCKS, ONE_BLOCK = 128, 255
+TILE_WORDS = 80  # bytes of local memory that the epilogue of T may take, once per tile
 LOOP_GAP = 64  # instructions; matrix instructions of one loop follow each other more closely
 
 
@@ -28,7 +29,8 @@ LOOP_GAP = 64  # instructions; matrix instructions of one loop follow each other
 class Budget:
     """Upper bounds per kernel; ``hmma`` is exact, per precision of the operands.
 
-    Some epilogues keep a few words in local memory, once per tile; the k loops must not.
+    Some epilogues keep a few words in local memory, once per tile; the k loops must not, which the
+    disassembly shows.
     """
 
     registers: int
@@ -47,43 +49,61 @@ BUDGETS = {
     r"forward_kernel<MmaPath<float, 1>, MmaPath<bf16, 3>, true>": Budget(
         ONE_BLOCK, {"TF32": 32, "BF16": 96}
     ),
-    r"tile_kernel<MmaPath<bf16, 1>, MmaPath<bf16, 3>, false>": Budget(TWO_BLOCKS, {"BF16": 32}),
-    r"tile_kernel<MmaPath<bf16, 1>, MmaPath<bf16, 3>, true>": Budget(ONE_BLOCK, {"BF16": 128}),
-    r"tile_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, false>": Budget(TWO_BLOCKS, {"BF16": 96}),
-    r"tile_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, true>": Budget(ONE_BLOCK, {"BF16": 192}),
-    r"tile_kernel<MmaPath<float, 1>, MmaPath<bf16, 3>, false>": Budget(TWO_BLOCKS, {"TF32": 32}),
-    r"tile_kernel<MmaPath<float, 1>, MmaPath<bf16, 3>, true>": Budget(
-        ONE_BLOCK, {"TF32": 32, "BF16": 96}
+    r"tile_kernel<MmaPath<bf16, 1>, MmaPath<bf16, 3>, false>": Budget(
+        TWO_BLOCKS, {"BF16": 32}, TILE_WORDS
     ),
-    r"product_kernel<MmaPath<bf16, 1>>": Budget(TWO_BLOCKS, {"BF16": 32}),
-    r"product_kernel<MmaPath<bf16, 3>>": Budget(TWO_BLOCKS, {"BF16": 96}),
-    r"product_kernel<MmaPath<float, 1>>": Budget(TWO_BLOCKS, {"TF32": 32}),
+    r"tile_kernel<MmaPath<bf16, 1>, MmaPath<bf16, 3>, true>": Budget(
+        ONE_BLOCK, {"BF16": 128}, TILE_WORDS
+    ),
+    r"tile_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, false>": Budget(
+        TWO_BLOCKS, {"BF16": 96}, TILE_WORDS
+    ),
+    r"tile_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, true>": Budget(
+        ONE_BLOCK, {"BF16": 192}, TILE_WORDS
+    ),
+    r"tile_kernel<MmaPath<float, 1>, MmaPath<bf16, 3>, false>": Budget(
+        TWO_BLOCKS, {"TF32": 32}, TILE_WORDS
+    ),
+    r"tile_kernel<MmaPath<float, 1>, MmaPath<bf16, 3>, true>": Budget(
+        ONE_BLOCK, {"TF32": 32, "BF16": 96}, TILE_WORDS
+    ),
+    # T X and T^T X
+    r"product_kernel<MmaPath<bf16, 1>>": Budget(TWO_BLOCKS, {"BF16": 64}),
+    r"product_kernel<MmaPath<bf16, 3>>": Budget(TWO_BLOCKS, {"BF16": 192}),
+    r"product_kernel<MmaPath<float, 1>>": Budget(TWO_BLOCKS, {"TF32": 48}),  # T^T X half unrolled
     r"range_kernel<MmaPath<bf16, 4>>": Budget(TWO_BLOCKS, {"BF16": 128}),
     # float64 and the small kernels around: bounded by memory or by plain arithmetic.
     r"(forward|tile|product|range)_kernel<PlainPath<double>.*>": Budget(ONE_BLOCK, {}),
-    r"(pack|sum|loss|inverse|finish|alpha|range_finish|rank|tile_mask)_kernel(<.*>)?": Budget(
-        64, {}
+    r"(pack|sum|loss|inverse|finish|alpha|range_finish|rank|tile_mask|needed)_kernel(<.*>)?": (
+        Budget(64, {})
     ),
+    # Hopper: one step of the ring is 4 wgmma per product and warpgroup. Blocks alone on a
+    # multiprocessor start with 168 registers a thread and move them to the consumers; of blocks of
+    # 288 threads two share one with 96.
+    r"sm90::(forward|tile)_kernel<1, false>": Budget(96, {"HGMMA": 4}),
+    r"sm90::(forward|tile)_kernel<3, false>": Budget(168, {"HGMMA": 12}),
+    r"sm90::(forward|tile)_kernel<1, true>": Budget(168, {"HGMMA": 16}),
+    r"sm90::(forward|tile)_kernel<3, true>": Budget(168, {"HGMMA": 24}),
+    r"sm90::product_kernel<1>": Budget(96, {"HGMMA": 24}),  # the ring of three unrolled
+    r"sm90::product_kernel<3>": Budget(168, {"HGMMA": 24}),
+    # Bounded by memory: no matrix instructions, registers for at least half of the threads.
+    r"propagate/.*": Budget(128, {}, 0),
     # The batched SVD: the small factorisations are one block per batch, bound by latency.
-    r"(column_means|center|normal|gram|apply|shift|shifted)_kernel(<(float|double)>)?": Budget(
-        64, {}, 40
+    r"lowrank/(column_means|center|normal|gram|apply|shift|shifted)_kernel(<(float|double)>)?": (
+        Budget(64, {}, 40)
     ),
-    r"(cholesky|gram_schmidt|jacobi)_kernel": Budget(TWO_BLOCKS, {}, 64),
-    # k-means.
-    r"(assign|measure|repair|sums)_kernel<(float|double)>": Budget(TWO_BLOCKS, {}),
-    r"(column_sums|square_norms|sample|draw|choose)_kernel<(float|double)>": Budget(64, {}, 40),
-    r"(count|means|inertia)_kernel<(float|double)>": Budget(64, {}, 40),
-    r"(mean|converge|total)_kernel": Budget(64, {}, 40),
+    r"lowrank/(cholesky|gram_schmidt|jacobi)_kernel": Budget(TWO_BLOCKS, {}, 64),
+    r"kmeans/(assign|measure|repair|sums)_kernel<(float|double)>": Budget(TWO_BLOCKS, {}),
+    r"kmeans/(column_sums|square_norms|sample|draw|choose|count|means|inertia)_kernel<.*>": (
+        Budget(64, {}, 40)
+    ),
+    r"kmeans/(mean|converge|total)_kernel": Budget(64, {}, 40),
 }
 
 
 def objects() -> list[Path]:
     """CUDA objects of the last build in this checkout."""
-    return sorted(
-        path
-        for op in ("infonce", "lowrank", "kmeans")
-        for path in ROOT.glob(f"build/**/{op}/*.cu.o")
-    )
+    return sorted(ROOT.glob("build/**/*.cu.o"))
 
 
 needs_build = pytest.mark.skipif(
@@ -99,11 +119,16 @@ def demangle(names: list[str]) -> dict[str, str]:
     text = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True).stdout
     short = {}
     for name, full in zip(names, text.splitlines(), strict=True):
-        full = re.sub(r"fastclust::\w+::(\(anonymous namespace\)::)?", "", full)
-        full = full.replace("unsigned short", "bf16")
+        full = full.replace("fastclust::infonce::", "").replace("unsigned short", "bf16")
+        full = full.replace("fastclust::", "").replace("(anonymous namespace)::", "")
         full = full.removeprefix("void ").partition("(")[0].replace(" >", ">")
         short[name] = full
     return short
+
+
+def in_folder(folder: str, kernel: str) -> str:
+    """Kernels of other operators go by their folder; those of the loss by name alone."""
+    return kernel if folder == "infonce" else f"{folder}/{kernel.removeprefix(folder + '::')}"
 
 
 def budget_of(kernel: str) -> Budget:
@@ -122,12 +147,13 @@ def test_registers_and_spills() -> None:
     )
     rows = []
     for obj in objects():
-        rows += entry.findall(Path(f"{obj}.ptxas").read_text())
+        found = entry.findall(Path(f"{obj}.ptxas").read_text())
+        rows += [(obj.parent.name, *row) for row in found]
     assert rows, "the assembler's reports are empty: build anew"
-    names = demangle([row[0] for row in rows])
+    names = demangle([row[1] for row in rows])
     seen = set()
-    for mangled, arch, stack, stores, loads, registers in rows:
-        kernel = names[mangled]
+    for folder, mangled, arch, stack, stores, loads, registers in rows:
+        kernel = in_folder(folder, names[mangled])
         budget = budget_of(kernel)
         seen.add(kernel)
         assert int(registers) <= budget.registers, f"{kernel} on {arch}: {registers} registers"
@@ -155,7 +181,8 @@ def test_matrix_instructions_in_the_disassembly() -> None:
     if cuobjdump is None or nvdisasm is None:
         pytest.skip("needs cuobjdump and nvdisasm")
     path = os.pathsep.join([str(Path(nvdisasm).parent), os.environ.get("PATH", "")])
-    counts: dict[tuple[str, str], dict[str, int]] = {}
+    matrix = r"\bHMMA\.\d+\.F32\.(\w+)|\b(HGMMA)\.64x128x16\.F32\.BF16"
+    counts: dict[tuple[str, str, str], dict[str, int]] = {}
     spills_in_loop = []
     for obj in objects():
         text = subprocess.run(
@@ -168,10 +195,11 @@ def test_matrix_instructions_in_the_disassembly() -> None:
             if match := re.search(r"arch = (\w+)", line):
                 arch = match[1]
             elif match := re.search(r"Function : (\w+)", line):
-                current = counts.setdefault((match[1], arch), {})
+                current = counts.setdefault((obj.parent.name, match[1], arch), {})
                 since_matrix, spill = LOOP_GAP, ""
-            elif match := re.search(r"\bHMMA\.\d+\.F32\.(\w+)", line):
-                current[match[1]] = current.get(match[1], 0) + 1
+            elif match := re.search(matrix, line):
+                kind = match[1] or match[2]
+                current[kind] = current.get(kind, 0) + 1
                 if spill and since_matrix < LOOP_GAP:
                     spills_in_loop.append(spill)
                 since_matrix, spill = 0, ""
@@ -182,7 +210,7 @@ def test_matrix_instructions_in_the_disassembly() -> None:
     if not counts:
         pytest.skip("the object could not be disassembled")
     assert not spills_in_loop
-    names = demangle([name for name, _ in counts])
-    for (mangled, arch), found in counts.items():
-        kernel = names[mangled]
+    names = demangle([name for _, name, _ in counts])
+    for (folder, mangled, arch), found in counts.items():
+        kernel = in_folder(folder, names[mangled])
         assert found == budget_of(kernel).hmma, f"{kernel} on {arch}: {found}"

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #define FASTCLUST_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define FASTCLUST_DYNAMIC_SHARED_1024(name) extern __shared__ __align__(1024) unsigned char name[]
 
 namespace fastclust {
 
@@ -63,6 +64,15 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4],
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    (void)cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  }
+  return count;
 }
 
 // Launches kernel(args). Returns the launch's error; nothing waits for the device.

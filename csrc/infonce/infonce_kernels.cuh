@@ -1,19 +1,22 @@
 // Hard-sample InfoNCE on CUDA, sm_80 and later: loss, gradients and the range of S (formulas in
 // infonce.h). What runs is, with M = 2N rows of width D = dz + de:
 //
-//   pack        [Z | E] -> rows in the order of tiles.h, zero-padded, bf16 hi (+ lo), tf32 or as is
-//   forward     one block per tile (i <= j) of the upper triangle: S by cp.async + mma.sync, W from
-//               the snapshots by the same product, exp, row and column sums to fixed slots; tiles
-//               with and without weights are done by two launches
-//   gradient    per panel of rows and chunk of columns: T recomputed into a workspace that stays
-//               in L2, then T [Z | E] into fixed partial slots, then one pass that adds the
-//               slots, scales, undoes the order and takes the dot products for d alpha
+//   pack        [Z | E] -> rows in the order of tiles.h, zero-padded, bf16 hi (+ lo), tf32 or as is;
+//               of one panel of rows and one chunk of columns at a time, and so the snapshots
+//   forward     one block per tile on or above the diagonal: S by cp.async + mma.sync, W from the
+//               snapshots by the same product, exp, row and column sums to fixed slots; tiles with
+//               and without weights are done by two launches
+//   gradient    T of panel x chunk into a workspace that stays in L2, then T [Z | E] added to the
+//               gradients of the panel's rows and T^T [Z | E] to those of the chunk's, in the fixed
+//               order of launches; at the end one pass scales them and takes the dot products for
+//               d alpha
 //
-// Bound: matrix throughput. M^2 D flop forward (half of S, by symmetry), 2 M^2 D to recompute T by
-// full rows and 2 M^2 D for T [Z | E]; weights cost one more product on the tiles that need them.
-// Filling only half of T and using each tile for both sides would save M^2 D but adds a
-// read-modify-write of the gradients per panel, about the same time at D = 1000 by arithmetic.
-// The extra memory is one packed copy of [Z | E] (and of each snapshot) plus at most 64 MB.
+// Bound: matrix throughput. 4 M^2 D flop: half of S forward by symmetry, half of T again, and
+// 2 M^2 D for T [Z | E]; weights cost one more product on the tiles that need them. Chunks inside
+// their panel are recomputed in full, a share of (panel rows / M) of the recomputation.
+// Workspace: at most 64 MB beside inputs and outputs up to very wide problems (cut_patches), by
+// packing panels and chunks anew: about M^2 / (2 panel rows) rows of traffic, a few percent of the
+// time of the products.
 //
 // Precision: bf16 is one product of rounded operands; bf16x3 splits operands and T into hi + lo
 // and adds lo*hi, hi*lo, hi*hi, which is float32 grade and therefore also serves fp32; tf32 is one
@@ -37,22 +40,28 @@ namespace fastclust::infonce {
 
 // ---- operands ---------------------------------------------------------------------------------
 
-// [Z | E] in a path's format; rows padded to kRowPad, both parts to whole k steps, ld to 128.
-template <typename Element>
+// Rows of [Z | E] in a path's format, in blocks as tiles.h lays them out. Z and E begin at whole
+// blocks; steps count 64 bytes (one tile of shared memory) or whole blocks, as the path takes them.
 struct Packed {
-  Element* hi;           // [rows, ld]
-  Element* lo;           // [rows, ld], used by paths with two parts
-  int64_t ld;            // elements
-  int z_steps, e_steps;  // k steps of each part; E starts at column z_steps * step width
+  unsigned char* hi;
+  unsigned char* lo;        // used by paths with two parts
+  int n_blocks;             // across
+  int e_begin;              // step at which E starts
+  int z_steps, e_steps;     // k steps of each part
 };
 
 // One snapshot as the kernels see it.
-template <typename Element, typename Acc>
+template <typename Acc>
 struct Snapshot {
-  Packed<Element> x;
-  const Acc* alpha;  // []
-  const Acc* range;  // [2]
+  Packed left, right;  // rows of the panel and of the chunk
+  const Acc* alpha;    // []
+  const Acc* range;    // [2]
 };
+
+// Part `part` (hi, lo) of a packed operand.
+__device__ __forceinline__ const unsigned char* part_of(const Packed& x, int part) {
+  return part ? x.lo : x.hi;
+}
 
 // ---- pieces of a tile -------------------------------------------------------------------------
 
@@ -86,8 +95,9 @@ struct MmaPath {
   static constexpr int kProducts = kProducts_;
   static constexpr bool kBf16 = sizeof(Element) == 2;
   static constexpr int kParts = kProducts > 1 ? 2 : 1;
-  static constexpr int kTile = 128, kMi = 4, kNj = 4;
+  static constexpr int kTile = 128, kMi = 4, kNj = 4, kWarpsM = 2, kWarpsN = 4;
   static constexpr int kStep = kRowBytes / sizeof(Element);  // columns per k step
+  static constexpr int kStepsPerBlock = kBlockColumns / kRowBytes;
   static constexpr int kStages = kParts == 1 ? 4 : 3;
   static constexpr int kTileBytes = kTile * kRowBytes;         // one part of one operand
   static constexpr int kStageBytes = 2 * kParts * kTileBytes;  // left parts, right parts
@@ -95,25 +105,60 @@ struct MmaPath {
   static_assert(kSharedBytes <= 99 * 1024, "a block of sm_86 and sm_89 has no more");
   using Fragment = float[kMi][kNj][4];
 
-  static __device__ __forceinline__ void load_k_major(unsigned char* tile, const Element* source,
-                                                      int64_t ld) {
+  static __device__ __forceinline__ int row_of(int mi, int half) {
+    return fragment_row(kWarpsM, kMi, threadIdx.x >> 5, threadIdx.x & 31, mi, half);
+  }
+  static __device__ __forceinline__ int column_of(int nj, int element) {
+    return fragment_column(kWarpsM, kNj, threadIdx.x >> 5, threadIdx.x & 31, nj, element);
+  }
+  static __device__ __forceinline__ void sync() { __syncthreads(); }
+
+  // 128 rows from row0, a multiple of 128, and 64 bytes of k.
+  static __device__ __forceinline__ void load_k_major(unsigned char* tile,
+                                                      const unsigned char* source, int n_blocks,
+                                                      int row0, int step) {
     const int chunk = threadIdx.x & 3;
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
       const int row = (threadIdx.x >> 2) + 64 * u;
-      const unsigned char* bytes = reinterpret_cast<const unsigned char*>(source + row * ld);
-      cp_async16(tile + k_major_offset(row, chunk), bytes + chunk * kChunk);
+      cp_async16(tile + k_major_offset(row, chunk),
+                 source + packed_offset<uint32_t>(n_blocks, row0 + row,
+                                                  step * kRowBytes + chunk * kChunk));
     }
   }
-  static __device__ __forceinline__ void load_n_major(unsigned char* tile, const Element* source,
-                                                      int64_t ld) {
+  // kStep rows of k from k0 and 128 columns from column0, a multiple of 128.
+  static __device__ __forceinline__ void load_n_major(unsigned char* tile,
+                                                      const unsigned char* source, int n_blocks,
+                                                      int k0, int column0) {
     constexpr int chunks = kTile * sizeof(Element) / kChunk;  // per row of k
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
       const int k = (threadIdx.x + kThreads * u) / chunks;
       const int chunk = threadIdx.x % chunks;
-      const unsigned char* bytes = reinterpret_cast<const unsigned char*>(source + k * ld);
-      cp_async16(tile + n_major_offset<sizeof(Element)>(k, chunk), bytes + chunk * kChunk);
+      const uint32_t byte = column0 * sizeof(Element) + chunk * kChunk;
+      cp_async16(tile + n_major_offset<sizeof(Element)>(k, chunk),
+                 source + packed_offset<uint32_t>(n_blocks, k0 + k, byte));
+    }
+  }
+
+  // Left operand of one 32-byte step of k, the mi-th 16 rows of this warp.
+  template <bool kMMajor>
+  static __device__ __forceinline__ void load_left(const unsigned char* tile, int kk, int mi,
+                                                   uint32_t (&a)[4]) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int row0 = ((warp % kWarpsM) * kMi + mi) * 16;
+    if constexpr (!kMMajor) {
+      ldmatrix_x4(a, tile + k_major_offset(row0 + a_lane_row(lane), 2 * kk + a_lane_chunk(lane)));
+    } else if constexpr (kBf16) {
+      ldmatrix_x4_trans(a, tile + n_major_offset<2>(kk * 16 + at_lane_k(lane),
+                                                    row0 / 8 + at_lane_chunk(lane)));
+    } else {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int m = row0 + (lane >> 2) + 8 * (r & 1), k = kk * 8 + (lane & 3) + 4 * (r >> 1);
+        a[r] = *reinterpret_cast<const uint32_t*>(tile + n_major_offset<4>(k, m >> 2) +
+                                                  (m & 3) * 4);
+      }
     }
   }
 
@@ -150,13 +195,12 @@ struct MmaPath {
     }
   }
 
-  // acc += left right^T for one k step; kNMajor: acc += left right with right stored [k][n].
-  template <bool kNMajor>
+  // acc += left right^T for one k step. kNMajor: right is stored [k][n]; kMMajor: left [k][m].
+  template <bool kNMajor, bool kMMajor>
   static __device__ __forceinline__ void compute(const unsigned char* stage, Fragment& acc) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const int row0 = (warp % kWarpsM) * kMi * 16;
     const unsigned char* right = stage + kParts * kTileBytes;
-#pragma unroll
+    // Unrolled, the single words of a tf32 operand stored [k][m] cost more registers than there are.
+#pragma unroll(kMMajor && !kBf16 ? 1 : 2)
     for (int kk = 0; kk < 2; ++kk) {  // 32 bytes of k: 16 bf16 or 8 tf32, one instruction deep
       uint32_t b[kParts][kNj][2];
 #pragma unroll
@@ -168,9 +212,7 @@ struct MmaPath {
 #pragma unroll
         for (int left = kParts - 1; left >= 0; --left) {  // lo first
           uint32_t a[4];
-          ldmatrix_x4(a, stage + left * kTileBytes +
-                             k_major_offset(row0 + mi * 16 + a_lane_row(lane),
-                                            2 * kk + a_lane_chunk(lane)));
+          load_left<kMMajor>(stage + left * kTileBytes, kk, mi, a);
 #pragma unroll
           for (int part = kParts - 1; part >= 0; --part) {
             if (kProducts == 3 && left == 1 && part == 1) continue;
@@ -187,56 +229,55 @@ struct MmaPath {
     }
   }
 
-  // acc = tile of S = alpha Z Z^T + (1 - alpha) E E^T, rows row0.. against rows column0.. .
-  static __device__ __forceinline__ void similarity(unsigned char* shared,
-                                                    const Packed<Element>& x,
-                                                    const float* alpha, int row0, int column0,
-                                                    Fragment& acc) {
-    const SimilaritySteps steps(x.z_steps, x.e_steps, mix_of(*alpha).e_first);
+  // acc = tile of S = alpha Z Z^T + (1 - alpha) E E^T, rows row0.. of left, column0.. of right.
+  static __device__ __forceinline__ void similarity(unsigned char* shared, const Packed& left,
+                                                    const Packed& right, const float* alpha,
+                                                    int row0, int column0, Fragment& acc) {
+    const SimilaritySteps steps(left.z_steps, left.e_begin, left.e_steps, mix_of(*alpha).e_first);
     fill(acc, 0.f);
     pipeline<kStages>(
         steps.total(),
         [&](int step, int stage) {
           unsigned char* to = shared + stage * kStageBytes;
-          const int64_t column = steps.column_step(step) * kStep;
-          const int64_t left = row0 * x.ld + column, right = column0 * x.ld + column;
-          load_k_major(to, x.hi + left, x.ld);
-          load_k_major(to + kParts * kTileBytes, x.hi + right, x.ld);
-          if constexpr (kParts == 2) {
-            load_k_major(to + kTileBytes, x.lo + left, x.ld);
-            load_k_major(to + 3 * kTileBytes, x.lo + right, x.ld);
+          const int column = steps.column_step(step);
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            load_k_major(to + part * kTileBytes, part_of(left, part), left.n_blocks, row0, column);
+            load_k_major(to + (kParts + part) * kTileBytes, part_of(right, part), right.n_blocks,
+                         column0, column);
           }
         },
         [&](int step, int stage) {
           // The factors are read where they are used: kept in registers they would cost a spill.
           if (step == steps.first_count) scale(acc, mix_of(*alpha).ratio);
-          compute<false>(shared + stage * kStageBytes, acc);
+          compute<false, false>(shared + stage * kStageBytes, acc);
         });
     const Mix<float> mix = mix_of(*alpha);
-    scale(acc, mix.second_steps(x.z_steps, x.e_steps) ? mix.scale : mix.ratio * mix.scale);
+    scale(acc, mix.second_steps(left.z_steps, left.e_steps) ? mix.scale : mix.ratio * mix.scale);
   }
 
-  // acc += T X for columns k_begin.. k_end of the panel T and rows k_offset + k of X.
-  static __device__ __forceinline__ void product(unsigned char* shared, const Element* t_hi,
-                                                 const Element* t_lo, int64_t t_ld,
-                                                 const Packed<Element>& x, int64_t row0,
-                                                 int64_t k_begin, int64_t k_end,
-                                                 int64_t k_offset, int64_t column0,
+  // acc += T X over k rows of X, or T^T X with kTransposed; T is packed like X.
+  template <bool kTransposed>
+  static __device__ __forceinline__ void product(unsigned char* shared, const Packed& t,
+                                                 const Packed& x, int row0, int k_rows, int column0,
                                                  Fragment& acc) {
     pipeline<kStages>(
-        static_cast<int>((k_end - k_begin) / kStep),
+        k_rows / kStep,
         [&](int step, int stage) {
           unsigned char* to = shared + stage * kStageBytes;
-          const int64_t k = k_begin + step * kStep;
-          const int64_t left = row0 * t_ld + k, right = (k_offset + k) * x.ld + column0;
-          load_k_major(to, t_hi + left, t_ld);
-          load_n_major(to + kParts * kTileBytes, x.hi + right, x.ld);
-          if constexpr (kParts == 2) {
-            load_k_major(to + kTileBytes, t_lo + left, t_ld);
-            load_n_major(to + 3 * kTileBytes, x.lo + right, x.ld);
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            unsigned char* left = to + part * kTileBytes;
+            if constexpr (kTransposed) {
+              load_n_major(left, part_of(t, part), t.n_blocks, step * kStep, row0);
+            } else {
+              load_k_major(left, part_of(t, part), t.n_blocks, row0, step);
+            }
+            load_n_major(to + (kParts + part) * kTileBytes, part_of(x, part), x.n_blocks,
+                         step * kStep, column0);
           }
         },
-        [&](int, int stage) { compute<true>(shared + stage * kStageBytes, acc); });
+        [&](int, int stage) { compute<true, kTransposed>(shared + stage * kStageBytes, acc); });
   }
 
   static __device__ __forceinline__ void fill(Fragment& acc, float value) {
@@ -264,16 +305,16 @@ struct MmaPath {
       *hi = to_tf32(value);
     }
   }
-  // Two neighbouring elements of T in one store.
-  static __device__ __forceinline__ void store_pair(Element* hi, Element* lo, float a, float b) {
+  // Two neighbouring elements of T in one store, at byte `at` of both parts.
+  static __device__ __forceinline__ void store_pair(const Packed& t, uint32_t at, float a, float b) {
     Element h[2], l[2];
     encode(a, &h[0], &l[0]);
     encode(b, &h[1], &l[1]);
     if constexpr (kBf16) {
-      *reinterpret_cast<uint32_t*>(hi) = h[0] | uint32_t{h[1]} << 16;
-      if constexpr (kParts == 2) *reinterpret_cast<uint32_t*>(lo) = l[0] | uint32_t{l[1]} << 16;
+      *reinterpret_cast<uint32_t*>(t.hi + at) = h[0] | uint32_t{h[1]} << 16;
+      if constexpr (kParts == 2) *reinterpret_cast<uint32_t*>(t.lo + at) = l[0] | uint32_t{l[1]} << 16;
     } else {
-      *reinterpret_cast<float2*>(hi) = make_float2(h[0], h[1]);
+      *reinterpret_cast<float2*>(t.hi + at) = make_float2(h[0], h[1]);
     }
   }
 };
@@ -284,75 +325,88 @@ struct PlainPath {
   using Element = T;
   using Acc = T;
   static constexpr int kParts = 1;
-  static constexpr int kTile = 64, kMi = 2, kNj = 2;
-  static constexpr int kStep = 16;
+  static constexpr int kTile = 64, kMi = 2, kNj = 2, kWarpsM = 2, kWarpsN = 4;
+  static constexpr int kStep = kBlockColumns / sizeof(T);
+  static constexpr int kStepsPerBlock = 1;
   static constexpr int kPitch = kTile + 1;  // [k][row], padded against bank conflicts
   static constexpr int kSharedBytes = 2 * kStep * kPitch * sizeof(T);
   using Fragment = T[kMi][kNj][4];
 
+  static __device__ __forceinline__ int row_of(int mi, int half) {
+    return fragment_row(kWarpsM, kMi, threadIdx.x >> 5, threadIdx.x & 31, mi, half);
+  }
+  static __device__ __forceinline__ int column_of(int nj, int element) {
+    return fragment_column(kWarpsM, kNj, threadIdx.x >> 5, threadIdx.x & 31, nj, element);
+  }
+  static __device__ __forceinline__ void sync() { __syncthreads(); }
+
   static __device__ __forceinline__ void compute(const T* left, const T* right, Fragment& acc) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     for (int k = 0; k < kStep; ++k) {
       T a[2 * kMi], b[2 * kNj];
 #pragma unroll
-      for (int i = 0; i < 2 * kMi; ++i) {
-        a[i] = left[k * kPitch + fragment_row(kMi, warp, lane, i >> 1, i & 1)];
-      }
+      for (int i = 0; i < 2 * kMi; ++i) a[i] = left[k * kPitch + row_of(i >> 1, i & 1)];
 #pragma unroll
-      for (int j = 0; j < 2 * kNj; ++j) {
-        b[j] = right[k * kPitch + fragment_column(kNj, warp, lane, j >> 1, j & 1)];
-      }
+      for (int j = 0; j < 2 * kNj; ++j) b[j] = right[k * kPitch + column_of(j >> 1, j & 1)];
 #pragma unroll
       for (int i = 0; i < 2 * kMi; ++i)
 #pragma unroll
         for (int j = 0; j < 2 * kNj; ++j) acc[i >> 1][j >> 1][(i & 1) * 2 + (j & 1)] += a[i] * b[j];
     }
   }
-  // shared[k][row] = source[row * ld + k]
-  static __device__ __forceinline__ void load_k_major(T* shared, const T* source, int64_t ld) {
+  static __device__ __forceinline__ T at(const Packed& x, int row, int column) {
+    return *reinterpret_cast<const T*>(
+        x.hi + packed_offset<uint32_t>(x.n_blocks, row, column * sizeof(T)));
+  }
+  // shared[k][r] = x[row0 + r][k0 + k]
+  static __device__ __forceinline__ void load_k_major(T* shared, const Packed& x, int row0,
+                                                      int k0) {
     for (int u = threadIdx.x; u < kTile * kStep; u += kThreads) {
-      shared[(u % kStep) * kPitch + u / kStep] = source[(u / kStep) * ld + u % kStep];
+      shared[(u % kStep) * kPitch + u / kStep] = at(x, row0 + u / kStep, k0 + u % kStep);
     }
   }
-  // shared[k][column] = source[k * ld + column]
-  static __device__ __forceinline__ void load_n_major(T* shared, const T* source, int64_t ld) {
+  // shared[k][c] = x[k0 + k][column0 + c]
+  static __device__ __forceinline__ void load_n_major(T* shared, const Packed& x, int k0,
+                                                      int column0) {
     for (int u = threadIdx.x; u < kTile * kStep; u += kThreads) {
-      shared[(u / kTile) * kPitch + u % kTile] = source[(u / kTile) * ld + u % kTile];
+      shared[(u / kTile) * kPitch + u % kTile] = at(x, k0 + u / kTile, column0 + u % kTile);
     }
   }
 
-  static __device__ __forceinline__ void similarity(unsigned char* shared, const Packed<T>& x,
-                                                    const T* alpha, int row0, int column0,
-                                                    Fragment& acc) {
-    T* left = reinterpret_cast<T*>(shared);
-    T* right = left + kStep * kPitch;
+  static __device__ __forceinline__ void similarity(unsigned char* shared, const Packed& left,
+                                                    const Packed& right, const T* alpha, int row0,
+                                                    int column0, Fragment& acc) {
+    T* a = reinterpret_cast<T*>(shared);
+    T* b = a + kStep * kPitch;
     const Mix<T> mix = mix_of(*alpha);
-    const SimilaritySteps steps(x.z_steps, x.e_steps, mix.e_first);
+    const SimilaritySteps steps(left.z_steps, left.e_begin, left.e_steps, mix.e_first);
     fill(acc, T(0));
     for (int step = 0; step < steps.total(); ++step) {
-      const int64_t column = steps.column_step(step) * kStep;
-      load_k_major(left, x.hi + row0 * x.ld + column, x.ld);
-      load_k_major(right, x.hi + column0 * x.ld + column, x.ld);
+      const int column = steps.column_step(step) * kStep;
+      load_k_major(a, left, row0, column);
+      load_k_major(b, right, column0, column);
       __syncthreads();
       if (step == steps.first_count) scale(acc, mix.ratio);
-      compute(left, right, acc);
+      compute(a, b, acc);
       __syncthreads();
     }
-    scale(acc, mix.second_steps(x.z_steps, x.e_steps) ? mix.scale : mix.ratio * mix.scale);
+    scale(acc, mix.second_steps(left.z_steps, left.e_steps) ? mix.scale : mix.ratio * mix.scale);
   }
 
-  static __device__ __forceinline__ void product(unsigned char* shared, const T* t, const T*,
-                                                 int64_t t_ld, const Packed<T>& x,
-                                                 int64_t row0, int64_t k_begin, int64_t k_end,
-                                                 int64_t k_offset, int64_t column0,
+  template <bool kTransposed>
+  static __device__ __forceinline__ void product(unsigned char* shared, const Packed& t,
+                                                 const Packed& x, int row0, int k_rows, int column0,
                                                  Fragment& acc) {
-    T* left = reinterpret_cast<T*>(shared);
-    T* right = left + kStep * kPitch;
-    for (int64_t k = k_begin; k < k_end; k += kStep) {
-      load_k_major(left, t + row0 * t_ld + k, t_ld);
-      load_n_major(right, x.hi + (k_offset + k) * x.ld + column0, x.ld);
+    T* a = reinterpret_cast<T*>(shared);
+    T* b = a + kStep * kPitch;
+    for (int k = 0; k < k_rows; k += kStep) {
+      if constexpr (kTransposed) {
+        load_n_major(a, t, k, row0);
+      } else {
+        load_k_major(a, t, row0, k);
+      }
+      load_n_major(b, x, k, column0);
       __syncthreads();
-      compute(left, right, acc);
+      compute(a, b, acc);
       __syncthreads();
     }
   }
@@ -366,41 +420,64 @@ struct PlainPath {
     for (int c = 0; c < kMi * kNj * 4; ++c) acc[c / (kNj * 4)][c / 4 % kNj][c % 4] *= factor;
   }
   static __device__ __forceinline__ void encode(T value, T* hi, T*) { *hi = value; }
-  static __device__ __forceinline__ void store_pair(T* hi, T*, T a, T b) { hi[0] = a, hi[1] = b; }
+  static __device__ __forceinline__ void store_pair(const Packed& t, uint32_t at, T a, T b) {
+    T* to = reinterpret_cast<T*>(t.hi + at);
+    to[0] = a, to[1] = b;
+  }
 };
 
 // ---- packing ----------------------------------------------------------------------------------
+
+struct alignas(kChunk) Chunk {
+  unsigned char bytes[kChunk];
+};
 
 template <typename Path>
 struct PackArgs {
   using Acc = typename Path::Acc;
   const Acc* z;  // [2N, dz]
   const Acc* e;  // [2N, de]
-  int64_t dz, de, n_nodes, rows;
-  const int32_t* order;  // [N] or nullptr
-  Snapshot<typename Path::Element, Acc> snapshot;
-  Snapshot<typename Path::Element, Acc>* table_entry;  // written with `snapshot`, or nullptr
+  int64_t dz, de, n_nodes;
+  const int32_t* order;      // [N] or nullptr
+  int64_t row_begin, rows;   // of the whole matrix
+  Packed x;                  // of these rows
+  Snapshot<Acc> snapshot;
+  Snapshot<Acc>* table_entry;  // written with `snapshot`, or nullptr
 };
 
+// One 16-byte chunk a thread.
 template <typename Path>
 __global__ void pack_kernel(PackArgs<Path> args) {
-  const auto& x = args.snapshot.x;
-  const int64_t e_begin = int64_t{x.z_steps} * Path::kStep;
+  using Element = typename Path::Element;
+  constexpr int kCount = kChunk / sizeof(Element);
+  const Packed& x = args.x;
+  const int64_t e_begin = int64_t{x.e_begin} * Path::kStep;
+  const int64_t chunks = int64_t{x.n_blocks} * (kBlockColumns / kChunk);
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
   const int64_t start = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (start == 0 && args.table_entry) *args.table_entry = args.snapshot;
-  for (int64_t index = start; index < args.rows * x.ld; index += stride) {
-    const int64_t q = index / x.ld, column = index % x.ld;
-    typename Path::Acc value = 0;
-    if (q < 2 * args.n_nodes) {
-      const int64_t row = source_row(q, args.n_nodes, args.order);
-      if (column < args.dz) {
+  for (int64_t index = start; index < args.rows * chunks; index += stride) {
+    const int64_t local = index / chunks, chunk = index % chunks, q = args.row_begin + local;
+    const bool real = q < 2 * args.n_nodes;
+    const int64_t row = real ? source_row(q, args.n_nodes, args.order) : 0;
+    union {
+      Chunk chunk;
+      Element elements[kCount];
+    } hi, lo;
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      const int64_t column = chunk * kCount + c;
+      typename Path::Acc value = 0;
+      if (real && column < args.dz) {
         value = args.z[row * args.dz + column];
-      } else if (column >= e_begin && column < e_begin + args.de) {
+      } else if (real && column >= e_begin && column < e_begin + args.de) {
         value = args.e[row * args.de + column - e_begin];
       }
+      Path::encode(value, &hi.elements[c], &lo.elements[c]);
     }
-    Path::encode(value, x.hi + index, Path::kParts == 2 ? x.lo + index : nullptr);
+    const auto to = packed_offset<int64_t>(x.n_blocks, local, chunk * kChunk);
+    *reinterpret_cast<Chunk*>(x.hi + to) = hi.chunk;
+    if constexpr (Path::kParts == 2) *reinterpret_cast<Chunk*>(x.lo + to) = lo.chunk;
   }
 }
 
@@ -445,20 +522,29 @@ static __global__ void tile_mask_kernel(TileMaskArgs args) {
 
 // ---- weights of a tile ------------------------------------------------------------------------
 
-template <typename WPath>
+template <typename Acc>
 struct WeightArgs {
-  using Acc = typename WPath::Acc;
-  const Snapshot<typename WPath::Element, Acc>* table;  // [S]
-  const uint64_t* masks;                                // [n_ranks]
-  const uint64_t* tile_masks;                           // [n_tiles], nullptr: no weights at all
-  const int32_t* labels;                                // [S, n_ranks]
+  const Snapshot<Acc>* table;  // [S]
+  const uint64_t* masks;       // [n_ranks]
+  const uint64_t* tile_masks;  // [n_tiles] of the whole matrix; nullptr: no weights at all
+  const uint64_t* needed;      // [row tiles, column tiles] of the patch, or nullptr: see needed_by
+  const int32_t* labels;       // [S, n_ranks]
   int64_t n_ranks;
   Acc beta;
 };
 
+// Snapshots that some pair of tile t takes its weight from: the bits that both sides have if there
+// is one snapshot, a table if there are several.
+template <typename Acc>
+FASTCLUST_HD uint64_t needed_by(const WeightArgs<Acc>& args, const Patch& patch, Tile t) {
+  if (!args.tile_masks) return 0;
+  if (args.needed) return args.needed[t.i * patch.column_tiles() + t.j];
+  return args.tile_masks[patch.row_begin / patch.tile + t.i] &
+         args.tile_masks[patch.column_begin / patch.tile + t.j];
+}
+
 // Bitwise or over the block; shared: kWarps words, free before and after.
-__device__ __forceinline__ uint64_t block_or(unsigned char* shared, uint64_t value) {
-  uint64_t* words = reinterpret_cast<uint64_t*>(shared);
+__device__ __forceinline__ uint64_t block_or(uint64_t* words, uint64_t value) {
   for (int offset = 16; offset > 0; offset >>= 1) {
     value |= __shfl_xor_sync(0xffffffffu, static_cast<unsigned long long>(value), offset);
   }
@@ -470,103 +556,113 @@ __device__ __forceinline__ uint64_t block_or(unsigned char* shared, uint64_t val
   return value;
 }
 
-// Whether the kernel with or without weights has to do tile (i, j). Both are launched over all
-// tiles: the one without needs half the registers, so that two of its blocks share a
-// multiprocessor, and rows in rank order leave most tiles to exactly one of them.
-template <bool kWeighted, typename WPath>
-__device__ __forceinline__ bool is_mine(const WeightArgs<WPath>& args, int64_t i, int64_t j) {
-  if (!args.tile_masks) return true;
-  return ((args.tile_masks[i] & args.tile_masks[j]) != 0) == kWeighted;
+struct NeededArgs {
+  Patch patch;
+  const uint64_t* masks;  // [n_ranks]
+  uint64_t* needed;       // [row tiles, column tiles]
+};
+
+// One block per tile: the newest common snapshots of its pairs of nodes.
+static __global__ void needed_kernel(NeededArgs args) {
+  __shared__ uint64_t words[kWarps];
+  const int ranks = static_cast<int>(args.patch.tile / 2);
+  const int i = blockIdx.x / args.patch.column_tiles(), j = blockIdx.x % args.patch.column_tiles();
+  const uint64_t* rows = args.masks + args.patch.row_begin / 2 + i * ranks;
+  const uint64_t* columns = args.masks + args.patch.column_begin / 2 + j * ranks;
+  uint64_t found = 0;
+  for (int u = threadIdx.x; u < ranks * ranks; u += kThreads) {
+    const int s = latest_common(rows[u / ranks], columns[u % ranks]);
+    if (s >= 0) found |= uint64_t{1} << s;
+  }
+  found = block_or(words, found);
+  if (threadIdx.x == 0) args.needed[blockIdx.x] = found;
 }
 
-// w = W on this tile. Entries are grouped by the snapshot they take their weight from; each group
-// that occurs costs one product, none when no pair of the tile shares a snapshot.
+// w = weights from snapshot s where the pair takes its weight from it; acc is S of the snapshot.
 template <typename WPath>
-__device__ __forceinline__ void tile_weights(unsigned char* shared,
-                                             const WeightArgs<WPath>& args, int row0,
-                                             int column0, typename WPath::Fragment& w) {
+__device__ __forceinline__ void weigh(const WeightArgs<typename WPath::Acc>& args, int s, int row0,
+                                      int column0, const typename WPath::Fragment& acc,
+                                      typename WPath::Fragment& w) {
   using Acc = typename WPath::Acc;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  constexpr int kMi = WPath::kMi, kNj = WPath::kNj;
-  WPath::fill(w, Acc(1));
-  // Columns 2t and 2t + 1 are the two views of one node, hence of one rank.
-  uint64_t needed = 0;
+  const Acc* bounds = args.table[s].range;
+  const Acc s_min = bounds[0], range = bounds[1] - s_min;
+  const Acc inverse_range = range > Acc(0) ? Acc(1) / range : Acc(0);
+  const int32_t* labels = args.labels + s * args.n_ranks;
 #pragma unroll
-  for (int mi = 0; mi < kMi; ++mi)
+  for (int mi = 0; mi < WPath::kMi; ++mi)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint64_t mask = args.masks[(row0 + fragment_row(kMi, warp, lane, mi, half)) >> 1];
+      const int i = (row0 + WPath::row_of(mi, half)) >> 1;
+      const uint64_t mask = args.masks[i];
+      const int32_t label = labels[i];
 #pragma unroll
-      for (int nj = 0; nj < kNj; ++nj) {
-        const int rank = (column0 + fragment_column(kNj, warp, lane, nj, 0)) >> 1;
-        const int s = latest_common(mask, args.masks[rank]);
-        if (s >= 0) needed |= uint64_t{1} << s;
+      for (int nj = 0; nj < WPath::kNj; ++nj) {
+        // Columns 2t and 2t + 1 are the two views of one node, hence of one rank.
+        const int k = (column0 + WPath::column_of(nj, 0)) >> 1;
+        if (latest_common(mask, args.masks[k]) != s) continue;
+        const bool same = label == labels[k];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int c = half * 2 + e;
+          w[mi][nj][c] = hardness_power(
+              hardness_base(acc[mi][nj][c], same, s_min, inverse_range), args.beta);
+        }
       }
     }
-  needed = block_or(shared, needed);
+}
+
+// w = W on this tile: one product for each snapshot that some pair of it takes its weight from.
+template <typename WPath>
+__device__ __forceinline__ void tile_weights(unsigned char* shared,
+                                             const WeightArgs<typename WPath::Acc>& args,
+                                             uint64_t needed, const Patch& patch, Tile t,
+                                             typename WPath::Fragment& w) {
+  constexpr int kTile = WPath::kTile;
+  const int row0 = static_cast<int>(patch.row_begin) + t.i * kTile;
+  const int column0 = static_cast<int>(patch.column_begin) + t.j * kTile;
+  WPath::fill(w, 1);
   while (needed) {
     const int s = latest_common(needed, needed);
     needed ^= uint64_t{1} << s;
     const auto snapshot = args.table[s];
     typename WPath::Fragment acc;
-    WPath::similarity(shared, snapshot.x, snapshot.alpha, row0, column0, acc);
-    const Acc s_min = snapshot.range[0], range = snapshot.range[1] - s_min;
-    const Acc inverse_range = range > Acc(0) ? Acc(1) / range : Acc(0);
-    const int32_t* labels = args.labels + s * args.n_ranks;
-#pragma unroll
-    for (int mi = 0; mi < kMi; ++mi)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int i = (row0 + fragment_row(kMi, warp, lane, mi, half)) >> 1;
-        const uint64_t mask = args.masks[i];
-        const int32_t label = labels[i];
-#pragma unroll
-        for (int nj = 0; nj < kNj; ++nj) {
-          const int k = (column0 + fragment_column(kNj, warp, lane, nj, 0)) >> 1;
-          if (latest_common(mask, args.masks[k]) != s) continue;
-          const bool same = label == labels[k];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int c = half * 2 + e;
-            w[mi][nj][c] = hardness_power(
-                hardness_base(acc[mi][nj][c], same, s_min, inverse_range), args.beta);
-          }
-        }
-      }
+    WPath::similarity(shared, snapshot.left, snapshot.right, snapshot.alpha, t.i * kTile,
+                      t.j * kTile, acc);
+    weigh<WPath>(args, s, row0, column0, acc, w);
   }
 }
 
 // ---- forward ----------------------------------------------------------------------------------
 
-template <typename Path, typename WPath>
-struct ForwardArgs {
-  using Acc = typename Path::Acc;
-  Packed<typename Path::Element> x;
-  WeightArgs<WPath> weights;
+// A panel of rows against a chunk of columns.
+template <typename Acc>
+struct PairArgs {
+  Patch patch;
+  Packed left, right;  // rows of the panel, rows of the chunk
+  WeightArgs<Acc> weights;
   const Acc* alpha;
   int n_rows;  // 2N
-  int64_t n_tiles;
-  int64_t first_tile;
-  Band band;
+};
+
+template <typename Acc>
+struct ForwardArgs : PairArgs<Acc> {
   Acc* row_sums;     // slots, see tiles.h
   Acc* column_sums;  // slots
   Acc* positives;    // [padded rows] W S of the positive pair
 };
 
-template <typename Path, typename WPath, bool kWeighted>
-__global__ __launch_bounds__(kThreads, kWeighted ? 1 : 2) void forward_kernel(
-    ForwardArgs<Path, WPath> args) {
+// Row and column sums of exp(W S) over one tile. w is not read without weights. shared: free, of
+// (kWarpsM + kWarpsN) kTile words.
+template <typename Path, bool kWeighted>
+__device__ __forceinline__ void forward_epilogue(const ForwardArgs<typename Path::Acc>& args,
+                                                 Tile tile, unsigned char* shared, int thread,
+                                                 const typename Path::Fragment& w,
+                                                 const typename Path::Fragment& acc) {
   using Acc = typename Path::Acc;
   constexpr int kMi = Path::kMi, kNj = Path::kNj, kTile = Path::kTile;
-  FASTCLUST_DYNAMIC_SHARED(shared);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const Tile tile = tile_at(args.first_tile + blockIdx.x, args.n_tiles);
-  if (!is_mine<kWeighted>(args.weights, tile.i, tile.j)) return;
-  const int row0 = static_cast<int>(tile.i) * kTile, column0 = static_cast<int>(tile.j) * kTile;
-  typename Path::Fragment w, acc;
-  if constexpr (kWeighted) tile_weights<WPath>(shared, args.weights, row0, column0, w);
-  Path::similarity(shared, args.x, args.alpha, row0, column0, acc);
-
+  const int lane = thread & 31, warp = thread >> 5;
+  const int row0 = static_cast<int>(args.patch.row_begin) + tile.i * kTile;
+  const int column0 = static_cast<int>(args.patch.column_begin) + tile.j * kTile;
   Acc row_sum[kMi][2] = {}, column_sum[kNj][2] = {};
 #pragma unroll
   for (int mi = 0; mi < kMi; ++mi)
@@ -574,8 +670,7 @@ __global__ __launch_bounds__(kThreads, kWeighted ? 1 : 2) void forward_kernel(
     for (int nj = 0; nj < kNj; ++nj)
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const int i = row0 + fragment_row(kMi, warp, lane, mi, c >> 1);
-        const int k = column0 + fragment_column(kNj, warp, lane, nj, c & 1);
+        const int i = row0 + Path::row_of(mi, c >> 1), k = column0 + Path::column_of(nj, c & 1);
         const Acc logit = kWeighted ? w[mi][nj][c] * acc[mi][nj][c] : acc[mi][nj][c];
         const Acc term = pair_term(logit, i, k, args.n_rows);
         row_sum[mi][c >> 1] += term;
@@ -585,7 +680,7 @@ __global__ __launch_bounds__(kThreads, kWeighted ? 1 : 2) void forward_kernel(
 
   // Lanes of equal g share a row, lanes of equal t a column; then one word per warp and row.
   Acc* rows = reinterpret_cast<Acc*>(shared);  // [kWarpsN, kTile]
-  Acc* columns = rows + kWarpsN * kTile;       // [kWarpsM, kTile]
+  Acc* columns = rows + Path::kWarpsN * kTile;  // [kWarpsM, kTile]
 #pragma unroll
   for (int mi = 0; mi < kMi; ++mi)
 #pragma unroll
@@ -593,9 +688,7 @@ __global__ __launch_bounds__(kThreads, kWeighted ? 1 : 2) void forward_kernel(
       Acc sum = row_sum[mi][half];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if ((lane & 3) == 0) {
-        rows[warp / kWarpsM * kTile + fragment_row(kMi, warp, lane, mi, half)] = sum;
-      }
+      if ((lane & 3) == 0) rows[warp / Path::kWarpsM * kTile + Path::row_of(mi, half)] = sum;
     }
 #pragma unroll
   for (int nj = 0; nj < kNj; ++nj)
@@ -605,39 +698,71 @@ __global__ __launch_bounds__(kThreads, kWeighted ? 1 : 2) void forward_kernel(
       sum += __shfl_xor_sync(0xffffffffu, sum, 4);
       sum += __shfl_xor_sync(0xffffffffu, sum, 8);
       sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-      if ((lane >> 2) == 0) {
-        columns[warp % kWarpsM * kTile + fragment_column(kNj, warp, lane, nj, e)] = sum;
-      }
+      if ((lane >> 2) == 0) columns[warp % Path::kWarpsM * kTile + Path::column_of(nj, e)] = sum;
     }
-  __syncthreads();
-  for (int r = threadIdx.x; r < kTile; r += kThreads) {
+  Path::sync();
+  for (int r = thread; r < kTile; r += kThreads) {
     Acc sum = 0;
-    for (int part = 0; part < kWarpsN; ++part) sum += rows[part * kTile + r];
-    args.row_sums[row_slot(args.band, tile.j, row0 + r)] = sum;
-    if (tile.i == tile.j) continue;
+    for (int part = 0; part < Path::kWarpsN; ++part) sum += rows[part * kTile + r];
+    args.row_sums[args.patch.row_slot(tile.j, int64_t{tile.i} * kTile + r)] = sum;
+    if (args.patch.on_diagonal(tile)) continue;
     sum = 0;
-    for (int part = 0; part < kWarpsM; ++part) sum += columns[part * kTile + r];
-    args.column_sums[column_slot(args.band, tile.i, column0 + r)] = sum;
+    for (int part = 0; part < Path::kWarpsM; ++part) sum += columns[part * kTile + r];
+    args.column_sums[args.patch.column_slot(tile.i, int64_t{tile.j} * kTile + r)] = sum;
   }
+}
+
+// Whether the kernel with or without weights has to do a tile. Both are launched over all tiles:
+// the one without needs half the registers, so that two of its blocks share a multiprocessor, and
+// rows in rank order leave most tiles to exactly one of them.
+template <bool kWeighted, typename Acc>
+__device__ __forceinline__ bool is_mine(uint64_t needed, const WeightArgs<Acc>& args) {
+  return !args.tile_masks || (needed != 0) == kWeighted;
+}
+
+template <typename Path, typename WPath, bool kWeighted>
+__global__ __launch_bounds__(kThreads, kWeighted ? 1 : 2) void forward_kernel(
+    ForwardArgs<typename Path::Acc> args) {
+  FASTCLUST_DYNAMIC_SHARED(shared);
+  const Patch& patch = args.patch;
+  const Tile tile = tile_at(blockIdx.x, patch.row_tiles(), patch.column_tiles());
+  if (patch.skips(tile)) return;
+  const uint64_t needed = needed_by(args.weights, patch, tile);
+  if (!is_mine<kWeighted>(needed, args.weights)) return;
+  typename Path::Fragment w, acc;
+  if constexpr (kWeighted) tile_weights<WPath>(shared, args.weights, needed, patch, tile, w);
+  Path::similarity(shared, args.left, args.right, args.alpha, tile.i * Path::kTile,
+                   tile.j * Path::kTile, acc);
+  forward_epilogue<Path, kWeighted>(args, tile, shared, threadIdx.x, w, acc);
 }
 
 template <typename Acc>
 struct SumArgs {
-  Band band;
-  const Acc* band_row_sums;
-  const Acc* band_column_sums;
+  Patch patch;
+  const Acc* row_slots;
+  const Acc* column_slots;
   int64_t n_nodes;
   const int32_t* order;
+  bool first_panel, first_chunk;
   double* row_sums;  // [2N] in the caller's order
 };
 
+// Adds the patch's part of every row's sum; rows meet their first patch while panel 0 is done.
 template <typename Acc>
 __global__ void sum_kernel(SumArgs<Acc> args) {
-  const int64_t q = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const Patch& patch = args.patch;
+  int64_t q = patch.row_begin + int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const bool in_panel = q < patch.row_begin + patch.rows;
+  if (!in_panel) {
+    if (patch.inside()) return;
+    q += patch.column_begin - (patch.row_begin + patch.rows);
+    if (!patch.has_column(q)) return;
+  }
   if (q >= 2 * args.n_nodes) return;
-  const double sum = band_row_sum(args.band, args.band_row_sums, args.band_column_sums, q);
+  const bool fresh = args.first_panel && (args.first_chunk || !in_panel);
+  const double sum = patch_row_sum(patch, args.row_slots, args.column_slots, q);
   double& out = args.row_sums[source_row(q, args.n_nodes, args.order)];
-  out = args.band.first_tile_row == 0 ? sum : out + sum;
+  out = fresh ? sum : out + sum;
 }
 
 // Sum over the block in a fixed tree; shared: one word per warp. Valid in thread 0.
@@ -693,44 +818,35 @@ __global__ void inverse_kernel(InverseArgs<Acc> args) {
                         : Acc(0);
 }
 
-// T on rows [row_begin, row_begin + panel) and columns [column_begin, column_begin + t_ld).
-template <typename Path, typename WPath>
-struct TileArgs {
-  using Acc = typename Path::Acc;
-  Packed<typename Path::Element> x;
-  WeightArgs<WPath> weights;
-  const Acc* alpha;
-  int n_rows;
-  const Acc* inverse;                 // [padded rows]
-  int row_begin, column_begin;        // of the panel
-  typename Path::Element* t_hi;       // [panel, t_ld]
-  typename Path::Element* t_lo;       // [panel, t_ld] or nullptr
-  int t_ld;
+// T of a patch, without its factor 1 / (2N).
+template <typename Acc>
+struct TileArgs : PairArgs<Acc> {
+  const Acc* inverse;  // [padded rows]
+  Packed t;            // [panel, chunk]
 };
 
-template <typename Path, typename WPath, bool kWeighted>
-__global__ __launch_bounds__(kThreads, kWeighted ? 1 : 2) void tile_kernel(
-    TileArgs<Path, WPath> args) {
+template <typename Path, bool kWeighted>
+__device__ __forceinline__ void tile_epilogue(const TileArgs<typename Path::Acc>& args, Tile tile,
+                                              const typename Path::Fragment& w,
+                                              const typename Path::Fragment& acc) {
   using Acc = typename Path::Acc;
   constexpr int kMi = Path::kMi, kNj = Path::kNj, kTile = Path::kTile;
-  FASTCLUST_DYNAMIC_SHARED(shared);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int local_row0 = static_cast<int>(blockIdx.x) * kTile;
-  const int local_column0 = static_cast<int>(blockIdx.y) * kTile;
-  const int row0 = args.row_begin + local_row0, column0 = args.column_begin + local_column0;
-  if (!is_mine<kWeighted>(args.weights, row0 / kTile, column0 / kTile)) return;
-  typename Path::Fragment w, acc;
-  if constexpr (kWeighted) tile_weights<WPath>(shared, args.weights, row0, column0, w);
-  Path::similarity(shared, args.x, args.alpha, row0, column0, acc);
+  const int row0 = static_cast<int>(args.patch.row_begin) + tile.i * kTile;
+  const int column0 = static_cast<int>(args.patch.column_begin) + tile.j * kTile;
 #pragma unroll
   for (int nj = 0; nj < kNj; ++nj) {
-    const int local_k = fragment_column(kNj, warp, lane, nj, 0), k = column0 + local_k;
+    const int local_k = Path::column_of(nj, 0), k = column0 + local_k;
     const Acc inverse_k[2] = {args.inverse[k], args.inverse[k + 1]};
+    asm volatile("" ::: "memory");  // one column of fragments at a time: fewer live registers
+    // Rows 8 and 16 further on lie in the same block, at the same place of the swizzle.
+    const uint32_t first = packed_offset<uint32_t>(
+        args.t.n_blocks, tile.i * kTile + Path::row_of(0, 0),
+        (tile.j * kTile + local_k) * sizeof(typename Path::Element));
 #pragma unroll
     for (int mi = 0; mi < kMi; ++mi)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int local_i = fragment_row(kMi, warp, lane, mi, half), i = row0 + local_i;
+        const int i = row0 + Path::row_of(mi, half);
         const Acc inverse_i = args.inverse[i];
         Acc t[2];
 #pragma unroll
@@ -740,83 +856,131 @@ __global__ __launch_bounds__(kThreads, kWeighted ? 1 : 2) void tile_kernel(
           const bool positive = is_positive_pair(i, k + e) && i < args.n_rows;
           t[e] = gradient_term(term, weight, inverse_i, inverse_k[e], positive);
         }
-        const int at = (local_row0 + local_i) * args.t_ld + local_column0 + local_k;
-        Path::store_pair(args.t_hi + at, Path::kParts == 2 ? args.t_lo + at : nullptr, t[0], t[1]);
+        Path::store_pair(args.t, first + (16 * mi + 8 * half) * kBlockColumns, t[0], t[1]);
       }
   }
 }
 
-// One split of T [Z | E]: partial[split, row, column] (+)= sum over its columns of T.
-template <typename Path>
+template <typename Path, typename WPath, bool kWeighted>
+__global__ __launch_bounds__(kThreads, kWeighted ? 1 : 2) void tile_kernel(
+    TileArgs<typename Path::Acc> args) {
+  FASTCLUST_DYNAMIC_SHARED(shared);
+  const Patch& patch = args.patch;
+  const Tile tile = tile_at(blockIdx.x, patch.row_tiles(), patch.column_tiles());
+  const uint64_t needed = needed_by(args.weights, patch, tile);
+  if (!is_mine<kWeighted>(needed, args.weights)) return;
+  typename Path::Fragment w, acc;
+  if constexpr (kWeighted) tile_weights<WPath>(shared, args.weights, needed, patch, tile, w);
+  Path::similarity(shared, args.left, args.right, args.alpha, tile.i * Path::kTile,
+                   tile.j * Path::kTile, acc);
+  tile_epilogue<Path, kWeighted>(args, tile, w, acc);
+}
+
+// Gradients before their scale, in the caller's rows: T X added to those of the panel and, if the
+// chunk lies beyond it, T^T X to those of the chunk.
+template <typename Acc>
 struct ProductArgs {
-  using Acc = typename Path::Acc;
-  Packed<typename Path::Element> x;
-  const typename Path::Element* t_hi;
-  const typename Path::Element* t_lo;
-  int64_t t_ld;
-  int64_t column_begin;     // of T within the whole matrix: row of x
-  int64_t chunk;            // columns of T here
-  int64_t first_column;     // of [Z | E]
-  Acc* partial;             // [splits, panel rows, partial_ld]
-  int64_t panel_rows, partial_ld;
-  bool accumulate;          // a chunk after the first
+  Patch patch;
+  Packed left, right, t;
+  int first_column;          // of [Z | E], a multiple of a tile
+  int column_tiles;
+  int64_t n_nodes;
+  const int32_t* order;
+  int64_t dz, de, e_column;  // e_column: where E starts in the packed columns
+  Acc* grad_z;               // [2N, dz] or nullptr
+  Acc* grad_e;               // [2N, de] or nullptr
+  bool fresh_panel, fresh_chunk;
 };
 
+// Which product of a patch block `index` computes: column tile fastest, so that blocks in flight
+// share T, then the panel's row tiles, then the chunk's.
+struct ProductTile {
+  bool transposed;
+  int row0, column0;  // row within panel or chunk, packed column
+};
+template <typename Acc>
+FASTCLUST_HD ProductTile product_tile(const ProductArgs<Acc>& args, int index) {
+  const int edge = static_cast<int>(args.patch.tile);
+  const int row = index / args.column_tiles, rows = args.patch.row_tiles();
+  const bool transposed = row >= rows;
+  return {transposed, (transposed ? row - rows : row) * edge,
+          args.first_column + index % args.column_tiles * edge};
+}
+
 template <typename Path>
-__global__ __launch_bounds__(kThreads, 2) void product_kernel(ProductArgs<Path> args) {
-  constexpr int kMi = Path::kMi, kNj = Path::kNj, kTile = Path::kTile;
-  FASTCLUST_DYNAMIC_SHARED(shared);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int64_t row0 = int64_t{blockIdx.y} * kTile, column0 = int64_t{blockIdx.x} * kTile;
-  const int64_t steps = args.chunk / Path::kStep;
-  const int64_t k_begin = steps * blockIdx.z / gridDim.z * Path::kStep;
-  const int64_t k_end = steps * (blockIdx.z + 1) / gridDim.z * Path::kStep;
-  typename Path::Acc* out =
-      args.partial + (int64_t{blockIdx.z} * args.panel_rows + row0) * args.partial_ld + column0;
-  typename Path::Fragment acc;
-  Path::fill(acc, 0);
-  Path::product(shared, args.t_hi, args.t_lo, args.t_ld, args.x, row0, k_begin, k_end,
-                args.column_begin, args.first_column + column0, acc);
+__device__ __forceinline__ void product_epilogue(const ProductArgs<typename Path::Acc>& args,
+                                                 ProductTile tile,
+                                                 const typename Path::Fragment& acc) {
+  using Acc = typename Path::Acc;
+  constexpr int kMi = Path::kMi, kNj = Path::kNj;
+  const bool fresh = tile.transposed ? args.fresh_chunk : args.fresh_panel;
+  const int64_t first = (tile.transposed ? args.patch.column_begin : args.patch.row_begin) + tile.row0;
+  int rows[kMi][2];
 #pragma unroll
   for (int mi = 0; mi < kMi; ++mi)
 #pragma unroll
-    for (int nj = 0; nj < kNj; ++nj)
+    for (int half = 0; half < 2; ++half) {
+      const int64_t q = first + Path::row_of(mi, half);
+      const bool real = q < 2 * args.n_nodes;
+      rows[mi][half] = real ? static_cast<int>(source_row(q, args.n_nodes, args.order)) : -1;
+    }
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        auto& target = out[fragment_row(kMi, warp, lane, mi, c >> 1) * args.partial_ld +
-                           fragment_column(kNj, warp, lane, nj, c & 1)];
-        target = args.accumulate ? target + acc[mi][nj][c] : acc[mi][nj][c];
-      }
+  for (int nj = 0; nj < kNj; ++nj)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int64_t column = tile.column0 + Path::column_of(nj, e);
+      const bool in_z = column < args.e_column;
+      const int64_t local = in_z ? column : column - args.e_column;
+      const int64_t width = in_z ? args.dz : args.de;
+      Acc* out = in_z ? args.grad_z : args.grad_e;
+      if (out == nullptr || local >= width) continue;
+#pragma unroll
+      for (int mi = 0; mi < kMi; ++mi)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (rows[mi][half] < 0) continue;
+          Acc& target = out[rows[mi][half] * width + local];
+          const Acc value = acc[mi][nj][half * 2 + e];
+          target = fresh ? value : target + value;
+        }
+    }
+}
+
+template <typename Path>
+__global__ __launch_bounds__(kThreads, 2) void product_kernel(
+    ProductArgs<typename Path::Acc> args) {
+  FASTCLUST_DYNAMIC_SHARED(shared);
+  const ProductTile tile = product_tile(args, blockIdx.x);
+  typename Path::Fragment acc;
+  Path::fill(acc, 0);
+  if (tile.transposed) {
+    Path::template product<true>(shared, args.t, args.left, tile.row0,
+                                 static_cast<int>(args.patch.rows), tile.column0, acc);
+  } else {
+    Path::template product<false>(shared, args.t, args.right, tile.row0,
+                                  static_cast<int>(args.patch.columns), tile.column0, acc);
+  }
+  product_epilogue<Path>(args, tile, acc);
 }
 
 template <typename Acc>
 struct FinishArgs {
   Views<Acc> views;
   int64_t n_nodes;
-  const int32_t* order;
-  const Acc* partial;  // [splits, panel rows, partial_ld]
-  int splits;
-  int64_t panel_rows, partial_ld;
-  int64_t row_begin;               // packed row of the panel's first
-  int64_t z_column, e_column;      // first column of each part within partial
-  const Acc* grad_loss;            // []
-  Acc* grad_z;                     // [2N, dz] or nullptr
-  Acc* grad_e;                     // [2N, de] or nullptr
-  double* alpha_slots;             // [2N] or nullptr
+  const Acc* grad_loss;  // []
+  Acc* grad_z;           // [2N, dz] T Z, or nullptr
+  Acc* grad_e;           // [2N, de] T E, or nullptr
+  double* alpha_slots;   // [2N] or nullptr
 };
 
-// One part of one row: out = factor * sum of slots; returns this thread's share of (T X) . X.
+// One part of one row: out *= factor; returns this thread's share of (T X) . X.
 template <typename Acc>
-__device__ __forceinline__ double finish_part(const FinishArgs<Acc>& args, const Acc* partial,
-                                              const Acc* x, int64_t width, Acc factor, Acc* out) {
+__device__ __forceinline__ double finish_part(Acc* out, const Acc* x, int64_t width, Acc factor) {
   double dot = 0;
   for (int64_t column = threadIdx.x; column < width; column += blockDim.x) {
-    Acc sum = 0;
-    for (int split = 0; split < args.splits; ++split) {
-      sum += partial[split * args.panel_rows * args.partial_ld + column];
-    }
-    if (out) out[column] = factor * sum;
-    if (args.alpha_slots) dot += static_cast<double>(sum) * static_cast<double>(x[column]);
+    const Acc sum = out[column];
+    dot += static_cast<double>(sum) * static_cast<double>(x[column]);
+    out[column] = factor * sum;
   }
   return dot;
 }
@@ -824,24 +988,21 @@ __device__ __forceinline__ double finish_part(const FinishArgs<Acc>& args, const
 template <typename Acc>
 __global__ void finish_kernel(FinishArgs<Acc> args) {
   __shared__ double words[32];
-  const int64_t q = args.row_begin + blockIdx.x;
-  const int64_t row = source_row(q, args.n_nodes, args.order);
-  const Acc* partial = args.partial + int64_t{blockIdx.x} * args.partial_ld;
+  const int64_t row = blockIdx.x;
   const Acc alpha = *args.views.alpha;
   const Acc factor = *args.grad_loss / static_cast<Acc>(2 * args.n_nodes);
   const int64_t dz = args.views.dz, de = args.views.de;
   double dot = 0;
-  if (args.grad_z || args.alpha_slots) {
-    dot += finish_part(args, partial + args.z_column, args.views.z + row * dz, dz, factor * alpha,
-                       args.grad_z ? args.grad_z + row * dz : nullptr);
+  if (args.grad_z) {
+    dot += finish_part(args.grad_z + row * dz, args.views.z + row * dz, dz, factor * alpha);
   }
-  if (args.grad_e || args.alpha_slots) {
-    dot -= finish_part(args, partial + args.e_column, args.views.e + row * de, de,
-                       factor * (Acc(1) - alpha), args.grad_e ? args.grad_e + row * de : nullptr);
+  if (args.grad_e) {
+    dot -= finish_part(args.grad_e + row * de, args.views.e + row * de, de,
+                       factor * (Acc(1) - alpha));
   }
   if (!args.alpha_slots) return;
   dot = block_sum(words, dot);
-  if (threadIdx.x == 0) args.alpha_slots[q] = dot / 2;
+  if (threadIdx.x == 0) args.alpha_slots[row] = dot / 2;
 }
 
 template <typename Acc>
@@ -866,14 +1027,13 @@ __global__ void alpha_kernel(AlphaArgs<Acc> args) {
 
 // ---- range of S -------------------------------------------------------------------------------
 
-template <typename Path>
+template <typename Acc>
 struct RangeArgs {
-  using Acc = typename Path::Acc;
-  Packed<typename Path::Element> x;
+  Patch patch;
+  Packed left, right;
   const Acc* alpha;
   int n_rows;
-  int64_t n_tiles;
-  Acc* slots;  // [tiles of the triangle, 2]
+  Acc* slots;  // [tiles of the patch, 2]
 };
 
 // Keeps a NaN, unlike fmin and fmax: a range over poisoned entries must show it.
@@ -905,28 +1065,31 @@ __device__ __forceinline__ void block_range(Acc* shared, Acc& low, Acc& high) {
 }
 
 template <typename Path>
-__global__ __launch_bounds__(kThreads, 2) void range_kernel(RangeArgs<Path> args) {
+__global__ __launch_bounds__(kThreads, 2) void range_kernel(RangeArgs<typename Path::Acc> args) {
   using Acc = typename Path::Acc;
   constexpr int kMi = Path::kMi, kNj = Path::kNj, kTile = Path::kTile;
   FASTCLUST_DYNAMIC_SHARED(shared);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const Tile tile = tile_at(blockIdx.x, args.n_tiles);
-  const int row0 = static_cast<int>(tile.i) * kTile, column0 = static_cast<int>(tile.j) * kTile;
-  typename Path::Fragment acc;
-  Path::similarity(shared, args.x, args.alpha, row0, column0, acc);
+  const Patch& patch = args.patch;
+  const Tile tile = tile_at(blockIdx.x, patch.row_tiles(), patch.column_tiles());
   Acc low = Acc(INFINITY), high = Acc(-INFINITY);
+  if (!patch.skips(tile)) {
+    const int row0 = static_cast<int>(patch.row_begin) + tile.i * kTile;
+    const int column0 = static_cast<int>(patch.column_begin) + tile.j * kTile;
+    typename Path::Fragment acc;
+    Path::similarity(shared, args.left, args.right, args.alpha, tile.i * kTile, tile.j * kTile,
+                     acc);
 #pragma unroll
-  for (int mi = 0; mi < kMi; ++mi)
+    for (int mi = 0; mi < kMi; ++mi)
 #pragma unroll
-    for (int nj = 0; nj < kNj; ++nj)
+      for (int nj = 0; nj < kNj; ++nj)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int i = row0 + fragment_row(kMi, warp, lane, mi, c >> 1);
-        const int k = column0 + fragment_column(kNj, warp, lane, nj, c & 1);
-        if (i >= args.n_rows || k >= args.n_rows) continue;
-        low = least(low, acc[mi][nj][c]);
-        high = greatest(high, acc[mi][nj][c]);
-      }
+        for (int c = 0; c < 4; ++c) {
+          const int i = row0 + Path::row_of(mi, c >> 1), k = column0 + Path::column_of(nj, c & 1);
+          if (i >= args.n_rows || k >= args.n_rows) continue;
+          low = least(low, acc[mi][nj][c]);
+          high = greatest(high, acc[mi][nj][c]);
+        }
+  }
   block_range(reinterpret_cast<Acc*>(shared), low, high);
   if (threadIdx.x == 0) {
     args.slots[2 * int64_t{blockIdx.x}] = low;
@@ -938,13 +1101,15 @@ template <typename Acc>
 struct RangeFinishArgs {
   int64_t n_slots;
   const Acc* slots;
-  Acc* range;  // [2]
+  bool fresh;
+  Acc* range;  // [2], widened unless fresh
 };
 
 template <typename Acc>
 __global__ void range_finish_kernel(RangeFinishArgs<Acc> args) {
   __shared__ Acc words[2 * kWarps];
-  Acc low = Acc(INFINITY), high = Acc(-INFINITY);
+  Acc low = args.fresh ? Acc(INFINITY) : args.range[0];
+  Acc high = args.fresh ? Acc(-INFINITY) : args.range[1];
   for (int64_t slot = threadIdx.x; slot < args.n_slots; slot += kThreads) {
     low = least(low, args.slots[2 * slot]);
     high = greatest(high, args.slots[2 * slot + 1]);

@@ -5,9 +5,10 @@
 // positive pair (q, q ^ 1) lies in a diagonal tile, and `order` (rank -> node) puts the nodes with
 // weights first, so that most tiles either need the snapshot product for all entries or for none.
 //
-// Tiles. S, W and T are symmetric; the forward pass visits the tiles (i, j) with i <= j only. The
-// tiles are numbered in groups of kGroup tile rows, column by column inside a group: the blocks in
-// flight at one moment then cover a roughly square patch and share their operands in L2.
+// Tiles. S, W and T are symmetric. Rows are cut into panels and, for each panel, columns into chunks
+// (tiles of 128 rows, the last may be partly padding); only these two are packed at a time. A chunk
+// beyond its panel stands for both (i, k) and (k, i). Inside a panel the forward pass visits the
+// tiles on and above the diagonal only.
 #pragma once
 
 #include <math.h>  // overloads for float and double in the global namespace, as on the device
@@ -21,7 +22,7 @@ namespace fastclust::infonce {
 
 // ---- rows ---------------------------------------------------------------------------------------
 
-constexpr int64_t kRowPad = 128;  // packed operands have a multiple of this many rows
+constexpr int64_t kRowPad = 128;  // panels and chunks have a multiple of this many rows
 
 FASTCLUST_HD int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
@@ -35,79 +36,86 @@ FASTCLUST_HD int64_t source_row(int64_t q, int64_t n_nodes, const int32_t* order
 
 FASTCLUST_HD bool is_positive_pair(int i, int k) { return (i ^ 1) == k; }
 
-// ---- schedule of the upper triangle -----------------------------------------------------------
+// ---- packed operands --------------------------------------------------------------------------
+//
+// A matrix is stored as blocks of 128 rows times 128 bytes, 16 KB each, blocks of the same rows one
+// after the other. Inside a block the 16-byte chunk c of row r lies at chunk c ^ (r & 7): the order
+// in which Hopper's matrix unit reads shared memory (128-byte swizzle), so that a block is copied
+// there as it is, and eight rows of one chunk meet all banks once.
 
-constexpr int64_t kGroup = 16;  // tile rows per group
+constexpr int kChunk = 16;  // bytes per copy, per ldmatrix row and per unit of the swizzle
+constexpr int kBlockRows = 128;
+constexpr int kBlockColumns = 128;  // bytes
+constexpr int kBlockBytes = kBlockRows * kBlockColumns;
+
+// Byte of a row, in a matrix of n_blocks blocks across. Patches stay far below 4 GB.
+template <typename Int = uint32_t>
+FASTCLUST_HD Int packed_offset(Int n_blocks, Int row, Int byte) {
+  const Int block = row / kBlockRows * n_blocks + byte / kBlockColumns;
+  const Int chunk = (byte % kBlockColumns / kChunk) ^ (row & 7);
+  return block * kBlockBytes + row % kBlockRows * kBlockColumns + chunk * kChunk + byte % kChunk;
+}
+
+// ---- schedule -----------------------------------------------------------------------------------
 
 struct Tile {
-  int64_t i, j;  // tile row <= tile column
+  int i, j;  // tile row within the panel, tile column within the chunk
 };
+constexpr int kGroup = 16;  // tile rows per group
 
-// Tiles in the groups before group g of a triangle with n_tiles tile rows.
-FASTCLUST_HD int64_t tiles_before_group(int64_t g, int64_t n_tiles) {
-  const int64_t rows = g * kGroup < n_tiles ? g * kGroup : n_tiles;
-  return rows * n_tiles - rows * (rows - 1) / 2;
+// The index-th tile of a rectangle, in groups of kGroup tile rows, column by column inside a group:
+// the blocks in flight at one moment cover a roughly square patch and share its operands in L2.
+FASTCLUST_HD Tile tile_at(int index, int rows, int columns) {
+  const int first = index / (kGroup * columns) * kGroup;
+  const int height = rows - first < kGroup ? rows - first : kGroup;
+  const int rest = index - first * columns;
+  return {first + rest % height, rest / height};
 }
 
-FASTCLUST_HD int64_t n_groups(int64_t n_tiles) { return (n_tiles + kGroup - 1) / kGroup; }
+// Sums over panel and chunk. Tile (i, j) leaves the sums of its rows in row_slot and, unless it is
+// on the diagonal, the sums of its columns in column_slot; every slot has one writer.
+struct Patch {
+  int64_t row_begin, rows;        // panel, in packed rows of the whole matrix
+  int64_t column_begin, columns;  // chunk
+  int64_t tile;                   // edge of a tile
 
-// The index-th tile; integers only, so exact at any size.
-FASTCLUST_HD Tile tile_at(int64_t index, int64_t n_tiles) {
-  int64_t low = 0, high = n_groups(n_tiles) - 1;  // the group holding index
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (tiles_before_group(middle, n_tiles) <= index) {
-      low = middle;
-    } else {
-      high = middle - 1;
+  FASTCLUST_HD int row_tiles() const { return static_cast<int>(rows / tile); }
+  FASTCLUST_HD int column_tiles() const { return static_cast<int>(columns / tile); }
+  FASTCLUST_HD bool has_row(int64_t q) const { return q >= row_begin && q < row_begin + rows; }
+  FASTCLUST_HD bool has_column(int64_t q) const {
+    return q >= column_begin && q < column_begin + columns;
+  }
+  // Below the diagonal, so done elsewhere by symmetry.
+  FASTCLUST_HD bool skips(Tile t) const {
+    return column_begin + t.j * tile < row_begin + t.i * tile;
+  }
+  FASTCLUST_HD bool on_diagonal(Tile t) const {
+    return column_begin + t.j * tile == row_begin + t.i * tile;
+  }
+  // The chunk lies inside the panel or wholly beyond it.
+  FASTCLUST_HD bool inside() const { return column_begin < row_begin + rows; }
+
+  FASTCLUST_HD int64_t row_slot(int64_t j, int64_t local_row) const { return j * rows + local_row; }
+  FASTCLUST_HD int64_t column_slot(int64_t i, int64_t local_column) const {
+    return i * columns + local_column;
+  }
+};
+
+// Sum of exp(W S) over the part of row q that this patch has computed, in fixed order.
+template <typename T>
+FASTCLUST_HD double patch_row_sum(const Patch& p, const T* row_sums, const T* column_sums,
+                                  int64_t q) {
+  double sum = 0;
+  if (p.has_column(q)) {  // tiles above the diagonal in q's column
+    for (int64_t i = 0; i < p.row_tiles() && p.row_begin + (i + 1) * p.tile <= q; ++i) {
+      sum += column_sums[p.column_slot(i, q - p.column_begin)];
     }
   }
-  const int64_t first = low * kGroup;
-  const int64_t rows = n_tiles - first < kGroup ? n_tiles - first : kGroup;
-  int64_t rest = index - tiles_before_group(low, n_tiles);
-  // Columns first .. first + rows - 1 hold 1, 2, .., rows tiles; all later ones hold `rows`.
-  for (int64_t c = 0; c < rows; ++c) {
-    if (rest <= c) return {first + rest, first + c};
-    rest -= c + 1;
-  }
-  return {first + rest % rows, first + rows + rest / rows};
-}
-
-// ---- fixed slots of the partial row sums ------------------------------------------------------
-//
-// One band is a run of whole groups whose partial sums are held at once. Tile (i, j) leaves the
-// sums of its rows in row_slot, and for i < j the sums of its columns in column_slot; every slot
-// has one writer.
-
-struct Band {
-  int64_t first_tile_row, end_tile_row;  // [first, end), tile rows of this band
-  int64_t tile;                          // edge of a tile
-  int64_t n_rows;                        // padded rows of the matrix
-};
-
-// rows: [n_rows / tile (tile column), band rows]
-FASTCLUST_HD int64_t row_slot(const Band& band, int64_t j, int64_t row) {
-  const int64_t band_rows = (band.end_tile_row - band.first_tile_row) * band.tile;
-  return j * band_rows + (row - band.first_tile_row * band.tile);
-}
-// columns: [band tile rows, n_rows]
-FASTCLUST_HD int64_t column_slot(const Band& band, int64_t i, int64_t column) {
-  return (i - band.first_tile_row) * band.n_rows + column;
-}
-
-// Sum of exp(W S) of one row over everything this band has computed for it, in fixed order.
-template <typename T>
-FASTCLUST_HD double band_row_sum(const Band& band, const T* row_sums, const T* column_sums,
-                                 int64_t row) {
-  const int64_t block = row / band.tile;
-  const int64_t above = block < band.end_tile_row ? block : band.end_tile_row;
-  double sum = 0;
-  for (int64_t i = band.first_tile_row; i < above; ++i) {
-    sum += column_sums[column_slot(band, i, row)];
-  }
-  if (block >= band.first_tile_row && block < band.end_tile_row) {
-    for (int64_t j = block; j < band.n_rows / band.tile; ++j) {
-      sum += row_sums[row_slot(band, j, row)];
+  if (p.has_row(q)) {  // tiles on and right of the diagonal in q's row
+    const int64_t block = q / p.tile * p.tile;
+    for (int64_t j = 0; j < p.column_tiles(); ++j) {
+      if (p.column_begin + j * p.tile < block) continue;
+      sum += row_sums[p.row_slot(j, q - p.row_begin)];
     }
   }
   return sum;
@@ -115,20 +123,20 @@ FASTCLUST_HD double band_row_sum(const Band& band, const T* row_sums, const T* c
 
 // ---- fragments --------------------------------------------------------------------------------
 //
-// Eight warps in 2 x 4 share a tile; a warp holds MI x NJ fragments of 16 x 8, laid out as the
-// result of mma.sync.m16n8: lane = 4 g + t holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+// Eight warps share a tile, warps_m of them along its rows; a warp holds MI x NJ fragments of
+// 16 x 8, laid out as the result of mma.sync.m16n8 and, with warps_m = 8 and MI = 1, of wgmma:
+// lane = 4 g + t holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
 // The plain-arithmetic path owns the same elements, so all paths share one epilogue.
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kWarpsM = 2;
-constexpr int kWarpsN = 4;
 
-FASTCLUST_HD int fragment_row(int mi_count, int warp, int lane, int mi, int half) {
-  return ((warp % kWarpsM) * mi_count + mi) * 16 + (lane >> 2) + 8 * half;
+FASTCLUST_HD int fragment_row(int warps_m, int mi_count, int warp, int lane, int mi, int half) {
+  return ((warp % warps_m) * mi_count + mi) * 16 + (lane >> 2) + 8 * half;
 }
-FASTCLUST_HD int fragment_column(int nj_count, int warp, int lane, int nj, int element) {
-  return ((warp / kWarpsM) * nj_count + nj) * 8 + 2 * (lane & 3) + element;
+FASTCLUST_HD int fragment_column(int warps_m, int nj_count, int warp, int lane, int nj,
+                                 int element) {
+  return ((warp / warps_m) * nj_count + nj) * 8 + 2 * (lane & 3) + element;
 }
 
 // ---- shared memory of the matrix path ---------------------------------------------------------
@@ -136,15 +144,14 @@ FASTCLUST_HD int fragment_column(int nj_count, int warp, int lane, int nj, int e
 // K-major tile: 128 rows of 64 bytes (32 bf16 or 16 tf32), four 16-byte chunks per row. The chunk
 // is XORed with row / 2 so that the eight rows one ldmatrix phase reads hit all 32 banks once.
 
-constexpr int kChunk = 16;    // bytes per cp.async and per ldmatrix row
 constexpr int kRowBytes = 64;  // bytes of K per stage
 
 FASTCLUST_HD int k_major_offset(int row, int chunk) {
   return row * kRowBytes + ((chunk ^ ((row >> 1) & 3)) << 4);
 }
 
-// N-major tile (the second operand of T [Z | E]): rows of 128 elements. bf16 is read by
-// ldmatrix.trans, eight k at one chunk; tf32 by single words, four k times eight n.
+// N-major tile (the second operand of T [Z | E], the first of T^T [Z | E]): rows of 128 elements.
+// bf16 is read by ldmatrix.trans, eight k at one chunk; tf32 by single words, four k times eight n.
 template <int kElementBytes>
 FASTCLUST_HD int n_major_offset(int k, int chunk) {
   constexpr int chunks = 128 * kElementBytes / kChunk;
@@ -158,9 +165,12 @@ FASTCLUST_HD int a_lane_row(int lane) { return (lane & 7) + ((lane >> 3) & 1) * 
 FASTCLUST_HD int a_lane_chunk(int lane) { return lane >> 4; }
 FASTCLUST_HD int b_lane_row(int lane) { return (lane & 7) + (lane >> 4) * 8; }
 FASTCLUST_HD int b_lane_chunk(int lane) { return (lane >> 3) & 1; }
-// The same for ldmatrix.x4.trans on the N-major tile: k within 16, chunk within two.
+// The same for ldmatrix.x4.trans on the N-major tile: k within 16, chunk within two; as the second
+// operand, then as the first.
 FASTCLUST_HD int bt_lane_k(int lane) { return (lane & 7) + ((lane >> 3) & 1) * 8; }
 FASTCLUST_HD int bt_lane_chunk(int lane) { return lane >> 4; }
+FASTCLUST_HD int at_lane_k(int lane) { return (lane & 7) + (lane >> 4) * 8; }
+FASTCLUST_HD int at_lane_chunk(int lane) { return (lane >> 3) & 1; }
 
 // ---- alpha Z Z^T + (1 - alpha) E E^T with one accumulator --------------------------------------
 //
@@ -194,10 +204,10 @@ struct SimilaritySteps {
   int first_begin, first_count;    // k steps of the part that goes first
   int second_begin, second_count;  // and of the other
 
-  FASTCLUST_HD SimilaritySteps(int z_steps, int e_steps, bool e_first)
-      : first_begin(e_first ? z_steps : 0),
+  FASTCLUST_HD SimilaritySteps(int z_steps, int e_begin, int e_steps, bool e_first)
+      : first_begin(e_first ? e_begin : 0),
         first_count(e_first ? e_steps : z_steps),
-        second_begin(e_first ? 0 : z_steps),
+        second_begin(e_first ? 0 : e_begin),
         second_count(e_first ? z_steps : e_steps) {}
   FASTCLUST_HD int total() const { return first_count + second_count; }
   // Which step of the packed columns the step-th is.

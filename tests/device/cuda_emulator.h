@@ -6,6 +6,8 @@
 // instruction; the scheduler takes warps in an order the test chooses and runs each as far as it
 // gets, the most uneven progress that barriers allow. Asynchronous copies happen either at once or
 // as late as their wait permits. A result that depends on either choice is a race.
+// Of Hopper: barriers in shared memory with their byte counts, bulk copies (at once, or one by one when
+// nothing else can move), and wgmma on descriptors (at once, or as late as its wait permits).
 // Found and counted in emulator::report(): divergent warp instructions, barriers that not all
 // threads reach, shared memory out of bounds or misaligned, copies never waited for, and bank
 // conflicts of ldmatrix.
@@ -19,6 +21,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -30,6 +34,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define FASTCLUST_DYNAMIC_SHARED(name) unsigned char* const name = emulator::state().shared
+#define FASTCLUST_DYNAMIC_SHARED_1024(name) FASTCLUST_DYNAMIC_SHARED(name)
 
 struct dim3 {
   unsigned x, y, z;
@@ -52,11 +57,31 @@ struct Report {
   int64_t ldmatrix_phases = 0, bank_conflicts = 0;
 };
 
-enum class Operation { kNone, kBarrier, kShuffle, kLoad, kLoadTransposed, kMmaBf16, kMmaTf32 };
+enum class Operation {
+  kNone, kBarrier, kNamed, kPhase, kShuffle, kLoad, kLoadTransposed, kMmaBf16, kMmaTf32
+};
 
 struct Copy {
   unsigned char* to;
   const void* from;
+};
+
+// A barrier in shared memory; its own eight bytes only name it.
+struct PhaseBarrier {
+  int arrivals = 0, missing = 0;
+  int64_t bytes = 0;  // still to come in this phase
+  uint32_t phase = 0;
+};
+struct BulkCopy {
+  unsigned char* to;
+  const void* from;
+  size_t bytes;
+  const void* barrier;
+};
+struct Wgmma {
+  float* d;  // [16][4]
+  uint64_t a, b;
+  bool a_mn_major, b_mn_major;
 };
 
 struct Thread {
@@ -71,6 +96,11 @@ struct Thread {
   size_t bytes = 0;
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
   std::vector<Copy> open;
+  const void* barrier = nullptr;  // waited for, and the parity of its phase
+  uint32_t parity = 0;
+  int named = 0, named_count = 0;
+  std::vector<std::vector<Wgmma>> products;  // committed, oldest first
+  std::vector<Wgmma> open_products;
 };
 
 struct State {
@@ -87,6 +117,9 @@ struct State {
   int warp_order = 0;     // 0 ascending, 1 descending, 2 a new permutation each round
   bool late_copies = true;
   uint64_t random = 1;
+  std::map<const void*, PhaseBarrier> barriers;  // of the block
+  std::deque<BulkCopy> bulk;                     // started, not yet done
+  int multiprocessors = 2;
   Report report;
 };
 inline State& state() {
@@ -221,6 +254,63 @@ inline void execute_warp(Thread* lanes) {
   for (int lane = 0; lane < kWarp; ++lane) lanes[lane].waiting = Operation::kNone;
 }
 
+// ---- barriers in shared memory, bulk copies, wgmma ------------------------------------------------
+
+inline PhaseBarrier& phase_barrier(const void* at) {
+  const auto found = state().barriers.find(at);
+  if (found == state().barriers.end()) fail("a barrier that was never initialised");
+  return found->second;
+}
+inline void settle(PhaseBarrier& b) {
+  if (b.missing < 0 || b.bytes < 0) fail("a barrier got more than it expected");
+  if (b.missing == 0 && b.bytes == 0) ++b.phase, b.missing = b.arrivals;
+}
+inline void perform(const BulkCopy& copy) {
+  std::memcpy(copy.to, copy.from, copy.bytes);
+  PhaseBarrier& b = phase_barrier(copy.barrier);
+  b.bytes -= static_cast<int64_t>(copy.bytes);
+  settle(b);
+}
+inline bool phase_over(const Thread& thread) {
+  return (phase_barrier(thread.barrier).phase & 1) != thread.parity;
+}
+
+// Element (mn, k) of an operand with the 128-byte swizzle, after the PTX manual's canonical layouts.
+inline float operand(uint64_t descriptor, bool mn_major, int mn, int k) {
+  if (descriptor >> 62 != 1) fail("wgmma descriptor without the 128-byte swizzle");
+  const uint32_t start = (descriptor & 0x3fff) << 4;
+  const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4;
+  const uint32_t stride = (descriptor >> 32 & 0x3fff) << 4;
+  uint32_t at = mn_major ? start + mn / 64 * leading + k / 8 * stride + k % 8 * 128 + mn % 64 * 2
+                         : start + mn / 8 * stride + mn % 8 * 128 + k * 2;
+  at ^= (at >> 7 & 7) << 4;
+  const State& s = state();
+  if (at + 2 > s.shared_bytes) fail("wgmma reads beyond shared memory");
+  uint16_t bits;
+  std::memcpy(&bits, s.shared + at, 2);
+  return bf16(bits, 0);
+}
+// This thread's 64 elements of d += a b^T.
+inline void perform(const Wgmma& product, int thread_index) {
+  const int lane = thread_index % kWarp, warp = thread_index / kWarp % 4;
+  float a[2][16];
+  for (int half = 0; half < 2; ++half)
+    for (int k = 0; k < 16; ++k) {
+      a[half][k] = operand(product.a, product.a_mn_major, 16 * warp + lane / 4 + 8 * half, k);
+    }
+  for (int n8 = 0; n8 < 16; ++n8)
+    for (int e = 0; e < 2; ++e) {
+      double sum[2] = {product.d[4 * n8 + e], product.d[4 * n8 + 2 + e]};
+      for (int k = 0; k < 16; ++k) {
+        const double b = operand(product.b, product.b_mn_major, 8 * n8 + lane % 4 * 2 + e, k);
+        sum[0] += a[0][k] * b;
+        sum[1] += a[1][k] * b;
+      }
+      product.d[4 * n8 + e] = static_cast<float>(sum[0]);
+      product.d[4 * n8 + 2 + e] = static_cast<float>(sum[1]);
+    }
+}
+
 // ---- scheduler ----------------------------------------------------------------------------------
 
 inline void fiber_main() {
@@ -229,6 +319,9 @@ inline void fiber_main() {
   Thread& thread = self();
   for (const auto& group : thread.groups) {
     if (!group.empty()) fail("asynchronous copies never waited for");
+  }
+  if (!thread.products.empty() || !thread.open_products.empty()) {
+    fail("matrix products never waited for");
   }
   thread.done = true;
   _longjmp(s.scheduler, 1);
@@ -248,7 +341,10 @@ inline bool run_warp(int first) {
     }
     if (!ran) return moved;
     const Operation operation = s.threads[first].waiting;
-    if (operation == Operation::kBarrier || operation == Operation::kNone) continue;
+    if (operation == Operation::kBarrier || operation == Operation::kNamed ||
+        operation == Operation::kPhase || operation == Operation::kNone) {
+      continue;
+    }
     for (int lane = 0; lane < kWarp; ++lane) {
       if (s.threads[first + lane].waiting != operation) fail("divergent warp instruction");
     }
@@ -280,15 +376,39 @@ inline void run_block(int n_threads) {
         std::swap(order[w], order[(s.random >> 33) % (w + 1)]);
       }
     }
-    for (const int w : order) run_warp(w * kWarp);
+    bool moved = false;
+    for (const int w : order) moved |= run_warp(w * kWarp);
     int done = 0, at_barrier = 0;
     for (const Thread& thread : s.threads) {
       done += thread.done;
       at_barrier += thread.waiting == Operation::kBarrier;
     }
-    if (done == n_threads) return;
-    if (at_barrier != n_threads) fail("a barrier that not all threads reach");
-    for (Thread& thread : s.threads) thread.waiting = Operation::kNone;
+    if (done == n_threads) {
+      if (!s.bulk.empty()) fail("bulk copies never waited for");
+      return;
+    }
+    if (at_barrier == n_threads) {
+      for (Thread& thread : s.threads) thread.waiting = Operation::kNone;
+      continue;
+    }
+    std::map<int, int> at_named;
+    for (Thread& thread : s.threads) {
+      if (thread.waiting == Operation::kPhase && phase_over(thread)) {
+        thread.waiting = Operation::kNone;
+        moved = true;
+      }
+      if (thread.waiting == Operation::kNamed) ++at_named[thread.named];
+    }
+    for (Thread& thread : s.threads) {
+      if (thread.waiting == Operation::kNamed && at_named[thread.named] == thread.named_count) {
+        thread.waiting = Operation::kNone;
+        moved = true;
+      }
+    }
+    if (moved) continue;
+    if (s.bulk.empty()) fail("a barrier that not all threads reach");
+    perform(s.bulk.front());
+    s.bulk.pop_front();
   }
 }
 
@@ -372,6 +492,91 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   mma(emulator::Operation::kMmaTf32, c, a, b);
 }
 
+// ---- Hopper ---------------------------------------------------------------------------------------
+
+inline uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) -
+                               emulator::state().shared);
+}
+inline void mbarrier_init(uint64_t* barrier, int arrivals) {
+  emulator::check_shared(barrier, 8);
+  emulator::state().barriers[barrier] = {arrivals, arrivals, 0, 0};
+}
+inline void mbarrier_init_fence() {}
+inline void mbarrier_arrive(uint64_t* barrier) {
+  auto& b = emulator::phase_barrier(barrier);
+  --b.missing;
+  emulator::settle(b);
+}
+inline void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
+  auto& b = emulator::phase_barrier(barrier);
+  b.bytes += bytes;
+  --b.missing;
+  emulator::settle(b);
+}
+inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  auto& thread = emulator::self();
+  thread.barrier = barrier;
+  thread.parity = parity;
+  if (!emulator::phase_over(thread)) emulator::wait_for(emulator::Operation::kPhase);
+}
+template <int kId, int kCount>
+void named_barrier() {
+  emulator::self().named = kId;
+  emulator::self().named_count = kCount;
+  emulator::wait_for(emulator::Operation::kNamed);
+}
+inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+  auto* to = static_cast<unsigned char*>(shared);
+  auto& s = emulator::state();
+  if (bytes % 16 || reinterpret_cast<uintptr_t>(global) % 16 || (to - s.shared) % 16) {
+    emulator::fail("misaligned bulk copy");
+  }
+  if (to < s.shared || to + bytes > s.shared + s.shared_bytes) {
+    emulator::fail("bulk copy out of bounds");
+  }
+  // What is still in shared memory is lost from now on: a reader that is not done must show.
+  std::memset(to, 0xff, bytes);
+  const emulator::BulkCopy copy{to, global, bytes, barrier};
+  if (s.late_copies) {
+    s.bulk.push_back(copy);
+  } else {
+    emulator::perform(copy);
+  }
+}
+template <int kCount>
+void registers_up() {}
+template <int kCount>
+void registers_down() {}
+inline void wgmma_fence() {}
+inline void wgmma_commit() {
+  auto& thread = emulator::self();
+  thread.products.push_back(std::move(thread.open_products));
+  thread.open_products.clear();
+}
+template <int kPending>
+void wgmma_wait() {
+  auto& thread = emulator::self();
+  while (thread.products.size() > static_cast<size_t>(kPending)) {
+    for (const auto& product : thread.products.front()) {
+      emulator::perform(product, emulator::state().running);
+    }
+    thread.products.erase(thread.products.begin());
+  }
+}
+template <int kMajorA, int kMajorB>
+void wgmma_m64n128k16(float (&d)[1][16][4], uint64_t a, uint64_t b) {
+  auto& s = emulator::state();
+  if (s.running % 128 == 0) ++s.report.matrix_instructions;
+  const emulator::Wgmma product{&d[0][0][0], a, b, kMajorA == 1, kMajorB == 1};
+  if (s.late_copies) {
+    emulator::self().open_products.push_back(product);
+  } else {
+    emulator::perform(product, s.running);
+  }
+}
+inline int multiprocessors() { return emulator::state().multiprocessors; }
+
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_bytes, cudaStream_t,
                    const Args& args) {
@@ -382,8 +587,8 @@ cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_b
   } call{kernel, &args};
   State& s = state();
   // Shared memory starts as NaN in every format, so that what was never written shows.
-  std::vector<unsigned char> memory(shared_bytes + 128);
-  s.shared = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
+  std::vector<unsigned char> memory(shared_bytes + 1024);
+  s.shared = memory.data() + (1024 - reinterpret_cast<uintptr_t>(memory.data()) % 1024) % 1024;
   s.shared_bytes = shared_bytes;
   s.body = [](const void* p) {
     const Call& c = *static_cast<const Call*>(p);
@@ -397,6 +602,7 @@ cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_b
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
         std::memset(s.shared, 0xff, shared_bytes);
+        s.barriers.clear();
         s.block_index = dim3(x, y, z);
         ++s.report.blocks;
         run_block(threads);

@@ -1,7 +1,9 @@
 // The CUDA infonce kernels and their driver, compiled for the CPU over cuda_emulator.h and called
 // from tests/test_infonce_device_math.py through ctypes.
 #define FASTCLUST_DEVICE_EMULATOR "device/cuda_emulator.h"
+#define FASTCLUST_SM90
 #include "infonce/infonce_driver.cuh"
+#include "infonce/infonce_sm90.cuh"
 
 namespace {
 
@@ -28,6 +30,7 @@ struct Problem {
 };
 
 Limits limits;
+bool only_measure = false;
 
 template <typename Params>
 int64_t execute(const Params& params) {
@@ -35,6 +38,7 @@ int64_t execute(const Params& params) {
   Arena measure(nullptr, limits);
   if (drive(params, measure, nullptr) != cudaSuccess) return -1;
   const size_t bytes = measure.used();
+  if (only_measure) return static_cast<int64_t>(bytes);
   // NaN in every format: a read of something never written poisons the result.
   auto* base = static_cast<unsigned char*>(
       std::aligned_alloc(256, (bytes + 2 * guard + 255) / 256 * 256));
@@ -86,8 +90,13 @@ void emulate(int warp_order, int late_copies) {
 }
 // Small limits cut a small problem into bands, panels, chunks and splits; nullptr: the defaults.
 void set_limits(const int64_t* v) {
-  limits = v ? Limits{v[0], v[1], v[2], v[3], v[4], v[5]} : Limits{};
+  const bool hopper = limits.hopper;
+  limits = v ? Limits{v[0], v[1], v[2], v[3]} : Limits{};
+  limits.hopper = hopper;
 }
+void set_hopper(int on) { limits.hopper = on != 0; }
+// From now on calls only return the workspace they would take.
+void set_only_measure(int on) { only_measure = on != 0; }
 // launches, blocks, matrix instructions, ldmatrix phases, bank conflicts; then starts at 0.
 void take_report(int64_t* out) {
   const emulator::Report r = std::exchange(emulator::state().report, {});
@@ -96,17 +105,24 @@ void take_report(int64_t* out) {
   std::memcpy(out, values, sizeof values);
 }
 
-int64_t tile_count(int64_t n_tiles) { return tiles_before_group(n_groups(n_tiles), n_tiles); }
-void tile_of(int64_t index, int64_t n_tiles, int64_t* out) {
-  const Tile tile = tile_at(index, n_tiles);
+void tile_of(int index, int rows, int columns, int32_t* out) {
+  const Tile tile = tile_at(index, rows, columns);
   out[0] = tile.i;
   out[1] = tile.j;
 }
-void slots_of(int64_t first, int64_t end, int64_t tile, int64_t n_rows, int64_t i, int64_t j,
-              int64_t row, int64_t column, int64_t* out) {
-  const Band band{first, end, tile, n_rows};
-  out[0] = row_slot(band, j, row);
-  out[1] = column_slot(band, i, column);
+int64_t packed_byte(int64_t n_blocks, int64_t row, int64_t byte) {
+  return packed_offset<int64_t>(n_blocks, row, byte);
+}
+// Patches of a cut in order, [count, 4]: row begin, rows, column begin, columns; returns the count.
+int64_t patches_of(int64_t rows, int64_t panel, int64_t chunk, int64_t* out) {
+  int64_t count = 0;
+  (void)for_each_patch(Cut{panel, chunk}, rows, 128, [&](const Patch& patch, bool) {
+    const int64_t values[] = {patch.row_begin, patch.rows, patch.column_begin, patch.columns};
+    if (out) std::memcpy(out + 4 * count, values, sizeof values);
+    ++count;
+    return cudaSuccess;
+  });
+  return count;
 }
 // Words that two of a warp's lanes fetch from one bank when reading tf32 operands of T [Z | E].
 int32_t n_major_tf32_conflicts() {
@@ -123,13 +139,12 @@ int32_t n_major_tf32_conflicts() {
     }
   return conflicts;
 }
-void cut_of(int64_t rows, int64_t tile, int64_t t_bytes, int64_t z_columns, int64_t e_columns,
-            int need_z, int need_e, int64_t* out) {
-  const GradientCut cut =
-      cut_gradient(limits, rows, tile, t_bytes, 4, z_columns, e_columns, need_z, need_e);
-  const int64_t values[] = {cut.panel_rows, cut.chunk, cut.splits, cut.first_column,
-                            cut.column_tiles};
-  std::memcpy(out, values, sizeof values);
+void cut_of(int64_t rows, int64_t fixed_bytes, int64_t row_bytes, double entry_bytes,
+            int64_t chunks_a_panel, int64_t* out) {
+  const Cut cut =
+      cut_patches(limits, rows, fixed_bytes, row_bytes, entry_bytes, chunks_a_panel);
+  out[0] = cut.panel;
+  out[1] = cut.chunk;
 }
 // Formats: bf16 high and low part, tf32.
 void formats(float value, float* out) {
