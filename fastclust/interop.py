@@ -31,7 +31,7 @@ def from_foreign(value: Any) -> Any:
             return value
         return torch.from_numpy(value if value.flags.writeable else value.copy())
     if hasattr(value, "__dlpack__"):
-        return torch.from_dlpack(value)
+        return torch.utils.dlpack.from_dlpack(value)
     if hasattr(value, "__cuda_array_interface__"):
         return torch.as_tensor(value, device="cuda")
     return value

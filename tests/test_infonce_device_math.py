@@ -334,7 +334,7 @@ def test_range_of_the_similarity(emulated, n, alpha, dtype) -> None:
     torch.testing.assert_close(case.range().double(), want, rtol=0, atol=tolerance)
 
 
-# ---- the kernels for Hopper -----------------------------------------------------------------------
+# ---- the kernels for Hopper ----------------------------------------------------------------------
 
 
 @pytest.fixture

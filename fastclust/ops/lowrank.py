@@ -563,7 +563,7 @@ def _tensor(array: Any) -> Tensor:
             return torch.as_tensor(array if array.flags.writeable else array.copy())
         except TypeError:
             raise TypeError(f"x must be numeric, got numpy dtype {array.dtype}") from None
-    return torch.from_dlpack(array)
+    return torch.utils.dlpack.from_dlpack(array)
 
 
 def _capturing(t: Tensor) -> bool:
