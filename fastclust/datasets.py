@@ -89,6 +89,8 @@ class Dataset:
         int64 [N], the class of each node, or None where classes are not known.
     n_clusters : int or None
         Number of classes, or None where they are not known.
+    node_names : numpy.ndarray or None
+        str [N], what the nodes are called in the user's files, see :mod:`fastclust.tables`.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Dataset:
     features: sp.csr_array | npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64] | None
     n_clusters: int | None
+    node_names: npt.NDArray[np.str_] | None = None
 
     @property
     def n_nodes(self) -> int:

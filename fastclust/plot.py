@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import: only those who dr
 __all__ = [
     "PALETTE",
     "Projection",
+    "agreement",
     "colors",
     "conductance",
     "confusion",
@@ -327,6 +328,27 @@ def conductance(adjacency: Any, labels: Any, *, like: Any = None, ax: Axes | Non
     """
     parts = metrics.per_cluster(adjacency, labels)
     return _bars(parts["cluster"], parts["conductance"], parts["nodes"], "{:.3f}", labels, like, ax)
+
+
+def agreement(evidence: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
+    """How well two halves of the data agree on K clusters, for every K that ``"auto"`` tried.
+
+    Parameters
+    ----------
+    evidence : mapping
+        :attr:`n_clusters_evidence_` of an estimator with ``n_clusters="auto"``.
+    ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    matplotlib Axes
+    """
+    ax = _axes(ax)
+    ax.plot(evidence["n_clusters"], evidence["agreement"], marker="o", ms=4, color=PALETTE[0])
+    ax.set_xlabel("number of clusters")
+    ax.grid(axis="y")
+    _bare(ax, "left", "bottom")
+    return ax
 
 
 def similarity(

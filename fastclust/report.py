@@ -7,6 +7,7 @@ prints and scales to a phone.
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import re
@@ -26,7 +27,7 @@ from fastclust.rundir import write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["headline", "table", "write_page"]
+__all__ = ["LABEL_SCORES", "headline", "table", "write_page"]
 
 MODEL_NAMES = {"ecnmf": "ECN-MF", "hsan": "HSAN", "ssgc": "SSGC"}
 N_SHOWN = 8  # nodes in each of the tables of the clearest and the hardest
@@ -141,9 +142,8 @@ def write_page(root: Path, result: Mapping[str, Any], dataset: Dataset) -> Path:
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    labels = np.loadtxt(
-        root / "assignments.csv", delimiter=",", skiprows=1, usecols=1, dtype=np.int64, ndmin=1
-    )
+    with (root / "assignments.csv").open(encoding="utf-8", newline="") as file:
+        labels = np.array([int(row[-1]) for row in list(csv.reader(file))[1:]], dtype=np.int64)
     embedding = np.nan_to_num(np.load(root / "embedding.npy", allow_pickle=False))
     first = result["runs"][0]
     histories = {
@@ -257,6 +257,14 @@ def _figures(
     }
     for caption, draw in bars.items():
         add("Clusters", caption, tall, draw, width=3.2)
+    if evidence := first.get("n_clusters_evidence"):
+        add(
+            "Clusters",
+            "agreement of disjoint halves on K clusters",
+            max(tall, 2.2),
+            lambda ax: plot.agreement(evidence, ax=ax),
+            width=3.2,
+        )
     sections["Pairs"] = []
     add(
         "Pairs",
@@ -311,13 +319,13 @@ def _nodes(
     """The nodes that lie most clearly in their cluster, and those that lie least so."""
     margin = metrics.node_margin(embedding, labels)
     order = np.argsort(-margin, kind="stable")
-    graph = dataset.adjacency
+    graph, names = dataset.adjacency, dataset.node_names
 
     def row(i: int) -> dict[str, Any]:
         neighbours = graph.indices[graph.indptr[i] : graph.indptr[i + 1]]
         inside = int((labels[neighbours] == labels[i]).sum())
         return {
-            "node": i,
+            "node": i if names is None else names[i],
             "cluster": labels[i],
             "label": None if dataset.labels is None else dataset.labels[i],
             "margin": margin[i],

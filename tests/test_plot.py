@@ -48,6 +48,9 @@ DRAW = {
     "modularity": lambda z, a, k, y, **kw: plot.modularity(a, k, **kw),
     "conductance": lambda z, a, k, y, **kw: plot.conductance(a, k, **kw),
     "similarity": lambda z, a, k, y, **kw: plot.similarity(z, k, **kw),
+    "agreement": lambda z, a, k, y, **kw: plot.agreement(
+        {"n_clusters": [2, 3], "agreement": [0.1, 0.4]}, **kw
+    ),
     "confusion": lambda z, a, k, y, **kw: plot.confusion(y, k, **kw),
 }
 

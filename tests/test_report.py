@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import html.parser
 import io
 import json
@@ -168,6 +170,22 @@ def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
     report.write_page(tmp_path, *make_run(tmp_path))
     assert dict(matplotlib.rcParams) == before
     assert "matplotlib.pyplot" not in sys.modules or not plt.get_fignums()
+
+
+def test_page_of_named_nodes_and_an_estimated_number_of_clusters(tmp_path: Path) -> None:
+    result, dataset = make_run(tmp_path)
+    names = np.array([f'n "{i}", <b>' for i in range(80)])
+    clusters = np.loadtxt(tmp_path / "assignments.csv", delimiter=",", skiprows=1, dtype=int)[:, 1]
+    with (tmp_path / "assignments.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("node", "cluster"), *zip(names, clusters, strict=True)])
+    result["runs"][0]["n_clusters_evidence"] = {
+        "rule": "the <most> agreement", "n_clusters": [2, 3, 4], "agreement": [0.2, 0.5, 0.7],
+    }  # fmt: skip
+    dataset = dataclasses.replace(dataset, node_names=names)
+    text = report.write_page(tmp_path, result, dataset).read_text()
+    assert "agreement of disjoint halves" in text and "the &lt;most&gt; agreement" in text
+    assert "could not be drawn" not in text
+    assert "<b>" not in text.split("<h2>Nodes")[1] and "&lt;b&gt;" in text.split("<h2>Nodes")[1]
 
 
 def test_nodes_are_ordered_by_margin(tmp_path: Path) -> None:
