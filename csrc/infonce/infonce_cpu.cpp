@@ -15,16 +15,18 @@
 // 100 MB); nothing grows with M^2. A row-owning task without the panel would need 5 M^2 D flop
 // (every S tile recomputed twice).
 //
-// Bound by FMA: the products run on the register tiles of common/microkernel.h; exp and weights
-// are about 2 % at D = 1000. With bf16 operands they run on pairs of terms at twice the rate
-// (AVX-512 BF16); T is then stored twice, in pairs of columns and in pairs of rows, since either may be the
+// Bound by FMA: the products run on the register tiles of common/microkernel.h; exp and weights are
+// about 2 % at D = 1000. With bf16 operands they run on pairs of terms at twice the rate (AVX-512
+// BF16); T is then stored twice, in pairs of columns and in pairs of rows, since either may be the
 // sum's index. The weights' own products stay in float32, and so do the positive pairs.
 //
-// Measured on Zen 4 (N = 2708, D = 1000, one thread, share of the FMA rate read before and after each
-// step): 0.78 to 0.84 with weights 1; with a snapshot 0.75 to 0.81 before and 0.77 to 0.81 after all
-// products of Z were taken before those of E and of the snapshot, strip by strip four sets of rows
-// (1.5 MB) had passed through L2. A register tile alone reaches 0.94 to 1.00 from L2, so what is left
-// lies in L3 and memory. Lost: 2 MB pages for the buffers (no difference beyond the noise of 5 %).
+// Measured on Zen 4 (N = 2708, D = 1000, one thread, float32, share of the FMA rate read before and
+// after each step, medians of three alternating runs): with all weights 1, strip by strip 0.80,
+// 0.81, 0.86 and with all products of Z before those of E 0.83, 0.82, 0.80; with a snapshot 0.75,
+// 0.77, 0.81 and 0.79, 0.80, 0.77. The order was chosen so that one set of rows (384 KB) stays in
+// L2 where four (1.5 MB) would not; its gain is within the noise. A register tile alone ran at 0.94
+// to 1.00 out of caches; where the rest goes has not been measured (no hardware counters there).
+// Lost: 2 MB pages for the buffers, 0.77, 0.77, 0.79 against 0.80 without.
 #include "infonce/infonce.h"
 
 #include <algorithm>
