@@ -3,7 +3,8 @@
 // adds to in L2, slivers stream through L1.
 //
 // A task owns a block of rows of C and runs through all terms of the panel, so C leaves the cache
-// once; the split depends on sizes alone. Bound by FMA.
+// once. How many tasks C is cut into follows the number of threads; the sum of an element does not.
+// Bound by FMA; rates and what was tried: benchmarks/results/2026-11-22-ecnmf-epoch.md.
 #include "common/gemm.h"
 
 #include <algorithm>
