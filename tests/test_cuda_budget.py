@@ -97,7 +97,7 @@ BUDGETS = {
     r"kmeans/(column_sums|square_norms|sample|draw|choose|count|means|inertia)_kernel<.*>": (
         Budget(64, {}, 40)
     ),
-    r"kmeans/(mean|converge|total)_kernel": Budget(64, {}, 40),
+    r"kmeans/(column_means|mean|converge|total)_kernel": Budget(64, {}, 40),
 }
 
 

@@ -8,7 +8,6 @@ Faults seeded once into the sources, and the test that turned red:
     last tile dropped, diagonal tile counted twice, 1/r_k term skipped: matches_the_twin (among
     others); chunk table shifted: seams_of_panels_and_chunks; a barrier of the pipeline
     removed, or one copy too few waited for: no_race (and the twins); no swizzle: bank_conflict.
-    Of the Hopper kernels: see the commit that brought them.
 """
 
 from __future__ import annotations
