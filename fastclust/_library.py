@@ -7,6 +7,7 @@ and everything runs on the CPU.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -31,5 +32,10 @@ def _load_cuda() -> str:
 
 cuda_status: str = _load_cuda()
 cuda_loaded: bool = cuda_status == "loaded"
+
+if hasattr(os, "register_at_fork"):
+    # torch's threads do not live on in a forked child: parallel work there would wait for them
+    # for ever. One thread gives the same bits. (torch's own data loaders do likewise.)
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 __all__ = ["_C", "cuda_loaded", "cuda_status"]

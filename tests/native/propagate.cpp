@@ -104,6 +104,7 @@ void propagate(const Graph& graph, int64_t d, unsigned options) {
         PropagateParams<T> p{};
         p.n_nodes = n;
         p.n_cols = d;
+        p.n_edges = indices.size();
         p.indptr = indptr.data();
         p.indices = indices.data();
         p.values = with_values ? values.data() : nullptr;
