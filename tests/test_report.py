@@ -9,7 +9,6 @@ import io
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,10 +165,10 @@ def test_a_figure_that_fails_leaves_the_rest(
 
 
 def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
-    before = dict(matplotlib.rcParams)
+    before, figures = dict(matplotlib.rcParams), plt.get_fignums()
     report.write_page(tmp_path, *make_run(tmp_path))
     assert dict(matplotlib.rcParams) == before
-    assert "matplotlib.pyplot" not in sys.modules or not plt.get_fignums()
+    assert plt.get_fignums() == figures, "a page must not leave figures in pyplot"
 
 
 def test_page_of_named_nodes_and_an_estimated_number_of_clusters(tmp_path: Path) -> None:
