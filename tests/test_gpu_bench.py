@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -63,7 +64,8 @@ def test_every_part_runs_on_tiny_shapes(gpu, tmp_path, made_up_graphs, part) -> 
 def test_the_whole_script_dry(tmp_path, made_up_graphs) -> None:
     """All parts through the shell, at most eight small files, a summary line each."""
     script = [str(BENCHMARKS / "gpu.sh"), "--dry-run", str(tmp_path / "out")]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=500)
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(script, capture_output=True, text=True, timeout=500, env=environment)
     log = (tmp_path / "out" / "log.txt").read_text()
     assert done.returncode == 0, done.stdout[-3000:] + log[-3000:]
     files = sorted(p.name for p in (tmp_path / "out").iterdir())
