@@ -11,6 +11,7 @@ from fastclust._version import __version__
 COMMANDS = {
     "train": "cluster a graph; arguments in, run directory out",
     "compare": "tables of results: data sets by models by seeds",
+    "convert": "edge lists of any length to a folder of arrays",
     "info": "versions, CPU features, CUDA library and GPUs",
 }
 

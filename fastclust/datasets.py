@@ -1,6 +1,7 @@
-"""Benchmark graphs by name, and graphs from ``.npz`` files.
+"""Benchmark graphs by name, and graphs from ``.npz`` files or folders of arrays.
 
-Two file formats are read, both with ``allow_pickle=False``:
+Two file formats are read, both with ``allow_pickle=False``; folders are what
+:mod:`fastclust.convert` writes, and are mapped into memory:
 
 - the *uniform* format: ``adj_indptr``, ``adj_indices``, ``x_indptr``, ``x_indices``, ``x_data``,
   ``shape_x``, optionally ``adj_data`` and ``labels``;
@@ -17,6 +18,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import io
+import json
 import logging
 import os
 import pickle
@@ -59,6 +61,11 @@ _log = logging.getLogger("fastclust")
 #: Where downloads come from; the environment variable FASTCLUST_DATA_URL names a mirror that
 #: serves the same paths.
 BASE_URL = "https://raw.githubusercontent.com"
+
+# The folders of fastclust.convert.
+DIRECTORY_META = "dataset.json"
+DIRECTORY_FORMAT = "fastclust-directory"
+DIRECTORY_VERSION = 1
 
 _TIMEOUT = (10.0, 60.0)  # seconds to connect, seconds of silence while reading
 _ATTEMPTS = 3
@@ -157,7 +164,7 @@ def load_npz(path: str | os.PathLike[str]) -> Dataset:
 def load_dataset(
     name: str | os.PathLike[str], root: str | os.PathLike[str] | None = None
 ) -> Dataset:
-    """Load a benchmark graph by name, or a graph from the path of a ``.npz`` file.
+    """Load a benchmark graph by name, or a graph from a ``.npz`` file or a folder of arrays.
 
     A name is looked for in ``root``, in the folder named by the environment variable
     ``FASTCLUST_DATA``, in the user cache folder, and at last downloaded from where its authors
@@ -172,7 +179,9 @@ def load_dataset(
         Computers; Shchur et al., 2018), ``eat``, ``uat``, ``bat`` (European, USA and Brazilian
         air traffic; Ribeiro et al., 2017), ``digits`` (scikit-learn's 1797 handwritten digits,
         pixels in [0, 1], with the graph of 10 nearest neighbours, an edge where either of two
-        nodes is among the other's), or the path of a ``.npz`` file (see :func:`load_npz`).
+        nodes is among the other's), the path of a ``.npz`` file (see :func:`load_npz`), or of a
+        folder from :mod:`fastclust.convert`, whose attributes and neighbours are mapped into
+        memory: pages are read when they are needed and give way when memory is short.
     root : path, optional
         The folder to look in first.
 
@@ -194,8 +203,8 @@ def load_dataset(
     Dataset('digits': 1797 nodes, 24680 edges, 64 features, 10 classes)
     """
     text = os.fspath(name)
-    if text.endswith(".npz") or isinstance(name, os.PathLike):
-        return load_npz(text)
+    if is_dataset_path(name):
+        return _load_directory(Path(text)) if os.path.isdir(text) else load_npz(text)
     key = text.strip().lower()
     if key == "digits":
         return _digits()
@@ -203,7 +212,7 @@ def load_dataset(
     if source is None:
         raise DatasetNotFoundError(
             f"unknown data set {text!r}: it must be one of {', '.join(DATASET_NAMES)}, "
-            f"or the path of a .npz file"
+            f"or the path of a .npz file or of a folder from fastclust.convert"
         )
 
     tried = []
@@ -232,6 +241,14 @@ def load_dataset(
     except DatasetFormatError as error:
         tried.append(f"{cached} (ignored: {error})")
     return _download_dataset(key, source, cache, tried)
+
+
+def is_dataset_path(name: str | os.PathLike[str]) -> bool:
+    """Whether a data set is named by the path of its file or folder."""
+    text = os.fspath(name)
+    if isinstance(name, os.PathLike) or text.endswith(".npz") or os.sep in text:
+        return True
+    return text.strip().lower() not in DATASET_NAMES and os.path.isdir(text)
 
 
 def nearest_neighbor_graph(
@@ -647,6 +664,63 @@ def _without_diagonal(matrix: sp.csr_array) -> sp.csr_array:
     coo = matrix.tocoo()
     keep = coo.row != coo.col
     return sp.csr_array((coo.data[keep], (coo.row[keep], coo.col[keep])), shape=matrix.shape)
+
+
+# --- folders of arrays ---------------------------------------------------------------------------
+
+
+def _load_directory(folder: Path) -> Dataset:
+    """What :mod:`fastclust.convert` wrote, mapped copy-on-write: the files are never changed.
+
+    Sizes, row pointers, the range of the indices and finiteness are checked; that the graph is
+    symmetric is checked by whoever makes use of it.
+    """
+    try:
+        meta = json.loads((folder / DIRECTORY_META).read_text())
+        if meta["format"] != DIRECTORY_FORMAT or meta["version"] != DIRECTORY_VERSION:
+            raise ValueError(f"it says {meta['format']!r}, version {meta['version']!r}")
+        n, n_edges, n_features = (int(meta[k]) for k in ("n_nodes", "n_edges", "n_features"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetFormatError(
+            f"{folder} must hold the {DIRECTORY_META} of fastclust.convert: {error}"
+        ) from None
+
+    def mapped(name: str, dtype: type, *shape: int | None) -> Any:
+        path = folder / f"{name}.npy"
+        try:
+            # Nothing can be mapped of a file without numbers.
+            array = np.load(path, mmap_mode="c" if 0 not in shape else None, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DatasetFormatError(f"{path} is missing or damaged: {error}") from None
+        wrong = array.ndim != len(shape) or any(
+            want not in (None, got) for want, got in zip(shape, array.shape, strict=False)
+        )
+        if wrong or array.dtype != dtype:
+            raise DatasetFormatError(
+                f"{path} must be {np.dtype(dtype)} of shape {list(shape)}, "
+                f"got {array.dtype} of {list(array.shape)}"
+            )
+        return array.view(np.ndarray)
+
+    def compressed(name: str, size: int | None, n_columns: int, ones: bool) -> sp.csr_array:
+        indptr = mapped(f"{name}_indptr", np.int64, n + 1)
+        indices = mapped(f"{name}_indices", np.int32, size)
+        data = np.ones(indices.size, np.float32)
+        if not ones:
+            data = mapped(f"{name}_data", np.float32, indices.size)
+        return _csr(data, indices, indptr, np.array([n, n_columns]), str(folder), name)
+
+    unweighted = not (folder / "adj_data.npy").exists()
+    adjacency = compressed("adj", n_edges, n, unweighted)
+    features: Any = np.ones((n, 1), np.float32)  # a graph without attributes
+    if (folder / "features.npy").exists():
+        features = mapped("features", np.float32, n, n_features)
+    elif (folder / "x_indptr.npy").exists():
+        features = compressed("x", None, n_features, False)
+    labels = None
+    if (folder / "labels.npy").exists():
+        labels = np.array(mapped("labels", np.int64, n))
+    return _assemble(folder.name, adjacency, features, labels, str(folder))
 
 
 # --- the published files -------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import torch
 from fastclust import cli, metrics, report
 from fastclust._library import _C, cuda_status
 from fastclust.cli import Interrupted, UsageError, note
-from fastclust.datasets import Dataset, load_dataset
+from fastclust.datasets import Dataset, is_dataset_path, load_dataset
 from fastclust.estimators import ECNMF, HSAN, PRECISIONS, SSGC
 from fastclust.info import cpu_name, versions
 from fastclust.rundir import RunDirectory, read_toml, write_atomically
@@ -96,8 +96,8 @@ def build_parser() -> cli.Parser:
     add(
         "--dataset",
         metavar="NAME|PATH",
-        help="cora, citeseer, amap, amac, eat, uat, bat, digits, or the path of a .npz file "
-        "(default: digits)",
+        help="cora, citeseer, amap, amac, eat, uat, bat, digits, or the path of a .npz file or "
+        "of a folder from fastclust convert (default: digits)",
     )
     add("--edges", metavar="FILE", help="edges of your own graph: table or matrix, see below")
     add("--features", metavar="FILE", help="attributes of your own graph: table or matrix")
@@ -253,7 +253,7 @@ def resolve(settings: dict[str, Any]) -> tuple[Plan, Dataset]:
             )
         settings[key] = cli.convert(key, value, hints[key])
 
-    is_path = dataset_name.endswith(".npz") or os.sep in dataset_name
+    is_path = is_dataset_path(dataset_name)
     if files:
         files = {key: _absolute(key, value) for key, value in files.items()}
         dataset = load_files(**files)

@@ -50,8 +50,8 @@ def check_adjacency(
     """Return an adjacency of any supported kind in canonical CSR form.
 
     Canonical: square, symmetric, no self loops, no duplicate and no explicitly stored zero
-    entries, columns sorted within each row; ``indptr`` int32 [N+1], ``indices`` int32 [E],
-    ``data`` float32 [E]. E counts both directions of an edge.
+    entries, columns sorted within each row; ``indptr`` int32 [N+1], ``indices`` int32 [E] (both
+    int64 from 2^31 entries on), ``data`` float32 [E]. E counts both directions of an edge.
 
     Parameters
     ----------
@@ -111,11 +111,8 @@ def check_adjacency(
             f"{name} must have one row and one column per row of the features "
             f"({n_nodes}), got shape {matrix.shape}"
         )
-    if matrix.nnz > np.iinfo(np.int32).max or n > np.iinfo(np.int32).max:
-        raise ValueError(
-            f"{name} must have fewer than 2**31 nodes and entries, "
-            f"got {n} nodes and {matrix.nnz} entries"
-        )
+    if n > np.iinfo(np.int32).max:
+        raise ValueError(f"{name} must have fewer than 2**31 nodes, got {n}")
     _require_finite(matrix, name)
     matrix.data = _to_float32(matrix.data, name)
     if matrix.nnz and matrix.data.min() < 0:
@@ -594,6 +591,12 @@ def _drop_self_loops(matrix: sp.csr_array, name: str) -> sp.csr_array:
 
 def _symmetrised(matrix: sp.csr_array, name: str) -> sp.csr_array:
     transposed = sp.csr_array(matrix.T)
+    # Without the difference matrix, which takes more memory than the graph.
+    if all(
+        np.array_equal(getattr(matrix, part), getattr(transposed, part))
+        for part in ("indptr", "indices", "data")
+    ):
+        return matrix
     gap = abs(matrix - transposed)
     if gap.nnz == 0 or gap.max() == 0:
         return matrix
