@@ -7,8 +7,10 @@ enters: evaluations are scored from the embedding, the clusters and the graph al
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -58,7 +60,8 @@ SELECTIONS: dict[str, bool | None] = {
 }
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
-_FORMAT = "1"
+PREVIOUS_NAME = "previous.safetensors"  # the one before, should the newest turn out damaged
+_FORMAT = "2"
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -74,7 +77,7 @@ class CheckpointError(ValueError):
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint could not be written; training goes on and the previous one stays."""
+    """A checkpoint could not be written, or was damaged and the one before it is used."""
 
 
 class Trainable(Protocol):
@@ -248,13 +251,13 @@ def train(
     callbacks : sequence of callable
         Each is given an :class:`Event` after every epoch.
     checkpoint_dir : path, optional
-        Where ``checkpoint.safetensors`` is kept; without it there are no checkpoints, and SIGINT
-        acts as usual.
+        Where ``checkpoint.safetensors`` and the one before it, ``previous.safetensors``, are kept;
+        without it there are no checkpoints, and SIGINT acts as usual.
     checkpoint_every : int or str
         Epochs (``25``) or seconds (``"60s"``) between checkpoints. One more is written at the end.
     resume : bool
-        Go on from the checkpoint if there is one. On the CPU the outcome is the same to the bit as
-        that of an uninterrupted run.
+        Go on from the checkpoint if there is one, from the one before where the newest is damaged.
+        On the CPU the outcome is the same to the bit as that of an uninterrupted run.
     identity : mapping, optional
         Configuration and digest of the data, JSON-able. A checkpoint of another one is refused.
 
@@ -265,7 +268,7 @@ def train(
     TrainingDivergedError
         The loss became NaN or infinite.
     CheckpointError
-        Resuming from a checkpoint that is damaged or of another run.
+        Resuming where every checkpoint is damaged, or from one of another run.
     ValueError
         ``checkpoint_dir`` cannot be created.
     """
@@ -435,11 +438,20 @@ class _State:
             )
 
 
+class _Damaged(Exception):
+    """A checkpoint file that cannot be what was written."""
+
+
 class _Checkpoints:
-    """One checkpoint file, replaced as a whole: a temporary file, flushed to disk and renamed."""
+    """The newest checkpoint and the one before it, each in a file replaced as a whole.
+
+    A temporary file is flushed to disk and renamed, so that a crash leaves whole files; a digest of
+    what it holds tells a file that changed later, as on a failing disk.
+    """
 
     def __init__(self, directory: str | os.PathLike[str], every: int | str) -> None:
         self.path = Path(directory) / CHECKPOINT_NAME
+        self.previous = self.path.with_name(PREVIOUS_NAME)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -457,7 +469,7 @@ class _Checkpoints:
         return time.monotonic() - self.last_written >= self.seconds
 
     def save(self, state: _State) -> bool:
-        """Write one; a failure leaves the previous one and is only warned of."""
+        """Write one; a failure leaves the newest and is only warned of."""
         record = {
             "epochs_done": state.epochs_done,
             "history": state.history,
@@ -469,11 +481,16 @@ class _Checkpoints:
             "identity": json.dumps(state.identity, sort_keys=True),
             "record": json.dumps(record),
         }
+        tensors = {name: value.cpu() for name, value in state.tensors().items()}
         temporary = self.path.with_suffix(".tmp")
         self.last_written = time.monotonic()
         try:
-            save_file(state.tensors(), temporary, metadata)
+            if shutil.disk_usage(self.path.parent).free < sum(t.nbytes for t in tensors.values()):
+                self.previous.unlink(missing_ok=True)  # rather one that is new than two old ones
+            save_file(tensors, temporary, {**metadata, "digest": _digest(tensors, metadata)})
             _flush_to_disk(temporary)
+            if self.path.exists():
+                os.replace(self.path, self.previous)
             os.replace(temporary, self.path)
             if os.name == "posix":
                 _flush_to_disk(self.path.parent)
@@ -491,37 +508,72 @@ class _Checkpoints:
         return True
 
     def load(self, state: _State) -> bool:
-        """Restore the run if there is a checkpoint; whether there was one."""
-        if not self.path.exists():
-            return False
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            identity, record = json.loads(metadata["identity"]), json.loads(metadata["record"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        """Restore the run from the newest checkpoint that is whole; whether there was one."""
+        damaged: list[str] = []
+        for path in (self.path, self.previous):
+            if not path.exists():
+                continue
+            try:
+                tensors, identity, record = _read(path)
+            except _Damaged as error:
+                damaged.append(str(error))
+                continue
+            _require_same_run(path, identity, state.identity)
+            try:
+                state.restore(tensors, record)
+            except (KeyError, RuntimeError, IndexError, TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{path} does not fit this version's model ({error}); remove it to start anew"
+                ) from None
+            if damaged:
+                warnings.warn(
+                    f"{damaged[0]}; going on from the one before it, {path.name}, after epoch "
+                    f"{state.epochs_done}",
+                    CheckpointWarning,
+                    stacklevel=3,
+                )
+            return True
+        if damaged:
             raise CheckpointError(
-                f"{self.path} is damaged or no checkpoint of fastclust ({error}); remove it to "
-                f"start afresh"
-            ) from None
-        wanted = json.loads(json.dumps(state.identity))
-        changed = sorted(k for k in {*identity, *wanted} if identity.get(k) != wanted.get(k))
-        if changed:
-            details = ", ".join(
-                f"{key} was {identity.get(key)!r} and is {wanted.get(key)!r}"[:160]
-                for key in changed[:4]
+                f"{' and '.join(damaged)}; remove {'both' if damaged[1:] else 'it'} to start afresh"
             )
-            raise CheckpointError(
-                f"{self.path} belongs to another run ({details}); resume with the same data and "
-                f"settings, or remove it to start afresh"
-            )
-        try:
-            state.restore(tensors, record)
-        except (KeyError, RuntimeError, IndexError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.path} does not fit this version's model ({error}); remove it to start anew"
-            ) from None
-        return True
+        return False
+
+
+def _require_same_run(path: Path, identity: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    wanted = json.loads(json.dumps(wanted))
+    changed = sorted(k for k in {*identity, *wanted} if identity.get(k) != wanted.get(k))
+    if changed:
+        details = ", ".join(
+            f"{key} was {identity.get(key)!r} and is {wanted.get(key)!r}"[:160]
+            for key in changed[:4]
+        )
+        raise CheckpointError(
+            f"{path} belongs to another run ({details}); resume with the same data and "
+            f"settings, or remove it to start afresh"
+        )
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Tensors, identity and record of a checkpoint, provided that they are as written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata.pop("digest") != _digest(tensors, metadata):
+            raise ValueError("its content is not what its digest says")
+        return tensors, dict(json.loads(metadata["identity"])), dict(json.loads(metadata["record"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _Damaged(f"{path} is damaged or no checkpoint of fastclust ({error})") from None
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of a checkpoint's content, in hexadecimal."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def parse_interval(every: int | str) -> tuple[int, float]:

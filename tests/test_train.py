@@ -533,6 +533,51 @@ def test_resume_of_another_run_is_refused(
     assert code == 2 and "seeds was [0]" in err
 
 
+def test_data_that_disappeared_or_changed(
+    capsys: pytest.CaptureFixture[str], parts: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    data, out = tmp_path / "data.npz", str(tmp_path / "out")
+    np.savez(data, **parts)
+    short = ("--epochs", "2", *SMALL, "--out", out)
+    assert call(capsys, "--dataset", str(data), *short)[0] == 0
+    (Path(out) / "result.json").unlink()  # as if it had been cut off before the end
+    x = parts["x_data"].copy()
+    x[0] += 1
+    np.savez(data, **(parts | {"x_data": x}))
+    code, _, err = call(capsys, "--out", out, "--resume")
+    assert code == 2 and "belongs to another run (data was" in err and err.count("\n") <= 2
+    data.unlink()
+    code, _, err = call(capsys, "--out", out, "--resume")
+    assert code == 2 and f"{data} does not exist" in err and err.count("\n") == 1
+
+    edges, features = tmp_path / "edges.csv", tmp_path / "x.csv"
+    links = sp.csr_array((np.ones(len(parts["adj_indices"])), parts["adj_indices"],
+                          parts["adj_indptr"])).tocoo()  # fmt: skip
+    np.savetxt(edges, np.stack([links.row, links.col], 1), "%d")
+    np.savetxt(features, parts["x_data"].reshape(60, 8), header="a b c d e f g h", comments="")
+    tables = ("--edges", str(edges), "--features", str(features), "--n-clusters", "3")
+    assert call(capsys, *tables, *short)[0] == 0
+    edges.unlink()
+    code, _, err = call(capsys, "--out", out, "--resume")
+    assert code == 2 and f"{edges} does not exist" in err and err.count("\n") == 1
+
+
+def test_a_damaged_checkpoint_is_told_and_survived(
+    capsys: pytest.CaptureFixture[str], blocks: str, tmp_path: Path
+) -> None:
+    run = ("--dataset", blocks, *LONG, "--out")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call(capsys, *run, str(whole), "--quiet")[0] == 0
+    interrupt((*run, str(parts)), parts / "history.jsonl", 10, signal.SIGKILL)
+    newest = parts / "checkpoint" / "checkpoint.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-50])
+    done = spawn("--out", str(parts), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint.safetensors is damaged" in done.stderr
+    assert "going on from the one before it, previous.safetensors, after epoch" in done.stderr
+    assert outcome(parts) == outcome(whole)
+
+
 def test_resume_without_a_run_begins(
     capsys: pytest.CaptureFixture[str], blocks: str, tmp_path: Path
 ) -> None:

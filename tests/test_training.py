@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ from fastclust.training import (
     train,
 )
 
-CHECKPOINT = training.CHECKPOINT_NAME
+CHECKPOINT, PREVIOUS = training.CHECKPOINT_NAME, training.PREVIOUS_NAME
 
 # One estimator per kind of state that a checkpoint has to carry.
 RUNS: dict[str, Any] = {
@@ -296,7 +298,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(
     with pytest.warns(CheckpointWarning, match="No space left.*the previous checkpoint stays"):
         resumed = RUNS["hsan"](resume=True, **keep).fit(x, adjacency=adjacency)
     assert (tmp_path / CHECKPOINT).read_bytes() == old
-    assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CHECKPOINT, PREVIOUS]
     assert_same_bits(RUNS["hsan"]().fit(x, adjacency=adjacency), resumed)
 
 
@@ -331,16 +333,87 @@ def test_a_checkpoint_of_other_data_is_refused(two_blocks, tmp_path):
         RUNS["ecnmf"](**keep).fit(other, adjacency=adjacency)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
-def test_a_damaged_checkpoint_is_refused(damage, two_blocks, tmp_path):
+def damaged(content: bytes, damage: str) -> bytes:
+    if damage == "bit":  # one, in the middle of the numbers: the file still reads
+        at = len(content) - 200
+        return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
+    return {"truncated": content[:-100], "text": b"no checkpoint", "empty": b""}[damage]
+
+
+DAMAGES = pytest.mark.parametrize("damage", ["truncated", "bit", "text", "empty"])
+
+
+@DAMAGES
+@pytest.mark.parametrize("kind", ["ecnmf", "hsan-inertia"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(kind, damage, two_blocks, tmp_path):
     adjacency, x, _ = two_blocks
-    keep = {"checkpoint_dir": tmp_path, "resume": True}
-    RUNS["ecnmf"](**keep).fit(x, adjacency=adjacency)
+    keep = {"checkpoint_dir": tmp_path, "checkpoint_every": 2}
+    with pytest.raises(Cut):
+        RUNS[kind](callbacks=cut_after(9), **keep).fit(x, adjacency=adjacency)
     path = tmp_path / CHECKPOINT
-    content = {"truncated": path.read_bytes()[:-100], "text": b"no checkpoint", "empty": b""}
-    path.write_bytes(content[damage])
-    with pytest.raises(CheckpointError, match="is damaged or no checkpoint"):
+    path.write_bytes(damaged(path.read_bytes(), damage))
+    epochs: list[int] = []
+    told = rf"{CHECKPOINT} is damaged.*going on from the one before it, {PREVIOUS}, after epoch 6"
+    with pytest.warns(CheckpointWarning, match=told):
+        resumed = RUNS[kind](
+            resume=True, callbacks=lambda event: epochs.append(event.epoch), **keep
+        ).fit(x, adjacency=adjacency)
+    assert epochs[0] == 7
+    assert_same_bits(RUNS[kind]().fit(x, adjacency=adjacency), resumed)
+
+
+@DAMAGES
+def test_two_damaged_checkpoints_are_refused(damage, two_blocks, tmp_path):
+    adjacency, x, _ = two_blocks
+    keep = {"checkpoint_dir": tmp_path, "checkpoint_every": 5, "resume": True}
+    RUNS["ecnmf"](**keep).fit(x, adjacency=adjacency)
+    for name in (CHECKPOINT, PREVIOUS):
+        (tmp_path / name).write_bytes(damaged((tmp_path / name).read_bytes(), damage))
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{CHECKPOINT} is damaged .* and .*{PREVIOUS} is damaged .*remove both",
+    ):
         RUNS["ecnmf"](**keep).fit(x, adjacency=adjacency)
+    (tmp_path / PREVIOUS).unlink()
+    with pytest.raises(CheckpointError, match=f"{CHECKPOINT} is damaged .*; remove it to start"):
+        RUNS["ecnmf"](**keep).fit(x, adjacency=adjacency)
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(two_blocks, tmp_path):
+    adjacency, x, _ = two_blocks
+    keep = {"checkpoint_dir": tmp_path, "checkpoint_every": 5}
+    with pytest.raises(Cut):
+        RUNS["hsan"](callbacks=cut_after(6), **keep).fit(x, adjacency=adjacency)
+    (tmp_path / CHECKPOINT).rename(tmp_path / PREVIOUS)
+    epochs: list[int] = []
+    RUNS["hsan"](resume=True, callbacks=lambda e: epochs.append(e.epoch), **keep).fit(
+        x, adjacency=adjacency
+    )
+    assert epochs[0] == 6
+
+
+def test_on_a_nearly_full_disk_the_newer_checkpoint_is_worth_more(
+    two_blocks, tmp_path, monkeypatch
+):
+    adjacency, x, _ = two_blocks
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    RUNS["ecnmf"](checkpoint_dir=tmp_path, checkpoint_every=6).fit(x, adjacency=adjacency)
+    assert (tmp_path / CHECKPOINT).exists()
+
+
+def test_the_clock_may_jump(two_blocks, tmp_path, monkeypatch):
+    """Intervals and durations are measured by a clock that nobody sets."""
+    adjacency, x, _ = two_blocks
+    year = 365 * 86400.0
+    now = itertools.cycle([0.0, 60 * year, 30 * year, -year])
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    monkeypatch.setattr(time, "time_ns", lambda: int(next(now) * 1e9))
+    keep = {"checkpoint_dir": tmp_path, "checkpoint_every": "0s"}
+    with pytest.raises(Cut):
+        RUNS["hsan"](callbacks=cut_after(6), **keep).fit(x, adjacency=adjacency)
+    resumed = RUNS["hsan"](resume=True, **keep).fit(x, adjacency=adjacency)
+    assert [entry["epoch"] for entry in resumed.history_] == list(range(1, 14))
+    assert all(0 < entry["seconds"] < 60 for entry in resumed.history_)
 
 
 def test_a_checkpoint_folder_that_cannot_be_made(two_blocks, tmp_path):
