@@ -37,7 +37,13 @@ from fastclust.models.ecnmf import ECNMFModel
 from fastclust.models.hsan import HSANModel, filtered_attributes, principal_axes
 from fastclust.models.inputs import as_tensor, kmeans_labels, nearest_center, project, unit_rows
 from fastclust.models.n_clusters import estimate_n_clusters
-from fastclust.models.ssgc import Recipe, Weighting, ssgc_embedding, ssgc_projection
+from fastclust.models.ssgc import (
+    LEADING_PAIRS,
+    Recipe,
+    Weighting,
+    ssgc_embedding,
+    ssgc_projection,
+)
 from fastclust.presets import preset
 from fastclust.training import SELECTIONS, Trainable, print_progress, train
 from fastclust.validation import (
@@ -161,6 +167,14 @@ class _GraphClusterer(
         n = int(features.shape[0])
         if n == 1:
             raise ValueError("X must have at least 2 rows, one per node, got n_samples=1")
+        advice = "reduce the features or take a subgraph"
+        width = self.get_params().get("width")
+        require_memory(
+            self._memory_needed(*features.shape),
+            f"{type(self).__name__} on {n} nodes with {features.shape[1]} features",
+            advice if width is None else f"lower width (now {width}), {advice}",
+            device,
+        )
         if graph is None:
             graph = nearest_neighbor_graph(features, min(self.n_neighbors, n - 1))
         self.seed_ = _seed(self.random_state)
@@ -179,6 +193,10 @@ class _GraphClusterer(
                 stacklevel=3,
             )
         return features, graph, device
+
+    def _memory_needed(self, n_nodes: int, n_features: int) -> int:
+        """Bytes that a fit holds at once at least: parameters, their optimiser, embeddings."""
+        raise NotImplementedError
 
     # --- new nodes --------------------------------------------------------------------------------
 
@@ -353,10 +371,6 @@ class _TrainedClusterer(_GraphClusterer):
         """
         raise NotImplementedError
 
-    def _memory_needed(self, n_nodes: int, n_features: int) -> int:
-        """Bytes that training holds at least: parameters, their optimiser, the embeddings."""
-        raise NotImplementedError
-
     def fit(self: Self, X: Any, y: Any = None, *, adjacency: Any = None) -> Self:
         """Cluster the nodes of an attributed graph.
 
@@ -388,12 +402,6 @@ class _TrainedClusterer(_GraphClusterer):
             The loss is no longer finite.
         """
         features, graph, device = self._prepare(X, adjacency)
-        require_memory(
-            self._memory_needed(*features.shape),
-            f"{type(self).__name__} on {features.shape[0]} nodes with {features.shape[1]} features",
-            f"lower width (now {self.width}), reduce the features or take a subgraph",
-            device,
-        )
         model, basis = self._build(features, graph, device)
         rule = {key: self.resolved_[key] for key in ("optimizer", "lr")}
         identity = None
@@ -917,6 +925,10 @@ class SSGC(_GraphClusterer):
         "n_components": [_COUNT, None],
         "weighting": [StrOptions({"auto", "l2", "tf-idf"})],
     }
+
+    def _memory_needed(self, n_nodes: int, n_features: int) -> int:
+        # the attributes' sketch and its orthonormal basis
+        return 2 * 4 * n_nodes * min(LEADING_PAIRS, n_nodes, n_features)
 
     def fit(self, X: Any, y: Any = None, *, adjacency: Any = None) -> SSGC:
         """Cluster the nodes of an attributed graph; arguments as for :meth:`HSAN.fit`."""

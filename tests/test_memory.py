@@ -12,7 +12,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from fastclust import ECNMF, HSAN, Graph, cli, memory, ops
+from fastclust import ECNMF, HSAN, SSGC, Graph, cli, memory, ops
 from fastclust.memory import InsufficientMemoryError, available_memory, require_memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux tells how much memory is left")
@@ -60,6 +60,19 @@ def test_a_fit_that_cannot_fit_is_refused_at_once(model: type) -> None:
     with pytest.raises(InsufficientMemoryError, match=r"40 nodes .* lower width \(now 10+\)"):
         model(3, width=10**9, device="cpu").fit(x)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
+def test_the_estimate_of_ssgc(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = sp.random_array((20_000, 1000), density=0.01, format="csr", dtype=np.float32)
+    needed = 2 * 4 * 20_000 * 256
+    monkeypatch.setattr(memory, "available_memory", lambda device="cpu": needed - 1)
+    near = np.arange(20_000)
+    ring = np.stack([np.r_[near, np.roll(near, 1)], np.r_[np.roll(near, 1), near]])
+    for n_clusters in (3, "auto"):
+        with pytest.raises(
+            InsufficientMemoryError, match=r"SSGC on 20000 .*; reduce the features or take a sub"
+        ):
+            SSGC(n_clusters, device="cpu").fit(x, adjacency=ring)
 
 
 @linux

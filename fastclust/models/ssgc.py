@@ -39,7 +39,7 @@ Recipe = Literal["multiview", "plain"]
 Weighting = Literal["auto", "l2", "tf-idf"]
 
 _SKETCH_STEPS = 2  # power iterations; with four the scores are the same
-_PAIRS = 256  # leading singular pairs of the attributes that are kept
+LEADING_PAIRS = 256  # leading singular pairs of the attributes that are kept
 _NEGLIGIBLE = 1e-8  # squared singular values below this share of the largest are rounding
 _TINY = 1e-30  # energy of a column that holds nothing, before its inverse is taken
 _KEEP = 0.05  # share of the unsmoothed attributes
@@ -281,7 +281,7 @@ def _leading_pairs(
     Returns Q ~ X V [N, r], V [D, r], w [r] = squared singular values (float64, on the CPU), and
     |X|_F^2 / D.
     """
-    rank = min(_PAIRS, *x.shape)
+    rank = min(LEADING_PAIRS, *x.shape)
     svd = ops.batched_svd(as_tensor(x, device), rank, center=False, n_iter=_SKETCH_STEPS, seed=seed)
     energy = svd.s[0].double().cpu() ** 2
     kept = max(1, int((energy > _NEGLIGIBLE * energy[0]).sum()))
