@@ -7,7 +7,6 @@ build_support/toolchain.py; this file only writes the build graph and runs it.
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import shutil
 import subprocess
@@ -45,14 +44,14 @@ class NinjaBuild(build_ext):
         torch = toolchain.find_torch()
         if torch is None:
             raise SystemExit(
-                "Building fastclust needs torch 2.10 or later in this environment: "
-                "pip install torch, or build without --no-build-isolation."
+                "Building fastclust needs torch 2.10 or later in this environment "
+                f"({sys.prefix}): pip install torch, or build without --no-build-isolation."
             )
         import pybind11
 
         build_dir = ROOT / self.build_temp
         build_dir.mkdir(parents=True, exist_ok=True)
-        cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "c++"
+        cxx = toolchain.find_compiler()
         nvcc = toolchain.find_nvcc()
         archs = toolchain.cuda_archs()
         with_cuda = any(ext.name == CUDA_LIBRARY for ext in self.extensions)

@@ -81,6 +81,23 @@ def find_torch() -> Torch | None:
     return None
 
 
+def find_compiler() -> str:
+    """The C++ compiler: $CXX, else g++ or c++.
+
+    Raises:
+        SystemExit: There is none.
+    """
+    wish = os.environ.get("CXX")
+    found = shutil.which(wish) if wish else shutil.which("g++") or shutil.which("c++")
+    if found is None:
+        missing = f"CXX names {wish!r}, which is not there" if wish else "no g++ or c++ was found"
+        raise SystemExit(
+            f"Building fastclust needs a C++20 compiler: {missing}. Install GCC 11 or later "
+            "(Debian and Ubuntu: apt-get install g++), or point CXX at one."
+        )
+    return wish or found
+
+
 @dataclass(frozen=True)
 class Nvcc:
     """The CUDA compiler."""

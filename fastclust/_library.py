@@ -12,7 +12,14 @@ from pathlib import Path
 
 import torch
 
-from fastclust import _C
+try:
+    from fastclust import _C
+except ImportError as error:
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+        advice = f"torch must be 2.10 or later, got {torch.__version__}: pip install 'torch>=2.10'"
+    else:
+        advice = "build it: pip install . (or, in a checkout, python setup.py build_ext --inplace)"
+    raise ImportError(f"the kernels of fastclust do not load ({error}); {advice}") from error
 
 CUDA_LIBRARY = Path(__file__).parent / "libfastclust_cuda.so"
 

@@ -44,6 +44,42 @@ def test_an_isolated_environment_finds_the_torch_beside_the_interpreter():
     assert output.stdout.strip() == torch.__version__
 
 
+@pytest.mark.parametrize(
+    "wish, told", [("", r"no g\+\+ or c\+\+ was found"), ("g++-99", "CXX names 'g\\+\\+-99'")]
+)
+def test_a_missing_compiler_is_told(toolchain, monkeypatch, tmp_path, wish, told):
+    monkeypatch.setenv("CXX", wish)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match=f"needs a C\\+\\+20 compiler: {told}"):
+        toolchain.find_compiler()
+
+
+@pytest.mark.parametrize(
+    "version, told",
+    [
+        ("2.9.1+cpu", "torch must be 2.10 or later, got 2.9.1+cpu: pip install"),
+        ("2.13.0", "build it: pip install . (or, in a checkout, python setup.py build_ext"),
+    ],
+)
+def test_an_import_that_cannot_work_says_what_to_do(version, told, tmp_path):
+    """Kernels built against the stable ABI of a torch that is not there: undefined symbols."""
+    broken = Path(tmp_path, "_C.py")
+    broken.write_text("raise ImportError('_C.so: undefined symbol: aoti_torch_library_init')")
+    code = (
+        "import sys, types, torch;"
+        f"torch.__version__ = {version!r};"
+        "package = types.ModuleType('fastclust'); package.__path__ = sys.argv[1:];"
+        "sys.modules['fastclust'] = package; import fastclust._library"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(ROOT / "fastclust")],
+        capture_output=True,
+        text=True,
+    )
+    assert "the kernels of fastclust do not load (_C.so: undefined symbol" in done.stderr
+    assert told in done.stderr
+
+
 def test_cuda_is_forbidden_by_0(toolchain, monkeypatch):
     monkeypatch.setenv("FASTCLUST_CUDA", "0")
     assert not toolchain.cuda_wanted(toolchain.Nvcc("nvcc", "13.0"))
