@@ -8,6 +8,7 @@ Where the raw file is guarded by checksums (zip), further targets mutate what li
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import pickle
@@ -20,12 +21,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import scipy.io
 import scipy.sparse as sp
 import torch
 
-from fastclust import cli, datasets, train
+from fastclust import cli, compare, datasets, tables, train, training
 from fastclust.datasets import Dataset, DatasetFormatError
 from fastclust.estimators import ECNMF, SSGC
 from fastclust.memory import InsufficientMemoryError
@@ -208,6 +211,73 @@ def array_edits() -> list[bytes]:
     return [rng.bytes(1 + 5 * n) for n in (0, 1, 1, 1, 2, 2, 3, 5)]
 
 
+# --- tables of one's own -------------------------------------------------------------------------
+
+_SUFFIXES = (".csv", ".tsv", ".txt", ".csv.gz", ".mtx", ".npy", ".npz", ".parquet")
+
+
+def read_tables(content: bytes) -> None:
+    """Three bytes for suffixes and options, then edges, attributes and labels apart by NULs."""
+    if len(content) < 3:
+        return
+    kinds, content = content[:3], content[3:]
+    # Binary files hold NULs: one of them alone is mutated, beside good tables.
+    suffix = _SUFFIXES[kinds[0] % 8]
+    parts = content.split(b"\0\0\0", 2) if kinds[0] % 8 < 4 else [content]
+    files = dict(zip(("edges", "features", "labels"), _TABLES, strict=True))
+    if len(parts) == 1:
+        files[("features", "edges")[kinds[1] % 2]] = parts[0]
+        mutated = {("features", "edges")[kinds[1] % 2]: suffix}
+    else:
+        files |= dict(zip(files, parts, strict=False))
+        mutated = dict.fromkeys(files, suffix)
+    paths = {}
+    for role, data in files.items():
+        end = mutated.get(role, ".csv")
+        paths[role] = _scratch() / (role + end)
+        paths[role].write_bytes(gzip.compress(data, 1) if end.endswith(".gz") else data)
+    labels: Any = (None, paths["labels"], "h", "class")[kinds[2] % 4]
+    ids = (None, None, "h", "name")[kinds[2] // 4 % 4]
+    edges = None if kinds[2] // 16 % 8 == 7 else paths["edges"]
+    expected = (DatasetFormatError, datasets.DatasetNotFoundError, InsufficientMemoryError)
+    with contextlib.suppress(*expected), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        require_sound(tables.load_files(edges, paths["features"], labels, ids=ids))
+
+
+_TABLES = (
+    b"source,target,weight\n0,1,1\n1,2,0.5\n3,1,2\n",
+    b"h,w,class\n1,2,0\n0.5,-1,1\n3e2,4,0\n1,1,1\n",
+    b"node,class\n0,a\n1,b\n2,a\n3,b\n",
+)
+
+
+def own_tables() -> list[bytes]:
+    named = (
+        b"src;dst\nann;bob\n'ann';di\n",
+        b'id;h;w\nann;1;2\nbob;2;3\n"c;y";0;1\ndi;1;1\n',
+        b"a\nb\na\nb\n",
+    )
+    blanks = (b"% edges\n0 1\n1 2\n", b"# x\n1 2\n3 4\n5 6\n", b"0\n1\n0\n")
+    corpus = [
+        bytes([kind, 0, option]) + b"\0\0\0".join(files)
+        for kind, option, files in (
+            *((0, 1, _TABLES), (3, 3, _TABLES), (1, 1, named), (2, 1, blanks)),
+            *((2, 0, blanks), (0, 0x70, _TABLES), (0, 2, _TABLES)),
+        )
+    ]
+    dense = np.arange(8.0).reshape(4, 2)
+    square = sp.coo_array(np.eye(4)[[1, 0, 3, 2]])
+    for role, matrix in ((0, dense), (1, square)):
+        text, binary, archive = io.BytesIO(), io.BytesIO(), io.BytesIO()
+        scipy.io.mmwrite(text, matrix)
+        np.save(binary, matrix if role == 0 else matrix.toarray())
+        sp.save_npz(archive, sp.csr_array(matrix))
+        for kind, file in ((4, text), (5, binary), (6, archive)):
+            corpus.append(bytes([kind, role, 0]) + file.getvalue())
+    return corpus
+
+
 # --- the published files -----------------------------------------------------------------------
 
 
@@ -261,8 +331,9 @@ def _scratch() -> Path:
 def fitted() -> Path:
     """A folder with the checkpoint and the saved model of a fitted estimator."""
     folder = _scratch() / "fitted"
-    model = _estimator(folder)
-    model.fit(graph().features, adjacency=graph().adjacency).save(folder)
+    with _signed():
+        model = _estimator(folder).fit(graph().features, adjacency=graph().adjacency)
+    model.save(folder)
     SSGC(K).fit(graph().features, adjacency=graph().adjacency).save(folder / "ssgc")
     return folder
 
@@ -273,12 +344,18 @@ def _estimator(folder: Path, **keywords: Any) -> ECNMF:
     )
 
 
+def _signed() -> Any:
+    """Every content has the same digest: mutations are to reach what lies behind that check."""
+    return mock.patch.object(training, "_digest", lambda *content: "signed")
+
+
 def read_checkpoint(content: bytes) -> None:
     fitted()
     folder = _scratch() / "checkpoint"
     folder.mkdir(exist_ok=True)
     (folder / "checkpoint.safetensors").write_bytes(content)
-    with contextlib.suppress(CheckpointError), warnings.catch_warnings():
+    (folder / "previous.safetensors").unlink(missing_ok=True)
+    with _signed(), contextlib.suppress(CheckpointError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # one epoch in all: a checkpoint that is taken ends the run
         _estimator(folder, resume=True).fit(graph().features, adjacency=graph().adjacency)
@@ -383,10 +460,13 @@ def _plan(arguments: list[str], saved: dict[str, Any] | None = None) -> None:
     json.dumps(train.plain(config))
 
 
-def read_arguments(content: bytes) -> None:
+def _shell_words(content: bytes) -> list[str]:
     """Arguments as a shell hands them over: text without NUL, undecodable bytes as surrogates."""
-    arguments = [part.decode("utf-8", "surrogateescape") for part in content.split(b"\0")]
-    _outcome(lambda: _plan(arguments))
+    return [part.decode("utf-8", "surrogateescape") for part in content.split(b"\0")]
+
+
+def read_arguments(content: bytes) -> None:
+    _outcome(lambda: _plan(_shell_words(content)))
 
 
 def argument_lists() -> list[bytes]:
@@ -401,6 +481,29 @@ def argument_lists() -> list[bytes]:
         "--model ssgc --set n_steps=4",
     ]
     return [line.encode().replace(b" ", b"\0") for line in lines]
+
+
+def read_comparison(content: bytes) -> None:
+    """The arguments of ``compare``, up to the commands of the runs that it would start."""
+
+    def commands() -> None:
+        arguments = compare.build_parser().parse_args(_shell_words(content))
+        chosen = (arguments.models, arguments.protocol, arguments.ablation)
+        for method in compare.methods(*chosen, {"epochs": "3"}):
+            for dataset in arguments.datasets:
+                command = compare.train_command(method, dataset, Path("out"), arguments)
+                _plan([word for word in command[3:] if word != "--resume"])
+
+    _outcome(commands)
+
+
+def comparisons() -> list[bytes]:
+    lines = [
+        "--datasets cora,bat --models hsan,ecnmf,ssgc --protocol standard,paper-code --seeds 0-9",
+        "--datasets all --models ssgc --epochs 3 --device cpu --precision bf16 --set width=8",
+        "--models hsan --ablation --jobs 2 --quiet --data-root /nowhere",
+    ]
+    return [f"{line} --out x".encode().replace(b" ", b"\0") for line in lines]
 
 
 def read_config(content: bytes) -> None:
@@ -468,12 +571,14 @@ TARGETS = {
     "npz": Target(read_npz, npz_files),
     "npz-members": Target(read_members, member_frames),
     "npz-arrays": Target(read_arrays, array_edits, share=30),
+    "tables": Target(read_tables, own_tables),
     "planetoid": Target(read_planetoid, planetoid_files),
     "airports": Target(read_airports, airport_files, share=20),
     "checkpoint": Target(read_checkpoint, checkpoints, share=2),
     "model": Target(read_model, models, share=15),
     "run-directory": Target(read_run_directory, run_directories, share=20),
     "arguments": Target(read_arguments, argument_lists, share=5),
+    "comparison": Target(read_comparison, comparisons, share=3),
     "config": Target(read_config, configs, share=5),
     "arrays": Target(read_adjacency, raw_arrays, share=30),
     "seeds": Target(read_seeds, lambda: [b"0-9", b"0,3,7-9", b"4294967295"], share=30),
