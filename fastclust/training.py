@@ -509,6 +509,20 @@ class _Checkpoints:
 
     def load(self, state: _State) -> bool:
         """Restore the run from the newest checkpoint that is whole; whether there was one."""
+        found = self._newest(state.identity)
+        if found is None:
+            return False
+        tensors, record = found
+        try:
+            state.restore(tensors, record)
+        except (KeyError, RuntimeError, IndexError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path} does not fit this version's model ({error}); remove it to start anew"
+            ) from None
+        return True
+
+    def _newest(self, wanted: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and record of the newest checkpoint that is whole; None where there is none."""
         damaged: list[str] = []
         for path in (self.path, self.previous):
             if not path.exists():
@@ -518,26 +532,20 @@ class _Checkpoints:
             except _Damaged as error:
                 damaged.append(str(error))
                 continue
-            _require_same_run(path, identity, state.identity)
-            try:
-                state.restore(tensors, record)
-            except (KeyError, RuntimeError, IndexError, TypeError, ValueError) as error:
-                raise CheckpointError(
-                    f"{path} does not fit this version's model ({error}); remove it to start anew"
-                ) from None
+            _require_same_run(path, identity, wanted)
             if damaged:
                 warnings.warn(
                     f"{damaged[0]}; going on from the one before it, {path.name}, after epoch "
-                    f"{state.epochs_done}",
+                    f"{record.get('epochs_done')}",
                     CheckpointWarning,
-                    stacklevel=3,
+                    stacklevel=4,
                 )
-            return True
+            return tensors, record
         if damaged:
             raise CheckpointError(
                 f"{' and '.join(damaged)}; remove {'both' if damaged[1:] else 'it'} to start afresh"
             )
-        return False
+        return None
 
 
 def _require_same_run(path: Path, identity: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
