@@ -35,7 +35,15 @@ from fastclust.graph import Graph
 from fastclust.memory import require_memory
 from fastclust.models.ecnmf import ECNMFModel
 from fastclust.models.hsan import HSANModel, filtered_attributes, principal_axes
-from fastclust.models.inputs import as_tensor, kmeans_labels, nearest_center, project, unit_rows
+from fastclust.models.inputs import (
+    as_tensor,
+    kmeans_labels,
+    nearest_center,
+    project,
+    sampled_kmeans,
+    unit_rows,
+)
+from fastclust.models.minibatch import Batching, SampledECNMF, SampledHSAN
 from fastclust.models.n_clusters import estimate_n_clusters
 from fastclust.models.ssgc import (
     LEADING_PAIRS,
@@ -489,6 +497,14 @@ class HSAN(_TrainedClusterer):
         Whether pairs that leave the confident set keep their weight (paper-code) or go back to 1.
     kmeans : {"k-means++", "paper-code"}, optional
         See ``protocol``.
+    batch_size : int, optional
+        Nodes per step, for graphs of more nodes than all pairs of them allow; an epoch is then one
+        step on one batch. None, or N and more, takes all nodes: the exact method. See
+        :mod:`fastclust.models.minibatch`.
+    n_negatives : int, optional
+        Random nodes that a batch is contrasted with; None takes the batch itself.
+    batching : {"random", "partition"}, default "random"
+        Batches at random, or of parts of the graph.
     random_state : int, RandomState or None, default 0
         Seed of weights and k-means.
     device : str, default "auto"
@@ -556,6 +572,9 @@ class HSAN(_TrainedClusterer):
     refresh_every: int = 10
     stale_weights: bool | None = None
     kmeans: Literal["k-means++", "paper-code"] | None = None
+    batch_size: int | None = None
+    n_negatives: int | None = None
+    batching: Batching = "random"
 
     _name = "hsan"
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -570,6 +589,9 @@ class HSAN(_TrainedClusterer):
         "refresh_every": [_COUNT],
         "stale_weights": ["boolean", None],
         "kmeans": [StrOptions({"k-means++", "paper-code"}), None],
+        "batch_size": [Interval(Integral, 2, None, closed="left"), None],
+        "n_negatives": [Interval(Integral, 2, None, closed="left"), None],
+        "batching": [StrOptions({"random", "partition"})],
     }
 
     @classmethod
@@ -588,8 +610,18 @@ class HSAN(_TrainedClusterer):
         inputs = self._n_components(n_nodes, n_features) or n_features
         sides = 2 if self.structure else 1  # attributes, and the graph: an encoder row per node
         parameters = 2 * self.width * (inputs + (n_nodes if self.structure else 0))
+        constants = 4 * (n_nodes * inputs + 4 * parameters)
+        if self._samples(n_nodes):
+            return constants + 4 * n_nodes * self.width  # the embedding
         # value, gradient and two moments of each parameter; both views of every node with gradient
-        return 4 * (n_nodes * inputs + 4 * parameters + 2 * sides * 2 * n_nodes * self.width)
+        return constants + 4 * (2 * sides * 2 * n_nodes * self.width)
+
+    def _samples(self, n_nodes: int) -> bool:
+        """Whether a step takes fewer than all pairs of rows."""
+        return any(size is not None and size < n_nodes for size in self._sizes())
+
+    def _sizes(self) -> tuple[int | None, int | None]:
+        return self.batch_size, self.n_negatives
 
     def _optimizer(self) -> str:
         if self.optimizer is not None:
@@ -614,14 +646,28 @@ class HSAN(_TrainedClusterer):
             "stale_weights": released if self.stale_weights is None else self.stale_weights,
             "kmeans": self.kmeans or ("paper-code" if released else "k-means++"),
         }
+        n = int(features.shape[0])
+        sampling: dict[str, Any] = {}
+        if self._samples(n):
+            if self.resolved_["stale_weights"]:
+                raise ValueError(
+                    "stale_weights must be False with batch_size or n_negatives: weights of single "
+                    "pairs are not kept there; set stale_weights=False"
+                )
+            sampling = {
+                "batch_size": min(self.batch_size or n, n),
+                "n_negatives": self.n_negatives,
+                "batching": self.batching,
+            }
         x = as_tensor(features, device)
         basis = {} if n_input is None else principal_axes(x, n_input)
-        return self._model(x, graph, basis), basis
+        return self._model(x, graph, basis, **sampling), basis
 
     def _model(
         self, x: torch.Tensor, graph: sp.csr_array, basis: dict[str, torch.Tensor], **keywords: Any
     ) -> HSANModel:
-        return HSANModel(
+        kind: Any = SampledHSAN if "batch_size" in keywords else HSANModel
+        return kind(
             filtered_attributes(
                 x, graph, filter_steps=self.filter_steps, n_input=basis if basis else None
             ),
@@ -706,6 +752,12 @@ update_every, target_every, pseudo_start
         It does not reach the published numbers.
     optimizer : {"adam", "averaged", "accumulated"}, optional
         Default ``"adam"``.
+    train_batch_size : int, optional
+        Nodes per step; an epoch is then one step on one batch (``batch_size`` is that of the
+        decomposition). None, or N and more, takes all nodes: the exact method. See
+        :mod:`fastclust.models.minibatch`.
+    batching : {"random", "partition"}, default "random"
+        Batches at random, or of parts of the graph; without ReLU rows are exact either way.
     random_state, device, precision, selection, eval_every, n_init, n_neighbors, callbacks, \
 checkpoint_dir, checkpoint_every, resume, verbose
         As for :class:`HSAN`; ``n_init`` is for the head's start.
@@ -748,6 +800,8 @@ checkpoint_dir, checkpoint_every, resume, verbose
     update_every: int = 10
     target_every: int = 1
     pseudo_start: int = 0
+    train_batch_size: int | None = None
+    batching: Batching = "random"
 
     _name = "ecnmf"
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -772,12 +826,20 @@ checkpoint_dir, checkpoint_every, resume, verbose
         "update_every": [_COUNT],
         "target_every": [_COUNT],
         "pseudo_start": [Interval(Integral, 0, None, closed="left")],
+        "train_batch_size": [Interval(Integral, 2, None, closed="left"), None],
+        "batching": [StrOptions({"random", "partition"})],
     }
 
     def _memory_needed(self, n_nodes: int, n_features: int) -> int:
         parameters = 2 * self.width * (n_features + (self.n_layers - 1) * self.width)
-        # value, gradient and two moments of each parameter; both views of every node
-        return 4 * (4 * parameters + 2 * n_nodes * self.width)
+        rows = 2 * n_nodes  # both views of every node
+        if self._samples(n_nodes):
+            rows = n_nodes + 2 * (self.train_batch_size or 0)
+        # value, gradient and two moments of each parameter
+        return 4 * (4 * parameters + rows * self.width)
+
+    def _samples(self, n_nodes: int) -> bool:
+        return self.train_batch_size is not None and self.train_batch_size < n_nodes
 
     def _build(
         self, features: Features, graph: sp.csr_array, device: torch.device
@@ -792,6 +854,15 @@ checkpoint_dir, checkpoint_every, resume, verbose
             "row_normalise": not literal if self.row_normalise is None else self.row_normalise,
             "head": self.head or ("random" if literal else "kmeans"),
         }
+        n, d = features.shape
+        sampling: dict[str, Any] = {}
+        if self._samples(n):
+            sampling = {"batch_size": self.train_batch_size, "batching": self.batching}
+            needed = 4 * n * d * (1 + self.n_layers)
+            advice = "reduce the features first, or train on all nodes at once"
+            require_memory(needed, f"the propagated attributes [{n}, {d}]", advice, device)
+            if not isinstance(features, np.ndarray):
+                features = features.toarray()
         x = as_tensor(_dense_unless_sparse(features), device)
         x_low_rank = ops.low_rank(
             x,
@@ -805,12 +876,17 @@ checkpoint_dir, checkpoint_every, resume, verbose
         if x_low_rank.mean is not None and x_low_rank.mean.dim() == 1:
             # One projection for all rows: X_r = (X - mean) V^T V, V orthonormal.
             basis = {"components": unit_rows(x_low_rank.right), "mean": x_low_rank.mean}
-        return self._model(x, x_low_rank, graph), basis
+        return self._model(x, x_low_rank, graph, **sampling), basis
 
     def _model(
-        self, x: torch.Tensor, x_low_rank: ops.LowRankMatrix, graph: sp.csr_array
+        self,
+        x: torch.Tensor,
+        x_low_rank: ops.LowRankMatrix,
+        graph: sp.csr_array,
+        **sampling: Any,
     ) -> ECNMFModel:
-        return ECNMFModel(
+        kind: Any = SampledECNMF if sampling else ECNMFModel
+        return kind(
             x,
             x_low_rank,
             Graph(graph, norm=self.norm).to(x.device),
@@ -834,6 +910,7 @@ checkpoint_dir, checkpoint_every, resume, verbose
             n_init=self.n_init,
             precision=self.precision,
             seed=self.seed_,
+            **sampling,
         )
 
     def _predict(
@@ -949,7 +1026,7 @@ class SSGC(_GraphClusterer):
             seed=self.seed_,
             device=device,
         )
-        result = ops.kmeans(z, self.n_clusters_, n_init=self.n_init, seed=self.seed_)
+        result = sampled_kmeans(z, self.n_clusters_, n_init=self.n_init, seed=self.seed_)
         self.labels_ = kmeans_labels(result)
         self.embedding_ = z.cpu().numpy()
         self.recipe_, self.n_steps_ = info["recipe"], info["n_steps"]

@@ -23,7 +23,13 @@ from torch import Tensor, nn
 
 from fastclust import ops
 from fastclust.graph import Graph
-from fastclust.models.inputs import NORM_FLOOR, derive_seed, uniform_parameter, unit_rows
+from fastclust.models.inputs import (
+    NORM_FLOOR,
+    derive_seed,
+    sampled_kmeans,
+    uniform_parameter,
+    unit_rows,
+)
 
 __all__ = ["ECNMFModel", "target_distribution"]
 
@@ -134,6 +140,17 @@ class _LinearView:
     def __call__(
         self, weights: list[Tensor], biases: list[Tensor], out: Tensor | None, precision: str
     ) -> Tensor:
+        return _BasisProduct.apply(self.basis, self._coefficients(weights, biases), out, precision)
+
+    def rows(
+        self, nodes: Tensor, weights: list[Tensor], biases: list[Tensor], precision: str
+    ) -> Tensor:
+        """Some rows of the view [B, d]."""
+        coefficients = self._coefficients(weights, biases)
+        return _BasisProduct.apply(self.basis[nodes], coefficients, None, precision)
+
+    def _coefficients(self, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+        """The stacked C_k [L (R + 1), d]."""
         first = weights[0] if self.right is None else ops.matmul(self.right, weights[0])
         coefficients = [torch.cat([first, biases[0][None]])]  # C_0, C_1, ...: [R + 1, d]
         for w, b in zip(weights[1:], biases[1:], strict=True):
@@ -142,7 +159,7 @@ class _LinearView:
             kept = [*coefficients[1:], None]
             higher = [m if c is None else m + c for m, c in zip(moved, kept, strict=True)]
             coefficients = [coefficients[0], *higher]
-        return _BasisProduct.apply(self.basis, torch.cat(coefficients[::-1]), out, precision)
+        return torch.cat(coefficients[::-1])
 
 
 class _BasisProduct(torch.autograd.Function):
@@ -364,6 +381,10 @@ class ECNMFModel(nn.Module):
         z = (first + second) / 2
         return unit_rows(z) if self.row_normalise else z
 
+    def head_embedding(self) -> Tensor:
+        """What the head sees of every node [N, d]; outside autograd."""
+        return self.head_input(*self.views())
+
     def assignment(self, z: Tensor) -> Tensor:
         """log Q [N, K], Q = softmax(Z W_c + b_c) (Eq. 14)."""
         return torch.log_softmax(torch.addmm(self.head_b, z, self.head_w), dim=1)
@@ -375,8 +396,8 @@ class ECNMFModel(nn.Module):
         """Set the head from k-means centres of the untrained embedding, if asked for."""
         if self.head != "kmeans":
             return
-        z = self.head_input(*self.views())
-        result = ops.kmeans(
+        z = self.head_embedding()
+        result = sampled_kmeans(
             z, self.n_clusters, n_init=self.n_init, seed=derive_seed(self.seed, _HEAD)
         )
         sharpness = z.shape[0] / max(float(result.inertia), EPSILON * z.shape[0])
@@ -416,7 +437,7 @@ class ECNMFModel(nn.Module):
     @torch.no_grad()
     def assign(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Clusters argmax Q, int64 [N], and the head's input [N, d] after this epoch."""
-        z = self.head_input(*self.views())
+        z = self.head_embedding()
         return self.assignment(z).argmax(1), z
 
     def diagnostics(self) -> dict[str, float]:

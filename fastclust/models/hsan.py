@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from fastclust import ops
 from fastclust.graph import Graph
 from fastclust.models.inputs import (
+    SAMPLE_ROWS,
     as_tensor,
     derive_seed,
     nearest_center,
     project,
+    sampled_kmeans,
     stacked_unit_rows,
     uniform_parameter,
 )
@@ -107,12 +109,7 @@ def confident_nodes(z: Tensor, centers: Tensor, tau: float, *, released: bool = 
         bool [N].
     """
     n = z.shape[0]
-    distance = (  # [N, K]
-        z.double().square().sum(1, keepdim=True)
-        - 2.0 * (z @ centers.T).double()
-        + centers.double().square().sum(1)
-    )
-    score = 1.0 / torch.exp(distance - distance.amin(1, keepdim=True)).sum(1)  # [N]
+    score = torch.cat([_clarity(rows, centers) for rows in z.split(SAMPLE_ROWS)])  # [N]
     if released:
         n_low = int(n * (1 - tau))
         if n_low == 0:
@@ -122,6 +119,16 @@ def confident_nodes(z: Tensor, centers: Tensor, tau: float, *, released: bool = 
     kept = torch.zeros(n, dtype=torch.bool, device=z.device)
     kept[score.argsort(stable=True)[:n_kept]] = True
     return kept
+
+
+def _clarity(z: Tensor, centers: Tensor) -> Tensor:
+    """The score of :func:`confident_nodes` [N]."""
+    distance = (  # [N, K]
+        z.double().square().sum(1, keepdim=True)
+        - 2.0 * (z @ centers.T).double()
+        + centers.double().square().sum(1)
+    )
+    return 1.0 / torch.exp(distance - distance.amin(1, keepdim=True)).sum(1)
 
 
 class HSANModel(nn.Module):
@@ -222,10 +229,11 @@ class HSANModel(nn.Module):
 
     # --- the network -----------------------------------------------------------------------------
 
-    def attribute_views(self) -> Tensor:
-        """Z [2N, d]: unit rows of act(X~ W_v + b_v), view 1 above view 2."""
+    def attribute_views(self, x: Tensor | None = None) -> Tensor:
+        """Z [2N, d]: unit rows of act(X~ W_v + b_v), view 1 above view 2; of x for other rows."""
+        x = self.x if x is None else x
         first, second = (
-            ops.matmul(self.x, w.t(), bias=b)  # [N, d]
+            ops.matmul(x, w.t(), bias=b)  # [N, d]
             for w, b in zip(self.w, self.b, strict=True)
         )
         if self.activation == "sigmoid":
@@ -312,8 +320,10 @@ class HSANModel(nn.Module):
         if self._clustered is None or self._clustered[0] != epoch:
             z = self.embedding()
             seed = derive_seed(self.seed, _CLUSTER, epoch)
-            init = "paper-code" if self.kmeans == "paper-code" else None
-            result = ops.kmeans(z, self.n_clusters, n_init=self.n_init, init=init, seed=seed)
+            if self.kmeans == "paper-code":
+                result = ops.kmeans(z, self.n_clusters, init="paper-code", seed=seed)
+            else:
+                result = sampled_kmeans(z, self.n_clusters, n_init=self.n_init, seed=seed)
             self.centers.copy_(result.centers)
             self._clustered = (epoch, result, z)
         return self._clustered[1:]

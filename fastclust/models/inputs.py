@@ -12,18 +12,24 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from fastclust import ops
+
 __all__ = [
     "as_tensor",
     "derive_seed",
     "kmeans_labels",
     "nearest_center",
     "project",
+    "sample_rows",
+    "sampled_kmeans",
     "stacked_unit_rows",
     "uniform_parameter",
     "unit_rows",
 ]
 
 NORM_FLOOR = 1e-12
+# Restarts of k-means see at most so many rows.
+SAMPLE_ROWS = 1 << 16
 
 
 def as_tensor(
@@ -105,6 +111,36 @@ def project(x: Tensor, basis: Mapping[str, Tensor]) -> Tensor:
 def nearest_center(z: Tensor, centers: Tensor) -> Tensor:
     """The centre [K, d] nearest to each row of z [N, d], int64 [N]."""
     return torch.cdist(z.double(), centers.double()).argmin(1)
+
+
+def sample_rows(n: int, count: int, seed: int) -> Tensor:
+    """``count`` distinct numbers below n, ascending, int64; all of them where n is no more."""
+    if n <= count:
+        return torch.arange(n)
+    chosen = np.random.default_rng(derive_seed(seed, n)).choice(n, count, replace=False)
+    return torch.from_numpy(np.sort(chosen))
+
+
+def sampled_kmeans(
+    x: Tensor,
+    n_clusters: int,
+    *,
+    n_init: int,
+    seed: int,
+    rows: int = SAMPLE_ROWS,
+    max_iter: int = 300,
+) -> ops.KMeansResult:
+    """k-means of many points: restarts on ``rows`` of them, then one run of all.
+
+    Up to ``rows`` points this is :func:`fastclust.ops.kmeans`. Beyond, the centres that the
+    restarts find on a random sample are where at most ``max_iter`` iterations on all points begin.
+    """
+    n = x.shape[0]
+    if n <= max(rows, n_clusters):
+        return ops.kmeans(x, n_clusters, n_init=n_init, seed=seed)
+    chosen = sample_rows(n, max(rows, n_clusters), seed).to(x.device)
+    start = ops.kmeans(x[chosen], n_clusters, n_init=n_init, seed=seed).centers
+    return ops.kmeans(x, n_clusters, init=start, max_iter=max_iter, seed=seed)
 
 
 def kmeans_labels(result: Any) -> npt.NDArray[np.int64]:
