@@ -58,11 +58,12 @@ GRAPHS = ("cora", "citeseer", "amap", "amac", "bat", "eat", "uat")
 # What else than the protocols is worth comparing, by model: a name and what it sets.
 ABLATIONS: dict[str, dict[str, dict[str, str]]] = {
     "hsan": {
-        "plain Adam": {"optimizer": "adam"},
-        "weights 1": {"weights": "none"},
+        "hard weights": {"weights": "hard"},
+        "stale hard weights": {"weights": "hard", "stale_weights": "true"},
         "no structure": {"structure": "false"},
-        "weights 1, no structure": {"weights": "none", "structure": "false"},
-        "stale weights": {"stale_weights": "true"},
+        "hard weights, no structure": {"weights": "hard", "structure": "false"},
+        "plain Adam": {"optimizer": "adam"},
+        "plain Adam, hard weights": {"optimizer": "adam", "weights": "hard"},
     },
     "ecnmf": {
         "random head": {"head": "random"},
@@ -72,7 +73,10 @@ ABLATIONS: dict[str, dict[str, dict[str, str]]] = {
         "literal, B 1024": {"recombine": "literal", "batch_size": "1024"},
         "merge, B 1024": {"recombine": "merge", "batch_size": "1024"},
     },
-    "ssgc": {"one view": {"recipe": "plain"}},
+    "ssgc": {
+        "best of ten starts": {"consensus": "false", "n_init": "10"},
+        "one view": {"recipe": "plain"},
+    },
 }
 
 # ACC, NMI, ARI, F1 in percent as their authors report them; how the epoch was chosen.

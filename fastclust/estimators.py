@@ -49,6 +49,8 @@ from fastclust.models.ssgc import (
     LEADING_PAIRS,
     Recipe,
     Weighting,
+    consensus_kmeans,
+    encodes_degree,
     ssgc_embedding,
     ssgc_projection,
 )
@@ -479,8 +481,9 @@ class HSAN(_TrainedClusterer):
         Exponent of the hardness weights.
     structure : bool, default True
         Whether structure encoders take part.
-    weights : {"hard", "none"}, default "hard"
-        Hard-sample weights, or all weights 1.
+    weights : {"auto", "hard", "none"}, default "auto"
+        Hard-sample weights (Eq. 9), or all weights 1. ``"auto"``: hard with ``"paper-code"``; none
+        with ``"standard"``, where they help for some epochs and then lead away (docs/results.md).
     refresh_every : int, default 10
         Epochs between refreshes of the weights.
     protocol : {"standard", "paper-code"}, default "standard"
@@ -568,7 +571,7 @@ class HSAN(_TrainedClusterer):
     tau: float = 0.9
     beta: float = 1.0
     structure: bool = True
-    weights: Literal["hard", "none"] = "hard"
+    weights: Literal["auto", "hard", "none"] = "auto"
     refresh_every: int = 10
     stale_weights: bool | None = None
     kmeans: Literal["k-means++", "paper-code"] | None = None
@@ -585,7 +588,7 @@ class HSAN(_TrainedClusterer):
         "tau": [_SHARE],
         "beta": [_WEIGHT],
         "structure": ["boolean"],
-        "weights": [StrOptions({"hard", "none"})],
+        "weights": [StrOptions({"auto", "hard", "none"})],
         "refresh_every": [_COUNT],
         "stale_weights": ["boolean", None],
         "kmeans": [StrOptions({"k-means++", "paper-code"}), None],
@@ -628,6 +631,11 @@ class HSAN(_TrainedClusterer):
             return self.optimizer
         return "accumulated" if self.protocol == "paper-code" else "averaged"
 
+    def _weights(self) -> Literal["hard", "none"]:
+        if self.weights != "auto":
+            return self.weights
+        return "hard" if self.protocol == "paper-code" else "none"
+
     def _build(
         self, features: Features, graph: sp.csr_array, device: torch.device
     ) -> tuple[Trainable, dict[str, torch.Tensor]]:
@@ -643,6 +651,7 @@ class HSAN(_TrainedClusterer):
             "lr": float(lr),
             "optimizer": optimizer,
             "n_input": n_input,
+            "weights": self._weights(),
             "stale_weights": released if self.stale_weights is None else self.stale_weights,
             "kmeans": self.kmeans or ("paper-code" if released else "k-means++"),
         }
@@ -681,7 +690,7 @@ class HSAN(_TrainedClusterer):
                 "tau": self.tau,
                 "beta": self.beta,
                 "structure": self.structure,
-                "weights": self.weights,
+                "weights": self._weights(),
                 "stale_weights": self.resolved_["stale_weights"],
                 "refresh_every": self.refresh_every,
                 "clamp_alpha": self.resolved_["optimizer"] == "averaged",
@@ -741,9 +750,14 @@ class ECNMF(_TrainedClusterer):
         Columns of every layer.
     n_layers : int, default 2
         L; layers after the first are residual.
-    norm : {"rw", "sym", "none"}, default "rw"
-        Propagation D^-1 (A + I), D^-1/2 (A + I) D^-1/2 or A + I.
-    activation, bias, row_normalise, head, view_loss, kl, bce, members, alpha, beta, tau, \
+    norm : {"auto", "rw", "sym", "none"}, default "auto"
+        Propagation D^-1 (A + I), D^-1/2 (A + I) D^-1/2 or A + I. ``"auto"`` takes A + I, and no row
+        normalisation, where the attributes encode nothing but degrees (one attribute per node that
+        explains 90 % of the variance of log(1 + degree)): any normalisation divides by what little
+        they say. Otherwise, and with ``"paper-code"``, D^-1 (A + I) as published.
+    row_normalise : bool, optional
+        Whether the head sees unit rows; by default where ``"auto"`` would take D^-1 (A + I).
+    activation, bias, head, view_loss, kl, bce, members, alpha, beta, tau, \
 update_every, target_every, pseudo_start
         Readings of what the paper leaves open, see :class:`fastclust.models.ecnmf.ECNMFModel`.
     protocol : {"standard", "paper-code"}, default "standard"
@@ -785,7 +799,7 @@ checkpoint_dir, checkpoint_every, resume, verbose
     recombine: Literal["merge", "block", "per_batch", "literal"] = "merge"
     add_mean: bool = False
     n_layers: int = 2
-    norm: Literal["rw", "sym", "none"] = "rw"
+    norm: Literal["auto", "rw", "sym", "none"] = "auto"
     activation: Literal["identity", "relu"] | None = None
     bias: bool = True
     row_normalise: bool | None = None
@@ -811,7 +825,7 @@ checkpoint_dir, checkpoint_every, resume, verbose
         "recombine": [StrOptions({"merge", "block", "per_batch", "literal"})],
         "add_mean": ["boolean"],
         "n_layers": [_COUNT],
-        "norm": [StrOptions({"rw", "sym", "none"})],
+        "norm": [StrOptions({"auto", "rw", "sym", "none"})],
         "activation": [StrOptions({"identity", "relu"}), None],
         "bias": ["boolean"],
         "row_normalise": ["boolean", None],
@@ -845,13 +859,16 @@ checkpoint_dir, checkpoint_every, resume, verbose
         self, features: Features, graph: sp.csr_array, device: torch.device
     ) -> tuple[Trainable, dict[str, torch.Tensor]]:
         literal = self.protocol == "paper-code"
+        by_degree = not literal and encodes_degree(features, graph)
+        unit = not literal and not by_degree
         self.resolved_ = {
             "n_clusters": self.n_clusters_,
             "lr": 1e-4 if self.lr is None else float(self.lr),
             "optimizer": self.optimizer or "adam",
             "rank": self._rank(*features.shape),
             "activation": self.activation or ("relu" if literal else "identity"),
-            "row_normalise": not literal if self.row_normalise is None else self.row_normalise,
+            "norm": ("none" if by_degree else "rw") if self.norm == "auto" else self.norm,
+            "row_normalise": unit if self.row_normalise is None else self.row_normalise,
             "head": self.head or ("random" if literal else "kmeans"),
         }
         n, d = features.shape
@@ -889,7 +906,7 @@ checkpoint_dir, checkpoint_every, resume, verbose
         return kind(
             x,
             x_low_rank,
-            Graph(graph, norm=self.norm).to(x.device),
+            Graph(graph, norm=self.resolved_["norm"]).to(x.device),
             n_clusters=self.n_clusters_,
             width=self.width,
             n_layers=self.n_layers,
@@ -971,7 +988,13 @@ class SSGC(_GraphClusterer):
         allow less.
     weighting : {"auto", "l2", "tf-idf"}, default "auto"
         How attribute rows are weighted.
-    random_state, device, n_init, n_neighbors
+    n_init : int, default 100
+        k-means starts. Their better half votes, see
+        :func:`fastclust.models.ssgc.consensus_kmeans`; with ``consensus=False`` the best is taken.
+    consensus : bool, default True
+        Whether starts vote: where k-means has several minima of nearly one inertia, the best of few
+        starts is chance (cora).
+    random_state, device, n_neighbors
         As for :class:`HSAN`.
 
     Attributes
@@ -993,6 +1016,8 @@ class SSGC(_GraphClusterer):
     n_steps: int | None = None
     n_components: int | None = None
     weighting: Weighting = "auto"
+    n_init: int = 100
+    consensus: bool = True
 
     _name = "ssgc"
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -1001,6 +1026,7 @@ class SSGC(_GraphClusterer):
         "n_steps": [Interval(Integral, 0, None, closed="left"), None],
         "n_components": [_COUNT, None],
         "weighting": [StrOptions({"auto", "l2", "tf-idf"})],
+        "consensus": ["boolean"],
     }
 
     def _memory_needed(self, n_nodes: int, n_features: int) -> int:
@@ -1026,7 +1052,8 @@ class SSGC(_GraphClusterer):
             seed=self.seed_,
             device=device,
         )
-        result = sampled_kmeans(z, self.n_clusters_, n_init=self.n_init, seed=self.seed_)
+        cluster = consensus_kmeans if self.consensus else sampled_kmeans
+        result = cluster(z, self.n_clusters_, n_init=self.n_init, seed=self.seed_)
         self.labels_ = kmeans_labels(result)
         self.embedding_ = z.cpu().numpy()
         self.recipe_, self.n_steps_ = info["recipe"], info["n_steps"]

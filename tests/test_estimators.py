@@ -497,3 +497,24 @@ def test_few_epochs_on_digits(model):
     ds = fc.load_dataset("digits")
     estimator = QUICK[model](10, width=64).fit(ds.features, adjacency=ds.adjacency)
     assert fc.metrics.clustering_scores(ds.labels, estimator.labels_)["acc"] > 0.5
+
+
+def test_open_settings_follow_the_attributes_and_the_protocol(two_blocks) -> None:
+    """ECN-MF normalises unless attributes encode degrees; HSAN weights with paper-code only."""
+    adjacency, x, _ = two_blocks
+    degree = np.asarray(adjacency.sum(axis=1)).reshape(-1).astype(int)
+    one_hot = np.eye(degree.max() + 1, dtype=np.float32)[degree]
+    quick: Any = {"epochs": 1, "width": 8, "n_init": 2}
+
+    def resolved(model: Any, features: Any, **keywords: Any) -> dict[str, Any]:
+        return model(2, **quick, **keywords).fit(features, adjacency=adjacency).resolved_
+
+    text, airport = resolved(fc.ECNMF, x), resolved(fc.ECNMF, one_hot)
+    assert (text["norm"], text["row_normalise"]) == ("rw", True)
+    assert (airport["norm"], airport["row_normalise"]) == ("none", False)
+    literal = resolved(fc.ECNMF, one_hot, protocol="paper-code")
+    assert (literal["norm"], literal["row_normalise"]) == ("rw", False)
+    assert resolved(fc.ECNMF, one_hot, norm="sym")["norm"] == "sym"
+    assert resolved(fc.HSAN, x)["weights"] == "none"
+    assert resolved(fc.HSAN, x, protocol="paper-code")["weights"] == "hard"
+    assert resolved(fc.HSAN, x, weights="hard")["weights"] == "hard"

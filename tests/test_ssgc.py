@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
 from sklearn.feature_extraction.text import TfidfTransformer
+from sklearn.metrics import adjusted_rand_score
 
 from fastclust import ops
 from fastclust.datasets import load_dataset
@@ -14,7 +17,7 @@ from fastclust.graph import Graph
 from fastclust.metrics import clustering_scores
 from fastclust.models import ssgc
 from fastclust.models.inputs import unit_rows
-from fastclust.models.ssgc import ssgc_embedding
+from fastclust.models.ssgc import consensus_kmeans, ssgc_embedding
 
 
 def one_hot(columns: np.ndarray) -> sp.csr_array:
@@ -195,3 +198,29 @@ def test_real_graphs(data_root, name, recipe, least):
     )
     found = ops.kmeans(embedding, dataset.n_clusters).labels.numpy()
     assert clustering_scores(dataset.labels, found)["acc"] >= least
+
+
+def test_consensus_is_the_typical_minimum_and_hardly_depends_on_the_seed() -> None:
+    """Overlapping groups have several minima; the votes of many starts find the same one."""
+    rng = np.random.default_rng(0)
+    z = torch.from_numpy(rng.normal(size=(400, 6)).astype(np.float32))
+    single = [ops.kmeans(z, 6, n_init=1, seed=s) for s in range(8)]
+    agreed = [consensus_kmeans(z, 6, n_init=60, seed=s) for s in range(8)]
+
+    def agreement(runs: list[ops.KMeansResult]) -> float:
+        pairs = itertools.combinations([r.labels.numpy() for r in runs], 2)
+        return float(np.mean([adjusted_rand_score(*pair) for pair in pairs]))
+
+    assert agreement(agreed) > agreement(single) + 0.1
+    typical = np.median([float(r.inertia) for r in single])
+    assert all(float(r.inertia) <= typical for r in agreed)
+    again = consensus_kmeans(z, 6, n_init=60, seed=3)
+    assert torch.equal(again.labels, agreed[3].labels)
+    few = consensus_kmeans(z, 6, n_init=3, seed=1)
+    assert torch.equal(few.labels, ops.kmeans(z, 6, n_init=3, seed=1).labels)
+
+
+def test_consensus_with_fewer_distinct_rows_than_clusters() -> None:
+    z = torch.eye(3).repeat(4, 1)  # [12, 3]
+    labels = consensus_kmeans(z, 5, n_init=8).labels
+    assert len(set(labels[:3].tolist())) == 3 and torch.equal(labels[:3], labels[3:6])

@@ -30,9 +30,17 @@ from sklearn.preprocessing import normalize
 
 from fastclust import ops
 from fastclust.graph import Graph
-from fastclust.models.inputs import as_tensor, kmeans_labels, unit_rows
+from fastclust.models.inputs import (
+    SAMPLE_ROWS,
+    as_tensor,
+    derive_seed,
+    kmeans_labels,
+    sample_rows,
+    sampled_kmeans,
+    unit_rows,
+)
 
-__all__ = ["ssgc_embedding", "ssgc_projection"]
+__all__ = ["consensus_kmeans", "encodes_degree", "ssgc_embedding", "ssgc_projection"]
 
 Features: TypeAlias = Any  # numpy.ndarray or scipy.sparse.csr_array, float32 [N, D]
 Recipe = Literal["multiview", "plain"]
@@ -50,6 +58,8 @@ _SPLITS = 4  # of which two are enough where nothing speaks against the default
 _RESTARTS = 3
 _DEGREE_SHARE = 0.9  # of the degrees' variance, to be taken for an encoding of degrees
 _PLAIN_COMPONENTS = 20
+_CONSENSUS_RANK = 4  # times K: singular vectors of the votes that are clustered
+_CONSENSUS_RESTARTS = 20
 
 
 def ssgc_embedding(
@@ -110,7 +120,7 @@ def ssgc_embedding(
     Zhu, H. and Koniusz, P. (2021). Simple spectral graph convolution. ICLR.
     """
     _check(features, recipe, n_steps, n_components, weighting)
-    if recipe == "multiview" and weighting == "auto" and _encodes_degree(features, adjacency):
+    if recipe == "multiview" and weighting == "auto" and encodes_degree(features, adjacency):
         degree = np.asarray(adjacency.sum(axis=1)).reshape(-1)
         rank = (rankdata(degree) / degree.size).astype(np.float32)
         info = {"recipe": "degree", "n_steps": 0, "agreement": None, "projection": {}}
@@ -195,6 +205,53 @@ def ssgc_projection(
     return unit_rows(torch.cat(views, dim=1) @ projection["joined"].to(device))
 
 
+def consensus_kmeans(
+    z: torch.Tensor, n_clusters: int, *, n_init: int = 100, seed: int = 0
+) -> ops.KMeansResult:
+    """Cluster by what the better half of many k-means runs agrees on.
+
+    Each of the ``n_init // 2`` runs of least inertia gives a node one vote: the indicators of its
+    cluster. k-means on the 4 K leading singular vectors of all votes finds the consensus, and
+    Lloyd's iterations from its means end in the minimum of inertia next to it. Of several minima
+    with nearly the same inertia this takes the typical one, where "least inertia" takes one by
+    chance (few runs) or an outlier (many).
+
+    The votes are those of at most 65536 rows; the last iterations take all.
+
+    Parameters
+    ----------
+    z : Tensor [N, d]
+    n_clusters : int
+        K.
+    n_init : int
+        k-means++ runs; with fewer than 4 the one of least inertia is the result.
+    seed : int
+        Of the runs.
+
+    Returns
+    -------
+    KMeansResult
+        As of :func:`fastclust.ops.kmeans`.
+    """
+    if n_init < 4:
+        return sampled_kmeans(z, n_clusters, n_init=n_init, seed=seed)
+    rows = z
+    if z.shape[0] > SAMPLE_ROWS:
+        rows = z[sample_rows(z.shape[0], SAMPLE_ROWS, seed).to(z.device)]
+    runs = [
+        ops.kmeans(rows, n_clusters, n_init=1, seed=derive_seed(seed, run)) for run in range(n_init)
+    ]
+    runs.sort(key=lambda run: float(run.inertia))
+    votes = torch.cat(  # [N, n_init / 2 K]
+        [torch.nn.functional.one_hot(r.labels, n_clusters) for r in runs[: n_init // 2]], dim=1
+    ).to(z.dtype)
+    (basis,) = _bases(votes, [torch.ones(votes.shape[1])], _CONSENSUS_RANK * n_clusters)
+    agreed = ops.kmeans(votes @ basis, n_clusters, n_init=_CONSENSUS_RESTARTS, seed=seed)
+    sizes = torch.bincount(agreed.labels, minlength=n_clusters).clamp_min(1)  # [K]
+    means = torch.zeros_like(runs[0].centers).index_add_(0, agreed.labels, rows) / sizes[:, None]
+    return ops.kmeans(z, n_clusters, init=means)
+
+
 def _check(
     features: Features,
     recipe: str,
@@ -250,7 +307,7 @@ def _weigh(features: Features, weighting: str) -> Features:
     return _weighted(features, idf)
 
 
-def _encodes_degree(features: Features, adjacency: sp.csr_array) -> bool:
+def encodes_degree(features: Features, adjacency: sp.csr_array) -> bool:
     """Whether X is one-hot and its columns explain the nodes' degrees.
 
     The share of the variance of log(1 + degree) between columns, corrected for their
