@@ -21,6 +21,7 @@ import difflib
 import gzip
 import itertools
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,8 +163,8 @@ def _nodes(
     if names is None:
         try:
             nodes = ends.astype(np.int64)
-        except ValueError:
-            bad = str(next(end for end in ends if not end.lstrip("+-").isdigit()))
+        except (ValueError, OverflowError):
+            bad = str(next(end for end in ends if not re.fullmatch("[+-]?[0-9]{1,18}", end)))
             raise DatasetFormatError(
                 f"{path} must hold node numbers 0..{n - 1}, got {bad!r}; for nodes with names, "
                 f"give the attribute table a column {ID_COLUMNS[0]!r}, or name it with --ids"
@@ -254,11 +255,10 @@ def _matrix(path: Path) -> Any:
     """A matrix from a .npz, .mtx or .npy file, sparse or dense."""
     try:
         if path.suffix == ".npz":
-            return sp.csr_array(sp.load_npz(path))
+            return sp.load_npz(path)  # as it is: conversions trust indices that nobody checked
         if path.suffix == ".npy":
             return np.load(path, allow_pickle=False)
-        matrix = scipy.io.mmread(path)
-        return sp.csr_array(matrix) if sp.issparse(matrix) else np.asarray(matrix)
+        return _matrix_market(path)
     except Exception as error:  # a damaged file can raise nearly anything
         text = " ".join(str(error).split())[:160]
         kind = {".npz": "scipy.sparse.save_npz", ".npy": "numpy.save"}.get(path.suffix)
@@ -267,6 +267,47 @@ def _matrix(path: Path) -> Any:
             f"{f'written by {kind}' if kind else 'in Matrix Market format'}: "
             f"{text or type(error).__name__}"
         ) from None
+
+
+def _matrix_market(path: Path) -> Any:
+    """A real matrix in Matrix Market format; coordinates as scipy sparse, arrays as NumPy array.
+
+    scipy's own reader writes past the end of its memory where the body does not fit the header
+    (seen with SciPy 1.17); so only the header is left to it.
+    """
+    rows, columns, entries, form, field, symmetry = scipy.io.mminfo(path)
+    if symmetry not in ("general", "symmetric") or field == "complex":
+        raise ValueError(f"{field} {symmetry} matrices are not read; write it as real general")
+    sparse = form == "coordinate"
+    triangle = symmetry == "symmetric" and not sparse
+    expected = rows * (rows + 1) // 2 if triangle else entries
+    width = (2 if field == "pattern" else 3) if sparse else 1
+    with _open_text(path) as file:
+        lines = itertools.islice(filter(_is_data, file), 1, expected + 2)
+        first = next(lines, None)  # loadtxt warns of no lines at all
+        body = np.empty((0, width))
+        if first is not None:
+            body = np.loadtxt(itertools.chain([first], lines), comments=None, ndmin=2)
+    if body.shape != (expected, width):
+        raise ValueError(f"its header says {expected} lines of {width} numbers, got {body.shape}")
+    if sparse:
+        with np.errstate(invalid="ignore"):
+            place = body[:, :2].T.astype(np.int64) - 1  # [2, entries]
+        if (place + 1 != body[:, :2].T).any():
+            raise ValueError("rows and columns must be whole numbers")
+        values = body[:, 2] if width == 3 else np.ones(entries)
+        if symmetry == "symmetric":
+            off = place[0] != place[1]
+            values = np.concatenate([values, values[off]])
+            place = np.concatenate([place, place[::-1, off]], axis=1)
+        return sp.coo_array((values, tuple(place)), shape=(rows, columns))
+    if not triangle:
+        return body.reshape(columns, rows).T
+    if rows != columns:
+        raise ValueError("a symmetric matrix must be square")
+    upper = np.zeros((rows, rows))
+    upper[np.triu_indices(rows)] = body[:, 0]  # the columns of the lower triangle, one by one
+    return upper + np.triu(upper, 1).T
 
 
 def _checked(check: Any, *arguments: Any, name: str) -> Any:

@@ -12,6 +12,7 @@ import scipy.io
 import scipy.sparse as sp
 
 from fastclust.datasets import DatasetFormatError, DatasetNotFoundError
+from fastclust.memory import InsufficientMemoryError
 from fastclust.tables import load_files
 
 # 0 - 1 - 2, 0 - 3, with names, attributes and classes
@@ -98,8 +99,13 @@ def test_matrices(folder):
     scipy.io.mmwrite("x.mtx", X)
     np.save("x.npy", X)
     np.save("y.npy", np.array([4, 2, 4, 2]))
-    for edges in ("a.npz", "a.mtx", "numbers.txt"):
-        for features in ("x.npz", "x.mtx", "x.npy"):
+    scipy.io.mmwrite("pattern.mtx", sp.coo_array(A), field="pattern")
+    scipy.io.mmwrite("whole.mtx", sp.coo_array(A), symmetry="general")
+    scipy.io.mmwrite("square.mtx", A, symmetry="symmetric")
+    scipy.io.mmwrite("entries.mtx", sp.coo_array(X), comment="by hand")
+    Path("x.mtx.gz").write_bytes(gzip.compress(Path("x.mtx").read_bytes()))
+    for edges in ("a.npz", "a.mtx", "pattern.mtx", "whole.mtx", "square.mtx", "numbers.txt"):
+        for features in ("x.npz", "x.mtx", "x.mtx.gz", "entries.mtx", "x.npy"):
             check(load_files(edges, features, "y.npy"), labelled=True)
     check(load_files("a.mtx", "named.csv", "colour"), labelled=True, named=True)
 
@@ -161,6 +167,15 @@ def test_attributes_alone_make_a_nearest_neighbour_graph(folder):
         (("numbers.txt", "bad.npz"), "written by scipy.sparse.save_npz"),
         (("bad.mtx", "plain.csv"), "must be a matrix in Matrix Market format"),
         (("wide.mtx", "plain.csv"), "must be square"),
+        (("numbers.txt", "long.mtx"), r"its header says 4 lines of 1 numbers, got \(5, 1\)"),
+        (("numbers.txt", "short.mtx"), r"its header says 4 lines of 1 numbers, got \(0, 1\)"),
+        (("place.mtx", "plain.csv"), "rows and columns must be whole numbers"),
+        (("outside.mtx", "plain.csv"), "axis 1 index 4 exceeds"),
+        (("complex.mtx", "plain.csv"), "complex hermitian matrices are not read"),
+        (("numbers.txt", "huge.mtx"), r"huge.mtx of shape \(10+, 2\) needs at least .* from 0 on"),
+        (("signs.txt", "plain.csv"), "node numbers 0..3, got '--1'"),
+        (("big.txt", "plain.csv"), "node numbers 0..3, got '9{30}'"),
+        (("numbers.txt", "far.npz"), "hold indices below 4, got 9"),
         (("numbers.txt", "bad.npy"), "written by numpy.save"),
     ],
 )
@@ -180,6 +195,19 @@ def test_mistakes(folder, arguments, message):
     for name in ("bad.npz", "bad.npy", "bad.mtx"):
         write(name, "no such matrix")
     scipy.io.mmwrite("wide.mtx", sp.coo_array(np.ones((4, 5))))
-    with pytest.raises((DatasetFormatError, DatasetNotFoundError), match=message) as caught:
+    banner = "%%MatrixMarket matrix"
+    write("long.mtx", f"{banner} array real general", "2 2", *"123456")
+    write("short.mtx", f"{banner} array real general", "2 2")
+    write("place.mtx", f"{banner} coordinate pattern general", "4 4 1", "1.5 2")
+    write("outside.mtx", f"{banner} coordinate pattern general", "4 4 1", "1 5")
+    write("complex.mtx", f"{banner} coordinate complex hermitian", "4 4 1", "2 1 1 1")
+    write("huge.mtx", f"{banner} coordinate real general", f"{10**17} 2 1", "1 1 1")
+    write("signs.txt", "0 1", "--1 2")
+    write("big.txt", "0 1", "1 " + "9" * 30)
+    matrix = sp.csc_array(np.ones((4, 3)))
+    matrix.indices[2] = 9
+    sp.save_npz("far.npz", matrix)
+    refusals = (DatasetFormatError, DatasetNotFoundError, InsufficientMemoryError)
+    with pytest.raises(refusals, match=message) as caught:
         load_files(*arguments)
     assert "\n" not in str(caught.value)

@@ -16,7 +16,7 @@ import tempfile
 import types
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -113,7 +113,7 @@ def npz_files() -> list[bytes]:
     ]
 
 
-def read_members(content: bytes) -> None:
+def zipped(content: bytes) -> bytes:
     """Members framed as name, length, bytes: zipped here, so that the checksums are right."""
     buffer = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w") as archive:
@@ -125,20 +125,25 @@ def read_members(content: bytes) -> None:
                 (name.partition("\0")[0] or "labels") + ".npy", content[20 : 20 + size]
             )
             content = content[20 + size :]
-    read_npz(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def read_members(content: bytes) -> None:
+    read_npz(zipped(content))
+
+
+def framed(arrays: Mapping[str, Any]) -> bytes:
+    frame = b""
+    for name, array in arrays.items():
+        member = io.BytesIO()
+        np.save(member, np.asarray(array))
+        data = member.getvalue()
+        frame += name.encode().ljust(16, b"\0") + len(data).to_bytes(4, "little") + data
+    return frame
 
 
 def member_frames() -> list[bytes]:
-    frames = []
-    for arrays in (uniform(), gnn_benchmark()):
-        frame = b""
-        for name, array in arrays.items():
-            member = io.BytesIO()
-            np.save(member, np.asarray(array))
-            data = member.getvalue()
-            frame += name.encode().ljust(16, b"\0") + len(data).to_bytes(4, "little") + data
-        frames.append(frame)
-    return frames
+    return [framed(arrays) for arrays in (uniform(), gnn_benchmark())]
 
 
 _ODD = (0, 1, -1, 2, N, N - 1, N + 1, 127, -128, 2**31 - 1, -(2**31), 2**31, 2**62, -(2**63))
@@ -224,6 +229,8 @@ def read_tables(content: bytes) -> None:
     # Binary files hold NULs: one of them alone is mutated, beside good tables.
     suffix = _SUFFIXES[kinds[0] % 8]
     parts = content.split(b"\0\0\0", 2) if kinds[0] % 8 < 4 else [content]
+    if suffix == ".npz" and kinds[1] & 2:
+        parts = [zipped(content)]
     files = dict(zip(("edges", "features", "labels"), _TABLES, strict=True))
     if len(parts) == 1:
         files[("features", "edges")[kinds[1] % 2]] = parts[0]
@@ -271,10 +278,16 @@ def own_tables() -> list[bytes]:
     for role, matrix in ((0, dense), (1, square)):
         text, binary, archive = io.BytesIO(), io.BytesIO(), io.BytesIO()
         scipy.io.mmwrite(text, matrix)
+        scipy.io.mmwrite(general := io.BytesIO(), matrix, symmetry="general")
         np.save(binary, matrix if role == 0 else matrix.toarray())
         sp.save_npz(archive, sp.csr_array(matrix))
         for kind, file in ((4, text), (5, binary), (6, archive)):
             corpus.append(bytes([kind, role, 0]) + file.getvalue())
+        corpus.append(bytes([4, role, 0]) + general.getvalue())
+        for form in ("csr", "csc", "coo", "bsr", "dia"):
+            sp.save_npz(archive := io.BytesIO(), sp.coo_array(matrix).asformat(form))
+            archive.seek(0)
+            corpus.append(bytes([6, role | 2, 0]) + framed(np.load(archive)))
     return corpus
 
 
