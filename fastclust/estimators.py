@@ -10,7 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import numpy as np
 import numpy.typing as npt
@@ -82,10 +94,13 @@ DENSE_FROM = 0.1
 AVERAGED_PATH = 0.4
 AVERAGED_LR_MAX = 3e-3
 
-_COUNT = Interval(Integral, 1, None, closed="left")
-_WEIGHT = Interval(Real, 0, None, closed="left")
-_RATE = Interval(Real, 0, None, closed="neither")
-_SHARE = Interval(Real, 0, 1, closed="both")
+# Types of keywords with what scikit-learn checks them by.
+Count = Annotated[int, Interval(Integral, 1, None, closed="left")]
+Pair = Annotated[int, Interval(Integral, 2, None, closed="left")]
+Steps = Annotated[int, Interval(Integral, 0, None, closed="left")]
+Weight = Annotated[float, Interval(Real, 0, None, closed="left")]
+Rate = Annotated[float, Interval(Real, 0, None, closed="neither")]
+Share = Annotated[float, Interval(Real, 0, 1, closed="both")]
 
 # Names in ``parameters_`` of the projection that attributes go through first.
 AXES = ("components", "mean")
@@ -123,19 +138,18 @@ class _GraphClusterer(
     """What the three estimators share: keywords, input checks, new nodes, presets, files."""
 
     n_clusters: int | Literal["auto"] = field(default=8, kw_only=False)
-    random_state: Any = 0
+    random_state: Annotated[Any, "random_state"] = 0
     device: str | torch.device = "auto"
-    n_init: int = 10
-    n_neighbors: int = 10
+    n_init: Count = 10
+    n_neighbors: Count = 10
 
     _name: ClassVar[str]
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "n_clusters": [Integral, StrOptions({"auto"})],
-        "random_state": ["random_state"],
-        "n_neighbors": [_COUNT],
-        "n_init": [_COUNT],
-        "device": [str, torch.device],
-    }
+
+    @property
+    def _parameter_constraints(self) -> dict[str, list[Any]]:
+        """What scikit-learn checks the keywords by, from their type hints."""
+        hints = get_type_hints(type(self), include_extras=True)
+        return {name: _constraints(hints[name]) for name in self.get_params(deep=False)}
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -341,36 +355,19 @@ class _GraphClusterer(
 class _TrainedClusterer(_GraphClusterer):
     """What HSAN and ECN-MF share: the training loop and its keywords."""
 
-    epochs: int = 400
-    lr: float | None = None
-    width: int = 600
+    epochs: Count = 400
+    lr: Rate | None = None
+    width: Count = 600
     protocol: Literal["standard", "paper-code"] = "standard"
     optimizer: Literal["adam", "averaged", "accumulated"] | None = None
     precision: Literal["fp32", "tf32", "bf16x3", "bf16"] = "fp32"
-    selection: str = "last"
-    eval_every: int = 10
-    callbacks: Any = None
+    selection: Annotated[str, StrOptions(set(SELECTIONS))] = "last"
+    eval_every: Count = 10
+    callbacks: Annotated[Any, "array-like", callable, None] = None
     checkpoint_dir: str | os.PathLike[str] | None = None
-    checkpoint_every: int | str = "60s"
+    checkpoint_every: Count | str = "60s"
     resume: bool = False
-    verbose: int = 0
-
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **_GraphClusterer._parameter_constraints,
-        "epochs": [_COUNT],
-        "lr": [_RATE, None],
-        "precision": [StrOptions(set(PRECISIONS))],
-        "protocol": [StrOptions({"standard", "paper-code"})],
-        "optimizer": [StrOptions({"adam", "averaged", "accumulated"}), None],
-        "selection": [StrOptions(set(SELECTIONS))],
-        "eval_every": [_COUNT],
-        "width": [_COUNT],
-        "callbacks": ["array-like", callable, None],
-        "checkpoint_dir": [str, os.PathLike, None],
-        "checkpoint_every": [_COUNT, str],
-        "resume": ["boolean"],
-        "verbose": ["verbose"],
-    }
+    verbose: Annotated[int, "verbose"] = 0
 
     def _build(
         self, features: Features, graph: sp.csr_array, device: torch.device
@@ -563,39 +560,23 @@ class HSAN(_TrainedClusterer):
     (1797,)
     """
 
-    epochs: int = 400
-    width: int = 1500
-    filter_steps: int = 2
-    n_input: int | Literal["auto"] | None = "auto"
+    epochs: Count = 400
+    width: Count = 1500
+    filter_steps: Steps = 2
+    n_input: Count | Literal["auto"] | None = "auto"
     activation: Literal["identity", "sigmoid"] = "identity"
-    tau: float = 0.9
-    beta: float = 1.0
+    tau: Share = 0.9
+    beta: Weight = 1.0
     structure: bool = True
     weights: Literal["auto", "hard", "none"] = "auto"
-    refresh_every: int = 10
+    refresh_every: Count = 10
     stale_weights: bool | None = None
     kmeans: Literal["k-means++", "paper-code"] | None = None
-    batch_size: int | None = None
-    n_negatives: int | None = None
+    batch_size: Pair | None = None
+    n_negatives: Pair | None = None
     batching: Batching = "random"
 
     _name = "hsan"
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **_TrainedClusterer._parameter_constraints,
-        "filter_steps": [Interval(Integral, 0, None, closed="left")],
-        "n_input": [_COUNT, StrOptions({"auto"}), None],
-        "activation": [StrOptions({"identity", "sigmoid"})],
-        "tau": [_SHARE],
-        "beta": [_WEIGHT],
-        "structure": ["boolean"],
-        "weights": [StrOptions({"auto", "hard", "none"})],
-        "refresh_every": [_COUNT],
-        "stale_weights": ["boolean", None],
-        "kmeans": [StrOptions({"k-means++", "paper-code"}), None],
-        "batch_size": [Interval(Integral, 2, None, closed="left"), None],
-        "n_negatives": [Interval(Integral, 2, None, closed="left"), None],
-        "batching": [StrOptions({"random", "partition"})],
-    }
 
     @classmethod
     def for_dataset(cls, name: str, **overrides: Any) -> HSAN:
@@ -793,12 +774,12 @@ checkpoint_dir, checkpoint_every, resume, verbose
     (1797,)
     """
 
-    epochs: int = 1000
-    rank: int | None = None
-    batch_size: int | None = None
+    epochs: Count = 1000
+    rank: Count | None = None
+    batch_size: Count | None = None
     recombine: Literal["merge", "block", "per_batch", "literal"] = "merge"
     add_mean: bool = False
-    n_layers: int = 2
+    n_layers: Count = 2
     norm: Literal["auto", "rw", "sym", "none"] = "auto"
     activation: Literal["identity", "relu"] | None = None
     bias: bool = True
@@ -808,41 +789,16 @@ checkpoint_dir, checkpoint_every, resume, verbose
     kl: Literal["batchmean", "sum", "literal"] = "batchmean"
     bce: Literal["one-hot", "positive"] = "one-hot"
     members: Literal["all", "argmax"] = "all"
-    alpha: float = 1.0
-    beta: float = 1.0
-    tau: float = 0.5
-    update_every: int = 10
-    target_every: int = 1
-    pseudo_start: int = 0
-    train_batch_size: int | None = None
+    alpha: Weight = 1.0
+    beta: Weight = 1.0
+    tau: Weight = 0.5
+    update_every: Count = 10
+    target_every: Count = 1
+    pseudo_start: Steps = 0
+    train_batch_size: Pair | None = None
     batching: Batching = "random"
 
     _name = "ecnmf"
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **_TrainedClusterer._parameter_constraints,
-        "rank": [_COUNT, None],
-        "batch_size": [_COUNT, None],
-        "recombine": [StrOptions({"merge", "block", "per_batch", "literal"})],
-        "add_mean": ["boolean"],
-        "n_layers": [_COUNT],
-        "norm": [StrOptions({"auto", "rw", "sym", "none"})],
-        "activation": [StrOptions({"identity", "relu"}), None],
-        "bias": ["boolean"],
-        "row_normalise": ["boolean", None],
-        "head": [StrOptions({"kmeans", "random"}), None],
-        "view_loss": [StrOptions({"elements", "nodes"})],
-        "kl": [StrOptions({"batchmean", "sum", "literal"})],
-        "bce": [StrOptions({"one-hot", "positive"})],
-        "members": [StrOptions({"all", "argmax"})],
-        "alpha": [_WEIGHT],
-        "beta": [_WEIGHT],
-        "tau": [Interval(Real, 0, None, closed="left")],
-        "update_every": [_COUNT],
-        "target_every": [_COUNT],
-        "pseudo_start": [Interval(Integral, 0, None, closed="left")],
-        "train_batch_size": [Interval(Integral, 2, None, closed="left"), None],
-        "batching": [StrOptions({"random", "partition"})],
-    }
 
     def _memory_needed(self, n_nodes: int, n_features: int) -> int:
         parameters = 2 * self.width * (n_features + (self.n_layers - 1) * self.width)
@@ -1013,21 +969,13 @@ class SSGC(_GraphClusterer):
     """
 
     recipe: Recipe = "multiview"
-    n_steps: int | None = None
-    n_components: int | None = None
+    n_steps: Steps | None = None
+    n_components: Count | None = None
     weighting: Weighting = "auto"
     n_init: int = 100
     consensus: bool = True
 
     _name = "ssgc"
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **_GraphClusterer._parameter_constraints,
-        "recipe": [StrOptions({"multiview", "plain"})],
-        "n_steps": [Interval(Integral, 0, None, closed="left"), None],
-        "n_components": [_COUNT, None],
-        "weighting": [StrOptions({"auto", "l2", "tf-idf"})],
-        "consensus": ["boolean"],
-    }
 
     def _memory_needed(self, n_nodes: int, n_features: int) -> int:
         # the attributes' sketch and its orthonormal basis
@@ -1077,6 +1025,17 @@ class SSGC(_GraphClusterer):
             )
         z = ssgc_projection(features, graph, self.parameters_, n_steps=self.n_steps_, device=device)
         return nearest_center(z, self.parameters_["centers"].to(device)), z
+
+
+def _constraints(hint: Any) -> list[Any]:
+    """scikit-learn's constraints for a type hint: any one of them must hold."""
+    if isinstance(hint, UnionType) or get_origin(hint) is Union:
+        return [constraint for part in get_args(hint) for constraint in _constraints(part)]
+    if get_origin(hint) is Annotated:
+        return list(hint.__metadata__)
+    if get_origin(hint) is Literal:
+        return [StrOptions(set(get_args(hint)))]
+    return [{bool: "boolean", int: Integral, NoneType: None}.get(hint, get_origin(hint) or hint)]
 
 
 def _seed(random_state: Any) -> int:
