@@ -972,7 +972,7 @@ class SSGC(_GraphClusterer):
     n_steps: Steps | None = None
     n_components: Count | None = None
     weighting: Weighting = "auto"
-    n_init: int = 100
+    n_init: Count = 100
     consensus: bool = True
 
     _name = "ssgc"

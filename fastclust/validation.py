@@ -467,7 +467,7 @@ def _checked_csr(matrix: Any, name: str) -> sp.csr_array:
     scipy trusts its index arrays and would read out of bounds on a damaged one.
     """
     what = f"{name} of shape {tuple(matrix.shape)}"
-    require_memory(16 * max(matrix.shape), what, "number rows and columns from 0 on")
+    require_memory(16 * matrix.shape[0], what, "number rows from 0 on")
     if matrix.format in ("csr", "csc", "bsr"):
         n_major, n_minor = matrix.shape if matrix.format != "csc" else matrix.shape[::-1]
         if matrix.format == "bsr":

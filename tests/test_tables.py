@@ -172,7 +172,7 @@ def test_attributes_alone_make_a_nearest_neighbour_graph(folder):
         (("place.mtx", "plain.csv"), "rows and columns must be whole numbers"),
         (("outside.mtx", "plain.csv"), "axis 1 index 4 exceeds"),
         (("complex.mtx", "plain.csv"), "complex hermitian matrices are not read"),
-        (("numbers.txt", "huge.mtx"), r"huge.mtx of shape \(10+, 2\) needs at least .* from 0 on"),
+        (("numbers.txt", "huge.mtx"), r"shape \(10+, 2\) needs .* number rows from 0"),
         (("signs.txt", "plain.csv"), "node numbers 0..3, got '--1'"),
         (("big.txt", "plain.csv"), "node numbers 0..3, got '9{30}'"),
         (("numbers.txt", "far.npz"), "hold indices below 4, got 9"),
