@@ -8,7 +8,9 @@ and everything runs on the CPU.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,4 +47,35 @@ if hasattr(os, "register_at_fork"):
     # for ever. One thread gives the same bits. (torch's own data loaders do likewise.)
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
-__all__ = ["_C", "cuda_loaded", "cuda_status"]
+
+
+def register_gradient(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> Callable[..., Any]:
+    """Register the gradient of ``fastclust::name``; return the operator to call.
+
+    torch calls an operator's registered gradient in a form that ``torch.func`` refuses; what is
+    returned has the same gradient as a ``torch.autograd.Function``, which it takes.
+    """
+    operator = getattr(torch.ops.fastclust, name)
+    torch.library.register_autograd(f"fastclust::{name}", backward, setup_context=setup_context)
+
+    def gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        # of a list of tensors the operator wants a list of Nones, a Function one None
+        return tuple(None if isinstance(g, list) else g for g in backward(ctx, *grads))
+
+    members = {
+        "forward": staticmethod(lambda *inputs: operator(*inputs)),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(gradients),
+    }
+    function = type(f"{name}_function", (torch.autograd.Function,), members)
+
+    def call(*inputs: Any) -> Any:
+        # torch.compile knows the operator, and not every Function
+        return (operator if torch.compiler.is_compiling() else function.apply)(*inputs)
+
+    return call
+
+
+__all__ = ["_C", "cuda_loaded", "cuda_status", "register_gradient"]

@@ -42,6 +42,14 @@ def test_against_the_twin(shape: tuple[int, int, int], dtype: torch.dtype) -> No
             assert got is out
 
 
+def test_a_bias_of_any_stride() -> None:
+    a, b = randn(4, 3), randn(3, 5, seed=1)
+    for bias in (randn(1).expand(5), randn(10)[::2]):
+        torch.testing.assert_close(ops.matmul(a, b, bias=bias), a @ b + bias)
+        out = torch.empty(4, 5)
+        torch.testing.assert_close(ops.matmul(a, b, bias=bias, out=out), a @ b + bias)
+
+
 def test_gradcheck_and_opcheck() -> None:
     a, b, bias = (
         x.requires_grad_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,68 @@ def test_autocast_takes_half_precision(name, graph, z):
     assert half.grad.dtype == torch.bfloat16 and half.grad.isfinite().all()
     with pytest.raises(TypeError, match="float32"):
         operator(half)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_functional_transforms(name, graph, z):
+    """torch.func: grad, grad_and_value and vjp give what backward gives, to the bit."""
+    operator = operators(graph, z)[name]
+
+    def total(x):
+        return operator(x).square().sum()
+
+    x = z.clone().requires_grad_()
+    value = total(x)
+    value.backward()
+    same(torch.func.grad(total)(z), x.grad)
+    for got, want in zip(torch.func.grad_and_value(total)(z), (x.grad, value), strict=True):
+        same(got, want)
+    same(torch.func.vjp(total, z)[1](torch.ones(()))[0], x.grad)
+    with torch.no_grad():
+        same(total(x), value)
+
+
+def test_functional_call_of_a_module(graph, z):
+    layer = nn.ResidualPropagation(D, D)
+    parameters = dict(layer.named_parameters())
+
+    def total(parameters):
+        return torch.func.functional_call(layer, parameters, (graph, z[:N])).square().sum()
+
+    gradients = torch.func.grad(total)(parameters)
+    layer(graph, z[:N]).square().sum().backward()
+    for key, parameter in parameters.items():
+        same(gradients[key], parameter.grad)
+
+
+def test_second_derivatives_of_the_loss_are_refused(z):
+    def slope(x):
+        return torch.func.grad(lambda y: ops.hard_infonce(y, None, 1.0))(x).sum()
+
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.func.grad(slope)(z)
+
+
+def test_second_derivatives_of_the_product(z):
+    def slope(x):
+        return torch.func.grad(lambda y: ops.matmul(y, y.T).square().sum())(x).sum()
+
+    x = z.double().requires_grad_()
+    (first,) = torch.autograd.grad((x @ x.T).square().sum(), x, create_graph=True)
+    expected = torch.autograd.grad(first.sum(), x)[0]
+    torch.testing.assert_close(torch.func.grad(slope)(z.double()), expected)
+
+
+def test_every_operator_is_checked():
+    """Each has its torch.library.opcheck: schema, fake, autograd, and both under tracing."""
+    torch.library.opcheck(
+        torch.ops.fastclust.kmeans_fit.default, (torch.randn(20, 3), 2, 2, 10, 1e-4, None, None, 0)
+    )
+    text = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("test_*.py")))
+    checked = set(re.findall(r"opcheck\(\s*(?:\w+\.)*?(\w+)(?:\.default)?,", text))
+    schemas = {schema.name for schema in torch._C._jit_get_all_schemas()}
+    names = {name.split("::")[1] for name in schemas if name.startswith("fastclust::")}
+    assert "kmeans_fit" in names and names <= checked, names - checked
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclust import _library  # noqa: F401  (registers the operators)
+from fastclust._library import register_gradient
 from fastclust.interop import as_operand
 from fastclust.memory import require_memory
 
@@ -157,7 +157,7 @@ def hard_infonce(
             weights.beta,
         )
     code = _precision_code(precision, z.dtype)
-    loss, _ = torch.ops.fastclust.hard_infonce(z, e, alpha, *snapshot, code)
+    loss, _ = _hard_infonce(z, e, alpha, *snapshot, code)
     return loss
 
 
@@ -441,7 +441,7 @@ def _backward(ctx: Any, grad_loss: Tensor, _grad_row_sums: Tensor | None) -> tup
     tensors, snapshots = rest[:5], rest[5:]
     need = list(ctx.needs_input_grad[:3])
     n = ctx.n_snapshots
-    gradients = torch.ops.fastclust.hard_infonce_backward(
+    gradients = _hard_infonce_backward(
         grad_loss.contiguous(), z, e, alpha, row_sums, snapshots[:n], snapshots[n:], *tensors,
         ctx.beta, ctx.precision, *need,
     )  # fmt: skip
@@ -456,5 +456,7 @@ def _no_second_derivative(ctx: Any, *_: Any) -> None:
     )
 
 
-torch.library.register_autograd("fastclust::hard_infonce", _backward, setup_context=_setup_context)
-torch.library.register_autograd("fastclust::hard_infonce_backward", _no_second_derivative)
+_hard_infonce = register_gradient("hard_infonce", _backward, _setup_context)
+_hard_infonce_backward = register_gradient(
+    "hard_infonce_backward", _no_second_derivative, lambda ctx, inputs, output: None
+)

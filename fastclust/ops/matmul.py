@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclust import _library  # noqa: F401  registers the operators
+from fastclust._library import register_gradient
 from fastclust.interop import as_operand
 
 __all__ = ["matmul"]
@@ -66,10 +66,11 @@ def matmul(
         return product if out is None else out.copy_(product)
     if a.device.type != "cpu":
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+    bias = None if bias is None else bias.contiguous()
     if out is not None:
         torch.ops.fastclust.matmul_out(out, a, b, bias)
         return out
-    return torch.ops.fastclust.matmul(a, b, bias)
+    return _matmul(a, b, bias)
 
 
 def _check(a: Any, b: Any, bias: Tensor | None, out: Tensor | None) -> None:
@@ -121,10 +122,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b = ctx.saved_tensors
     need_a, need_b, need_bias = ctx.needs_input_grad[:3]
     return (
-        torch.ops.fastclust.matmul(grad, b.t(), None) if need_a else None,
-        torch.ops.fastclust.matmul(a.t(), grad, None) if need_b else None,
+        _matmul(grad, b.t(), None) if need_a else None,
+        _matmul(a.t(), grad, None) if need_b else None,
         grad.sum(0) if need_bias else None,
     )
 
 
-torch.library.register_autograd("fastclust::matmul", _backward, setup_context=_setup_context)
+_matmul = register_gradient("matmul", _backward, _setup_context)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastclust import _library  # noqa: F401  registers the operators
+from fastclust._library import register_gradient
 from fastclust.graph import Graph
 from fastclust.interop import as_operand
 
@@ -86,13 +86,13 @@ def propagate(
     tensors = _graph_args(graph, h.dtype)
     out = h
     for _ in range(steps - 1):
-        out, _mask = torch.ops.fastclust.propagate(*tensors, out, None, False, False, False)
+        out, _mask = _propagate(*tensors, out, None, False, False, False)
     want_mask = (
         relu
         and torch.is_grad_enabled()
         and (h.requires_grad or (residual is not None and residual.requires_grad))
     )
-    out, _mask = torch.ops.fastclust.propagate(
+    out, _mask = _propagate(
         *tensors, out, None if own_residual else residual, own_residual, relu, want_mask
     )
     return out
@@ -184,17 +184,18 @@ def _(grad: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     graph = inputs[:N_GRAPH_ARGS]
     _h, _residual, add_input, relu, want_mask = inputs[N_GRAPH_ARGS:]
-    if relu and not want_mask:
-        raise RuntimeError("fastclust::propagate needs want_mask to be differentiable with relu")
+    ctx.lacks_mask = relu and not want_mask
     ctx.mark_non_differentiable(output[1])
     ctx.is_tensor = [isinstance(value, torch.Tensor) for value in graph]
     ctx.scalars = [value for value in graph if not isinstance(value, torch.Tensor)]
     ctx.add_input = add_input
     tensors = [value for value in graph if isinstance(value, torch.Tensor)]
-    ctx.save_for_backward(*tensors, output[1] if relu else None)
+    ctx.save_for_backward(*tensors, output[1] if want_mask else None)
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _grad_mask: Any) -> tuple[Any, ...]:
+    if ctx.lacks_mask:
+        raise RuntimeError("fastclust::propagate needs want_mask to be differentiable with relu")
     *tensors, mask = ctx.saved_tensors
     want_h, want_residual = ctx.needs_input_grad[N_GRAPH_ARGS : N_GRAPH_ARGS + 2]
     grad_h = grad_residual = None
@@ -213,4 +214,4 @@ def _backward(ctx: Any, grad: torch.Tensor, _grad_mask: Any) -> tuple[Any, ...]:
     return (*[None] * N_GRAPH_ARGS, grad_h, grad_residual, None, None, None)
 
 
-torch.library.register_autograd("fastclust::propagate", _backward, setup_context=_setup_context)
+_propagate = register_gradient("propagate", _backward, _setup_context)
