@@ -2,14 +2,22 @@
 
 Run with ``pytest benchmarks/test_propagate.py``. Graphs are random with a power law of degrees and
 ten communities (80 % of the edges inside), node ids shuffled. Every result carries, measured in the
-same process, the copy and read bandwidth of the machine (``extra_info``), the error against float64
-and the bytes gathered per second, so that runs compare as ratios.
+same process (``extra_info``): the copy and read bandwidth of the machine, the rate at which it sums
+random rows of the same size (``row_sum_gb_s``, the limit), the error against float64 and the bytes
+gathered per second, so that runs compare as ratios.
+
+``FASTCLUST_BENCH_LONG=1`` adds one step on 1M nodes and 100M stored entries (50M edges), d = 128,
+in a process of its own, whose peak memory may be 10 % above its inputs and outputs.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +78,26 @@ def bandwidth() -> dict[str, float]:
     return best
 
 
+@functools.cache
+def row_sum_rate(n: int, n_entries: int, d: int, threads: int) -> float:
+    """GB/s at which torch's embedding_bag sums random rows of an [n, d] table, best of five."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(n, d, generator=generator)
+    rows = torch.randint(n, (n_entries,), generator=generator, dtype=torch.int32)
+    offsets = torch.arange(n, dtype=torch.int64).mul(n_entries).div(n, rounding_mode="floor")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    seconds = []
+    try:
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.nn.functional.embedding_bag(rows, table, offsets.int(), mode="sum")
+            seconds.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    return 4 * (n_entries * (d + 1) + n * d) / min(seconds) / 1e9
+
+
 def fastclust_call(adjacency: sp.csr_array, h: torch.Tensor):
     graph = Graph(adjacency)
     return lambda: ops.propagate(graph, h, residual=h, activation="relu")
@@ -123,6 +151,7 @@ def test_forward(case, peer, threads, benchmark):
     benchmark.extra_info |= {
         "max_error": float(error),
         "gather_gb_s": gathered / benchmark.stats.stats.min / 1e9,
+        "row_sum_gb_s": row_sum_rate(n, n_entries, d, threads),
         **bandwidth(),
     }
 
@@ -136,3 +165,63 @@ def test_forward_and_backward(case, peer, benchmark):
     call = CALLS[peer](community_graph(n, n_entries), h)
     benchmark.pedantic(lambda: torch.autograd.grad(call(), h, grad), rounds=3, warmup_rounds=1)
     benchmark.extra_info |= bandwidth()
+
+
+STEP = """
+import sys
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from fastclust import Graph, ops
+
+N, HALF, D = 1_000_000, 50, 128
+
+
+def status(key):
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def graph():
+    # node i is joined to i + s and i - s for 50 steps s: 100 neighbours each
+    steps = np.random.default_rng(0).choice(np.arange(1, N // 2), HALF, replace=False)
+    steps = np.concatenate([steps, -steps])
+    indices = np.empty((N, 2 * HALF), np.int32)
+    for rows in np.array_split(np.arange(N), 100):
+        indices[rows] = np.sort((rows[:, None] + steps) % N, axis=1)
+    indptr = np.arange(0, 2 * HALF * (N + 1), 2 * HALF, dtype=np.int32)
+    data = np.ones(indices.size, np.float32)
+    return Graph(sp.csr_array((data, indices.reshape(-1), indptr), shape=(N, N)))
+
+
+ops.propagate(Graph(np.eye(4, k=1) + np.eye(4, k=-1)), torch.ones(4, 16))  # libraries, threads
+before = status("VmRSS")
+graph = graph()
+h = torch.randn(N, D)
+inputs = [graph.indptr, graph.indices, graph.row_scale, h]
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak counts from here
+with torch.no_grad():
+    out = ops.propagate(graph, h, residual=h, activation="relu")
+size = sum(t.numel() * t.element_size() for t in [*inputs, out])
+print(size, status("VmHWM") - before, float(out.mean()))
+"""
+
+
+@pytest.mark.skipif(
+    not os.environ.get("FASTCLUST_BENCH_LONG"), reason="FASTCLUST_BENCH_LONG=1 asks for it"
+)
+def test_memory_of_one_step_at_a_million_nodes(record_property):
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of a part of a process is read from Linux's /proc")
+    done = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    size, peak, _ = done.stdout.split()
+    report = {"inputs_and_outputs_mb": int(size) / 1e6, "peak_mb": int(peak) / 1e6}
+    for name, value in report.items():
+        record_property(name, value)
+    print(report)
+    assert int(peak) <= 1.1 * int(size)

@@ -48,7 +48,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
-
 def register_gradient(
     name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> Callable[..., Any]:

@@ -184,7 +184,7 @@ class Graph:
         return graph
 
     def scales(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Row and column scale in ``dtype`` (float32 or float64), each [N] or None."""
+        """Row and column scale for ``dtype``: float64 or else float32, each [N] or None."""
         if dtype == torch.float64:
             return self._row_scale64, self._col_scale64
         return self.row_scale, self.col_scale

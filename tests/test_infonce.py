@@ -13,6 +13,7 @@ Faults planted once by hand in csrc/infonce/infonce_cpu.cpp, and the tests that 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,9 @@ from tolerances import BF16_ROUNDING, bound
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from fastclust import _C, ops, reference
+from fastclust import _C, Graph, ops, reference
+from fastclust.datasets import load_dataset
+from fastclust.models.hsan import HSANModel, filtered_attributes
 from fastclust.ops.infonce import MAX_SNAPSHOTS, Hardness
 
 LEVELS = [
@@ -137,7 +140,7 @@ def test_alpha(level: str, alpha: float, beta: float | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("beta", [0, 0.5, 1, 2, 2.5, 3, 5, 70])
+@pytest.mark.parametrize("beta", [0, 0.5, 1, 2, 2.5, 3, 5, 37, 70])
 def test_beta(level: str, dtype: torch.dtype, beta: float) -> None:
     """Zero, integer and other exponents."""
     assert_accurate(Case(100, beta=beta), dtype)
@@ -372,8 +375,9 @@ def test_no_signed_bias(level: str) -> None:
         assert error.mean().abs() <= 1e-6 * size.mean()
 
 
-def test_current_snapshot_equals_separate_one(level: str) -> None:
-    """Weights of the current embeddings take the short way to the same bits."""
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+def test_current_snapshot_equals_separate_one(level: str, precision: str) -> None:
+    """Weights of the current embeddings take the short way, or none in bf16, to the same bits."""
     case = Case(150, 20, 10)
     assert case.e is not None
     z, e, alpha = case.z.float(), case.e.float(), torch.tensor(0.7)
@@ -385,11 +389,29 @@ def test_current_snapshot_equals_separate_one(level: str) -> None:
     results = []
     for weights in (same, wide):
         x = z.clone().requires_grad_()
-        loss = ops.hard_infonce(x, e, alpha, weights=weights)
+        loss = ops.hard_infonce(x, e, alpha, weights=weights, precision=precision)
         loss.backward()
         results.append((loss.detach(), x.grad))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("change", ["alpha", "e", "z"])
+def test_a_snapshot_that_differs_in_one_part_only(level: str, change: str) -> None:
+    """Is not taken for the current embeddings."""
+    case = Case(60)
+    case.old_z, case.old_e = case.z, case.e
+    assert case.e is not None
+    if change == "e":
+        case.old_e = case.e.roll(1, 0)
+    elif change == "z":
+        case.old_z = case.z.roll(1, 0)
+    snapshot = list(case.snapshot(torch.float64))
+    if change != "alpha":
+        snapshot[2] = case.alpha
+    loss = ops.hard_infonce(case.z, case.e, case.alpha, weights=ops.hardness(*snapshot))
+    expected = reference.hard_infonce(case.z, case.e, case.alpha, reference.hardness(*snapshot))
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
 
 
 def test_range(level: str) -> None:
@@ -441,6 +463,61 @@ def test_stale_weights(level: str) -> None:
 def test_stale_weights_at_cora_size() -> None:
     """40 refreshes at N = 2708."""
     check_stale_weights(2708, 16, 40, every=20)
+
+
+@pytest.mark.slow
+def test_stale_weights_of_a_training_on_cora(
+    data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 refreshes as the released code does them, on CORA's own attributes, edges and clusters.
+
+    The array that the released code keeps, [2N, 2N], is held beside the snapshots, and compared
+    after every tenth refresh, with the loss and its gradients.
+    """
+    dataset = load_dataset("cora")
+    x = filtered_attributes(dataset.features, dataset.adjacency, filter_steps=2, n_input=None)
+    graph = Graph(dataset.adjacency, norm="none", self_loops=False)
+    model = HSANModel(
+        x, graph, n_clusters=7, width=24, tau=0.7, beta=2.0, stale_weights=True,
+        refresh_every=1, kmeans="paper-code",
+    )  # fmt: skip
+    stored: list[Tensor | None] = [None]
+    hardness = ops.hardness
+
+    def hold_both(z: Tensor, e: Tensor, alpha: Tensor, labels: Tensor, confident: Tensor,
+                  beta: float, previous: Hardness | None) -> Hardness:  # fmt: skip
+        stored[0] = reference.hardness(
+            z.double(), e.double(), float(alpha), labels, confident, beta, previous=stored[0]
+        )
+        return hardness(z, e, alpha, labels, confident, beta, previous=previous)
+
+    monkeypatch.setattr(ops, "hardness", hold_both)
+    adam = torch.optim.Adam(model.parameters(), 1e-3)
+    for epoch in range(40):
+        adam.zero_grad()
+        model.loss().backward()
+        adam.step()
+        model.after_step(epoch)
+        if epoch % 10 != 9:
+            continue
+        held, dense = model.weights, stored[0]
+        assert held is not None and dense is not None
+        found = ops.dense_weights(held).double()
+        torch.testing.assert_close(found, dense, rtol=1e-5, atol=2e-6)
+        with torch.no_grad():
+            z, e = model.attribute_views(), model.structure_views()
+        assert e is not None
+        ours = [t.clone().requires_grad_() for t in (z, e)]
+        twin = [t.double().requires_grad_() for t in (z, e)]
+        loss = ops.hard_infonce(*ours, 0.9, weights=held)
+        expected = reference.hard_infonce(*twin, 0.9, dense)
+        (loss + expected).backward()
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+        for a, b in zip(ours, twin, strict=True):
+            assert a.grad is not None and b.grad is not None
+            assert (a.grad - b.grad).norm() <= 1e-5 * b.grad.norm()
+    # Weights of earlier refreshes are still in force: no refresh alone explains the array.
+    assert len(held.z) > 5
 
 
 def test_unreachable_snapshots_are_dropped() -> None:

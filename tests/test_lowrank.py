@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tolerances import bound
 
 from fastclust import _C, ops, reference
@@ -121,6 +123,46 @@ def test_error_on_the_graphs(name, data_root):
         best = energy[rank:].sum().sqrt()
         error = (centred - ops.low_rank(x, rank).to_dense().double()).norm()
         assert error <= 1.005 * best + 1e-5 * energy[0].sqrt(), (rank, float(error / best - 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 90),
+    d=st.integers(1, 40),
+    batch=st.one_of(st.none(), st.integers(1, 90)),
+    rank=st.integers(1, 12),
+    true_rank=st.integers(0, 40),
+    density=st.sampled_from([0.05, 0.3, 1.0]),
+    binary=st.booleans(),
+    center=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_properties_of_any_matrix(n, d, batch, rank, true_rank, density, binary, center, seed):
+    """Of every batch: orthonormal factors, the best error, exact zeros past the rank, signs."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, true_rank, generator=g) @ torch.randn(true_rank, d, generator=g)
+    x = torch.where(torch.rand(n, d, generator=g) < density, x, 0.0)
+    x = (x != 0).float() if binary else x
+    size = min(batch or n, n)
+    rank = min(rank, d, n % size or size)
+    for source in (x, csr(x)):
+        svd = ops.batched_svd(source, rank, batch_size=batch, center=center)
+        for b, rows in enumerate(x.split(min(size, n))):
+            u, s, vh = svd.u[b].double(), svd.s[b].double(), svd.vh[b].double()
+            centred = rows.double() - (rows.double().mean(0) if center else 0)
+            exact = torch.linalg.svdvals(centred)
+            scale = max(float(rows.abs().max()) * (n * d) ** 0.5, 1e-6)
+            best = float(exact[rank:].norm())
+            error = float((centred - u[: len(rows)] * s @ vh).norm())
+            assert error <= 1.01 * best + 1e-5 * scale
+            assert (s.diff() <= 0).all() and (s >= 0).all()
+            assert not u[len(rows) :].any()
+            for factor in (u.T @ u, vh @ vh.T):
+                lengths = factor.diagonal()
+                assert (((lengths - 1).abs() < 1e-4) | (lengths == 0)).all()
+                assert float((factor - torch.diag(lengths)).abs().max()) < 1e-4
+            kept = vh[vh.abs().amax(1) > 0]
+            assert (kept.gather(1, kept.abs().argmax(1, keepdim=True)) > 0).all()
 
 
 def test_signs_and_order():

@@ -97,6 +97,23 @@ def test_propagate_without_edges_on(device: str, n: int) -> None:
     check_propagate(device, graph, randn(n, 5, dtype=torch.float32), residual=True)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [3, 128, 500])
+def test_propagate_stored_as_bf16_on_cuda(d: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    graph = Graph(graph_with_hub(1200, 600))
+    h = randn(1200, d).bfloat16()
+    leaf, twin = h.cuda().requires_grad_(), h.double().requires_grad_()
+    out = ops.propagate(graph.to("cuda"), leaf, residual=leaf, activation="relu")
+    want = reference.propagate(graph, twin, residual=twin, activation="relu")
+    seed = (want.detach().abs() > 1e-5).double()
+    assert out.dtype == torch.bfloat16
+    close(out, want, 2.0**-9)
+    grad = torch.autograd.grad(out, leaf, seed.bfloat16().cuda())[0]
+    close(grad, torch.autograd.grad(want, twin, seed)[0], 2.0**-8)
+
+
 def check_propagate(device, graph, h, *, residual, activation="none", steps=1) -> None:
     results = []
     for function, on, dtype in (

@@ -17,6 +17,20 @@
 
 namespace fastclust {
 
+// A number that is stored as bf16 and computed with as float; CUDA only.
+struct Bf16 {
+  uint16_t bits;
+};
+// The type of sums, scales and arithmetic.
+template <typename T>
+struct SumType {
+  using type = T;
+};
+template <>
+struct SumType<Bf16> {
+  using type = float;
+};
+
 // 32-bit words of one row of a bit mask over n_cols columns; bit c of a row is bit (c % 32) of
 // word (c / 32). Bits past the last column are zero. (static: every instruction set its own copy)
 static FASTCLUST_HD int64_t mask_words(int64_t n_cols) { return (n_cols + 31) / 32; }
@@ -35,14 +49,16 @@ struct HubTables {
 
 template <typename T>
 struct PropagateParams {
+  using Sum = typename SumType<T>::type;
+
   int64_t n_nodes;           // N
   int64_t n_cols;            // d
   int64_t n_edges;           // E, both directions of every edge
   const int64_t* indptr;     // [N + 1]
   const int32_t* indices;    // [E], ascending in each row, no self loops
   const float* values;       // [E] or nullptr: all one
-  const T* row_scale;        // [N] or nullptr: all one
-  const T* col_scale;        // [N] or nullptr: all one
+  const Sum* row_scale;       // [N] or nullptr: all one
+  const Sum* col_scale;       // [N] or nullptr: all one
   bool self_loops;
   int64_t n_tasks;
   const int64_t* task_rows;  // [n_tasks + 1], CPU only: first row of each task, balanced by edges
@@ -59,7 +75,7 @@ struct PropagateParams {
   T* out;                    // [N, d]
   uint32_t* out_mask;        // [N, mask_words(d)] or nullptr: which x the activation let pass
   T* masked_h;               // [N, d] or nullptr: M h
-  T* scratch;                // [n_segments, d]; set inside on the CPU
+  Sum* scratch;              // [n_segments, d]; set inside on the CPU
 };
 
 // Runs on the thread pool, at the CPU level in force.

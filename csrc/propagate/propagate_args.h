@@ -1,9 +1,12 @@
-// Turns the tensors of a propagation call into PropagateParams; shared by the CPU and CUDA
-// registration.
+// The propagation operators between torch tensors and PropagateParams, for a backend that has
+//   kBf16               whether it takes bf16,
+//   run(p, like)        propagate_cpu or its like; `like` is a tensor on the device,
+//   mask_rows(like, ..) mask_rows_cpu or its like.
 #pragma once
 
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
 #include "common/tensor.h"
 #include "propagate/propagate.h"
@@ -19,8 +22,8 @@ struct GraphArgs {
   const Tensor& indptr;             // int64 [N + 1]
   const Tensor& indices;            // int32 [E]
   const OptionalTensor& values;     // float32 [E]
-  const OptionalTensor& row_scale;  // [N], dtype of h
-  const OptionalTensor& col_scale;  // [N], dtype of h
+  const OptionalTensor& row_scale;  // [N], dtype of h, float32 for bf16
+  const OptionalTensor& col_scale;  // [N], the same
   bool self_loops;
   const Tensor& task_rows;          // int64 [n_tasks + 1]
   const Tensor& segments;           // int64 [n_segments, 3]
@@ -52,7 +55,8 @@ PropagateParams<T> graph_params(const GraphArgs& g, const Tensor& h) {
   }
   for (const OptionalTensor* scale : {&g.row_scale, &g.col_scale}) {
     if (!*scale) continue;
-    check_dtype(**scale, "scale", h.scalar_type());
+    check_dtype(**scale, "scale",
+                std::is_same_v<T, Bf16> ? ScalarType::Float : h.scalar_type());
     check_shape(**scale, "scale", {n});
   }
   check_dtype(g.task_rows, "task_rows", ScalarType::Long);
@@ -69,8 +73,8 @@ PropagateParams<T> graph_params(const GraphArgs& g, const Tensor& h) {
   p.indptr = read_ptr<int64_t>(g.indptr);
   p.indices = read_ptr<int32_t>(g.indices);
   p.values = read_ptr<float>(g.values);
-  p.row_scale = read_ptr<T>(g.row_scale);
-  p.col_scale = read_ptr<T>(g.col_scale);
+  p.row_scale = read_ptr<typename PropagateParams<T>::Sum>(g.row_scale);
+  p.col_scale = read_ptr<typename PropagateParams<T>::Sum>(g.col_scale);
   p.self_loops = g.self_loops;
   p.n_tasks = g.task_rows.size(0) - 1;
   p.task_rows = read_ptr<int64_t>(g.task_rows);
@@ -85,9 +89,9 @@ void set_input(PropagateParams<T>& p, const Tensor& h) {
   p.h_stride = h.stride(0);
 }
 
-template <typename T, typename Run>
+template <typename Backend, typename T>
 Tensors forward(const GraphArgs& g, const Tensor& h, const OptionalTensor& residual,
-                bool add_input, bool relu, bool want_mask, const Run& run) {
+                bool add_input, bool relu, bool want_mask) {
   PropagateParams<T> p = graph_params<T>(g, h);
   const Tensor input = with_dense_rows(h);
   set_input(p, input);
@@ -107,13 +111,13 @@ Tensors forward(const GraphArgs& g, const Tensor& h, const OptionalTensor& resid
   Tensor mask = new_empty(h, {p.n_nodes, want_mask ? mask_words(p.n_cols) : 0}, ScalarType::Int);
   p.out = write_ptr<T>(out);
   p.out_mask = want_mask ? write_ptr<uint32_t>(mask) : nullptr;
-  run(p);
+  Backend::run(p, h);
   return {out, mask};
 }
 
-template <typename T, typename Run>
+template <typename Backend, typename T>
 Tensors backward(const GraphArgs& g, const Tensor& grad, const OptionalTensor& mask,
-                 bool add_input, bool want_residual, const Run& run) {
+                 bool add_input, bool want_residual) {
   PropagateParams<T> p = graph_params<T>(g, grad);
   const Tensor input = with_dense_rows(grad);
   set_input(p, input);
@@ -127,45 +131,60 @@ Tensors backward(const GraphArgs& g, const Tensor& grad, const OptionalTensor& m
   Tensor grad_residual = new_empty(grad, {want_residual ? p.n_nodes : 0, p.n_cols});
   p.out = write_ptr<T>(grad_h);
   p.masked_h = want_residual ? write_ptr<T>(grad_residual) : nullptr;
-  run(p);
+  Backend::run(p, grad);
   return {grad_h, grad_residual};
 }
 
-template <typename F>
+template <typename Backend, typename F>
 auto by_dtype(const Tensor& t, const F& f) {
   if (t.scalar_type() == ScalarType::Double) return f(double{});
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "h must be float32 or float64, got ",
+  if constexpr (Backend::kBf16) {
+    if (t.scalar_type() == ScalarType::BFloat16) return f(Bf16{});
+  }
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "h must be float32 or float64",
+                  Backend::kBf16 ? " or bfloat16" : "", ", got ",
                   torch::headeronly::toString(t.scalar_type()));
   return f(float{});
 }
 
-template <typename Run>
-Tensors run_forward(const GraphArgs& g, const Tensor& h, const OptionalTensor& residual,
-                    bool add_input, bool relu, bool want_mask, const Run& run) {
-  return by_dtype(h, [&](auto t) {
-    return forward<decltype(t)>(g, h, residual, add_input, relu, want_mask, run);
+template <typename Backend>
+Tensors propagate_op(const Tensor& indptr, const Tensor& indices, const OptionalTensor& values,
+                     const OptionalTensor& row_scale, const OptionalTensor& col_scale,
+                     bool self_loops, const Tensor& task_rows, const Tensor& segments,
+                     const Tensor& hubs, int64_t hub_edges, const Tensor& h,
+                     const OptionalTensor& residual, bool add_input, bool relu, bool want_mask) {
+  const GraphArgs graph{indptr,     indices,   values,   row_scale, col_scale,
+                        self_loops, task_rows, segments, hubs,      hub_edges};
+  return by_dtype<Backend>(h, [&](auto t) {
+    return forward<Backend, decltype(t)>(graph, h, residual, add_input, relu, want_mask);
   });
 }
 
-template <typename Run>
-Tensors run_backward(const GraphArgs& g, const Tensor& grad, const OptionalTensor& mask,
-                     bool add_input, bool want_residual, const Run& run) {
-  return by_dtype(grad, [&](auto t) {
-    return backward<decltype(t)>(g, grad, mask, add_input, want_residual, run);
+template <typename Backend>
+Tensors backward_op(const Tensor& indptr, const Tensor& indices, const OptionalTensor& values,
+                    const OptionalTensor& row_scale, const OptionalTensor& col_scale,
+                    bool self_loops, const Tensor& task_rows, const Tensor& segments,
+                    const Tensor& hubs, int64_t hub_edges, const Tensor& grad,
+                    const OptionalTensor& mask, bool add_input, bool want_residual) {
+  // the transpose of Abar: the same A with the scales swapped
+  const GraphArgs graph{indptr,     indices,   values,   col_scale, row_scale,
+                        self_loops, task_rows, segments, hubs,      hub_edges};
+  return by_dtype<Backend>(grad, [&](auto t) {
+    return backward<Backend, decltype(t)>(graph, grad, mask, add_input, want_residual);
   });
 }
 
-template <typename Run>
-Tensor run_mask_rows(const Tensor& grad, const Tensor& mask, const Run& run) {
+template <typename Backend>
+Tensor mask_rows_op(const Tensor& grad, const Tensor& mask) {
   STD_TORCH_CHECK(grad.dim() == 2, "grad must have 2 dimensions, got ", grad.dim());
   check_dtype(mask, "mask", ScalarType::Int);
   check_shape(mask, "mask", {grad.size(0), mask_words(grad.size(1))});
   const Tensor input = with_dense_rows(grad);
   Tensor out = new_empty(grad, {grad.size(0), grad.size(1)});
-  by_dtype(grad, [&](auto t) {
+  by_dtype<Backend>(grad, [&](auto t) {
     using T = decltype(t);
-    run(grad.size(0), grad.size(1), read_ptr<T>(input), input.stride(0),
-        read_ptr<uint32_t>(mask), write_ptr<T>(out));
+    Backend::mask_rows(grad, grad.size(0), grad.size(1), read_ptr<T>(input), input.stride(0),
+                       read_ptr<uint32_t>(mask), write_ptr<T>(out));
   });
   return out;
 }

@@ -88,7 +88,7 @@ struct Plan {
 
 // Bytes of a panel that a core can expect to have at hand, bytes beyond which a gather is worth a
 // prefetch, bytes copied at a time, and bytes of output that no cache holds.
-constexpr int64_t kNearBytes = 4 << 20, kFarBytes = 4 << 20, kGroupBytes = 8 << 20;
+constexpr int64_t kNearBytes = 4 << 20, kFarBytes = 1 << 20, kGroupBytes = 8 << 20;
 constexpr int64_t kStreamBytes = 64 << 20;
 // Neighbours per node from which on a copy of h pays.
 constexpr int64_t kCopyDegree = 8;

@@ -6,8 +6,15 @@
 // the slow grid index, so that warps move through one slice of h together while it is in L2.
 // Hub segments go first, into scratch memory; a second small kernel adds them in order. No atomics:
 // the same bits in every run. What bounds it by arithmetic: the gather from L2, E d elements.
-// Not measured: no GPU was at hand when this was written.
+// bf16 storage halves those bytes; sums and scales stay float, the result is rounded once.
+// Not measured: no GPU was at hand when this was written. tests/test_propagate_device.py runs these
+// kernels over an emulated block.
+#if defined(FASTCLUST_DEVICE_EMULATOR)
+#include FASTCLUST_DEVICE_EMULATOR
+#endif
 #include "propagate/propagate_cuda.h"
+
+#include "common/launch.cuh"
 #include "propagate/propagate_map.h"
 
 namespace fastclust {
@@ -17,41 +24,58 @@ constexpr int kWarps = 8;  // warps per block
 constexpr int kBlocksPerSm = 2;  // at least: 128 registers a thread, enough that nothing spills
 constexpr unsigned kAll = 0xffffffffu;
 
-// VEC elements moved by one instruction.
+template <typename T>
+using Sum = typename SumType<T>::type;
+
+// VEC elements moved by one instruction, and as arithmetic takes them.
 template <typename T, int VEC>
 struct alignas(sizeof(T) * VEC) Pack {
   T x[VEC];
 };
-
 template <typename T, int VEC>
-__device__ __forceinline__ Pack<T, VEC> load_pack(const T* p) {
-  Pack<T, VEC> r;
-  if constexpr (VEC == 1) {
-    r.x[0] = __ldg(p);
-  } else if constexpr (sizeof(T) == 4) {
-    const float4 v = __ldg(reinterpret_cast<const float4*>(p));
-    r.x[0] = v.x, r.x[1] = v.y, r.x[2] = v.z, r.x[3] = v.w;
-  } else {
-    const double2 v = __ldg(reinterpret_cast<const double2*>(p));
-    r.x[0] = v.x, r.x[1] = v.y;
-  }
-  return r;
+struct Values {
+  Sum<T> x[VEC];
+};
+
+__device__ __forceinline__ float load_one(const float* p) { return __ldg(p); }
+__device__ __forceinline__ double load_one(const double* p) { return __ldg(p); }
+__device__ __forceinline__ Bf16 load_one(const Bf16* p) {
+  return {__ldg(reinterpret_cast<const unsigned short*>(p))};
 }
 
 template <typename T, int VEC>
-__device__ __forceinline__ void store_pack(T* p, const Pack<T, VEC>& r) {
+__device__ __forceinline__ Values<T, VEC> load_pack(const T* p) {
+  Pack<T, VEC> r;
+  if constexpr (VEC == 1) {
+    r.x[0] = load_one(p);
+  } else {
+    static_assert(sizeof(r) == sizeof(uint4));
+    const uint4 words = __ldg(reinterpret_cast<const uint4*>(p));
+    memcpy(&r, &words, sizeof(r));
+  }
+  Values<T, VEC> values;
+#pragma unroll
+  for (int v = 0; v < VEC; ++v) values.x[v] = widen(r.x[v]);
+  return values;
+}
+
+template <typename T, int VEC>
+__device__ __forceinline__ void store_pack(T* p, const Values<T, VEC>& values) {
+  Pack<T, VEC> r;
+#pragma unroll
+  for (int v = 0; v < VEC; ++v) narrow(values.x[v], &r.x[v]);
   *reinterpret_cast<Pack<T, VEC>*>(p) = r;
 }
 
 // M h of a lane's columns.
 template <typename T, int VEC, bool kMask>
-__device__ __forceinline__ Pack<T, VEC> load_h(const PropagateParams<T>& p, int64_t words,
-                                               int64_t node, int64_t col) {
-  Pack<T, VEC> r = load_pack<T, VEC>(p.h + node * p.h_stride + col);
+__device__ __forceinline__ Values<T, VEC> load_h(const PropagateParams<T>& p, int64_t words,
+                                                 int64_t node, int64_t col) {
+  Values<T, VEC> r = load_pack<T, VEC>(p.h + node * p.h_stride + col);
   if constexpr (kMask) {
     const uint32_t bits = lane_bits(__ldg(p.h_mask + node * words + col / 32), col, VEC);
 #pragma unroll
-    for (int k = 0; k < VEC; ++k) r.x[k] = (bits >> k) & 1u ? r.x[k] : T(0);
+    for (int k = 0; k < VEC; ++k) r.x[k] = (bits >> k) & 1u ? r.x[k] : Sum<T>(0);
   }
   return r;
 }
@@ -67,25 +91,25 @@ struct Warp {
 
   __device__ int64_t column(int slot) const { return lane_column(slice, slot, lane, kShape); }
 
-  __device__ void gather(int64_t begin, int64_t end, T (&acc)[SLOTS][VEC]) const {
+  __device__ void gather(int64_t begin, int64_t end, Sum<T> (&acc)[SLOTS][VEC]) const {
     for (int64_t base = begin; base < end; base += 32) {
       const int count = static_cast<int>(end - base < 32 ? end - base : 32);
       int32_t j = 0;
-      T c = T(1);
+      Sum<T> c = 1;
       if (lane < count) {
         j = __ldg(p.indices + base + lane);
-        if (p.values != nullptr) c = static_cast<T>(__ldg(p.values + base + lane));
+        if (p.values != nullptr) c = static_cast<Sum<T>>(__ldg(p.values + base + lane));
         if (p.col_scale != nullptr) c *= __ldg(p.col_scale + j);
       }
 #pragma unroll 4
       for (int k = 0; k < count; ++k) {
         const int64_t node = __shfl_sync(kAll, j, k);
-        const T coef = __shfl_sync(kAll, c, k);
+        const Sum<T> coef = __shfl_sync(kAll, c, k);
 #pragma unroll
         for (int s = 0; s < SLOTS; ++s) {
           const int64_t col = column(s);
           if (col >= p.n_cols) continue;
-          const Pack<T, VEC> h = load_h<T, VEC, kMask>(p, words, node, col);
+          const Values<T, VEC> h = load_h<T, VEC, kMask>(p, words, node, col);
 #pragma unroll
           for (int v = 0; v < VEC; ++v) acc[s][v] += coef * h.x[v];
         }
@@ -93,10 +117,14 @@ struct Warp {
     }
   }
 
+  static __device__ Sum<T> scale_of(const Sum<T>* scale, int64_t i) {
+    return scale != nullptr ? __ldg(scale + i) : Sum<T>(1);
+  }
+
   // All lanes take part, those past the last column too: they contribute zero bits.
-  __device__ void finish(int64_t i, const T (&acc)[SLOTS][VEC]) const {
-    const T self = !p.self_loops ? T(0) : p.col_scale != nullptr ? __ldg(p.col_scale + i) : T(1);
-    const T scale = p.row_scale != nullptr ? __ldg(p.row_scale + i) : T(1);
+  __device__ void finish(int64_t i, const Sum<T> (&acc)[SLOTS][VEC]) const {
+    const Sum<T> self = p.self_loops ? scale_of(p.col_scale, i) : Sum<T>(0);
+    const Sum<T> scale = scale_of(p.row_scale, i);
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
       const int64_t col = column(s);
@@ -104,7 +132,7 @@ struct Warp {
       if (col < p.n_cols) {
         // without self loop and residual h_i has no part in row i, not even as 0 * NaN
         const bool read_own = p.self_loops || p.add_input || p.masked_h != nullptr;
-        Pack<T, VEC> own{}, residual{}, out;
+        Values<T, VEC> own{}, residual{}, out;
         if (read_own) own = load_h<T, VEC, kMask>(p, words, i, col);
         if (p.residual != nullptr) {
           residual = load_pack<T, VEC>(p.residual + i * p.residual_stride + col);
@@ -113,13 +141,13 @@ struct Warp {
         }
 #pragma unroll
         for (int v = 0; v < VEC; ++v) {
-          const Finished<T> f = finish_element(acc[s][v], p.self_loops ? own.x[v] : T(0), self,
-                                               scale, residual.x[v], p.relu);
+          const Finished<Sum<T>> f = finish_element(
+              acc[s][v], p.self_loops ? own.x[v] : Sum<T>(0), self, scale, residual.x[v], p.relu);
           out.x[v] = f.value;
           bits |= static_cast<uint32_t>(f.passed) << v;
         }
-        store_pack(p.out + i * p.n_cols + col, out);
-        if (p.masked_h != nullptr) store_pack(p.masked_h + i * p.n_cols + col, own);
+        store_pack<T, VEC>(p.out + i * p.n_cols + col, out);
+        if (p.masked_h != nullptr) store_pack<T, VEC>(p.masked_h + i * p.n_cols + col, own);
       }
       if (p.out_mask != nullptr) store_bits(i, col, bits);
     }
@@ -146,7 +174,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm) propagate_rows(cons
                                         static_cast<int>(threadIdx.x % 32)};
   const WarpWork work = warp_work(unit, p.n_nodes, p.indptr, p.hub);
   if (!work.any) return;  // the whole warp
-  T acc[SLOTS][VEC] = {};
+  Sum<T> acc[SLOTS][VEC] = {};
   warp.gather(work.edge_begin, work.edge_end, acc);
   if (work.segment < 0) {
     warp.finish(work.row, acc);
@@ -168,7 +196,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm) propagate_hubs(cons
                                         static_cast<int>(threadIdx.x % 32)};
   if (hub >= p.hub.n_hubs) return;
   const int64_t* entry = p.hub.hubs + 3 * hub;
-  T acc[SLOTS][VEC] = {};
+  Sum<T> acc[SLOTS][VEC] = {};
   for (int64_t segment = entry[1]; segment < entry[2]; ++segment) {
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
@@ -182,30 +210,31 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm) propagate_hubs(cons
 }
 
 template <typename T, int VEC, int SLOTS, bool kMask>
-cudaError_t launch(const PropagateParams<T>& p, cudaStream_t stream) {
-  const auto blocks = [](int64_t warps) { return static_cast<unsigned>((warps + kWarps - 1) / kWarps); };
+cudaError_t launch_rows(const PropagateParams<T>& p, cudaStream_t stream) {
   const unsigned slices = static_cast<unsigned>(warp_slices(p.n_cols, {VEC, SLOTS}));
   const int64_t units = n_warp_units(p.n_nodes, p.hub);
-  propagate_rows<T, VEC, SLOTS, kMask>
-      <<<dim3(blocks(units), slices), 32 * kWarps, 0, stream>>>(p);
+  enqueue(propagate_rows<T, VEC, SLOTS, kMask>, dim3(blocks(units, kWarps), slices), 32 * kWarps,
+          stream, p);
   if (p.hub.n_hubs > 0) {
-    propagate_hubs<T, VEC, SLOTS, kMask>
-        <<<dim3(blocks(p.hub.n_hubs), slices), 32 * kWarps, 0, stream>>>(p);
+    enqueue(propagate_hubs<T, VEC, SLOTS, kMask>, dim3(blocks(p.hub.n_hubs, kWarps), slices),
+            32 * kWarps, stream, p);
   }
   return cudaGetLastError();
 }
 
 template <typename T, int VEC, int SLOTS>
 cudaError_t launch_masked(const PropagateParams<T>& p, cudaStream_t stream) {
-  if (p.h_mask != nullptr) return launch<T, VEC, SLOTS, true>(p, stream);
-  return launch<T, VEC, SLOTS, false>(p, stream);
+  if (p.h_mask != nullptr) return launch_rows<T, VEC, SLOTS, true>(p, stream);
+  return launch_rows<T, VEC, SLOTS, false>(p, stream);
 }
 
 template <typename T, int VEC>
 cudaError_t launch_slots(const PropagateParams<T>& p, int slots, cudaStream_t stream) {
   if (slots == 1) return launch_masked<T, VEC, 1>(p, stream);
-  if (slots == 2) return launch_masked<T, VEC, 2>(p, stream);
-  return launch_masked<T, VEC, 4>(p, stream);
+  if constexpr (VEC < 8) {
+    if (slots == 4) return launch_masked<T, VEC, 4>(p, stream);
+  }
+  return launch_masked<T, VEC, 2>(p, stream);
 }
 
 template <typename T>
@@ -222,7 +251,7 @@ __global__ void mask_rows_kernel(int64_t n_nodes, int64_t n_cols, const T* h, in
   for (; k < n_nodes * n_cols; k += step) {
     const int64_t i = k / n_cols, col = k % n_cols;
     const uint32_t bit = lane_bits(h_mask[i * words + col / 32], col, 1);
-    out[k] = bit ? h[i * h_stride + col] : T(0);
+    out[k] = bit ? h[i * h_stride + col] : T{};
   }
 }
 
@@ -244,17 +273,18 @@ cudaError_t mask_rows_cuda(int64_t n_nodes, int64_t n_cols, const T* h, int64_t 
                            const uint32_t* h_mask, T* out, cudaStream_t stream) {
   const int64_t size = n_nodes * n_cols;
   if (size == 0) return cudaSuccess;
-  const int64_t blocks = (size + 255) / 256;
-  mask_rows_kernel<<<static_cast<unsigned>(blocks < 8192 ? blocks : 8192), 256, 0, stream>>>(
-      n_nodes, n_cols, h, h_stride, h_mask, out);
+  const unsigned grid = blocks(size < 8192 * 256 ? size : 8192 * 256, 256);
+  enqueue(mask_rows_kernel<T>, grid, 256, stream, n_nodes, n_cols, h, h_stride, h_mask, out);
   return cudaGetLastError();
 }
 
-template cudaError_t propagate_cuda(const PropagateParams<float>&, cudaStream_t);
-template cudaError_t propagate_cuda(const PropagateParams<double>&, cudaStream_t);
-template cudaError_t mask_rows_cuda(int64_t, int64_t, const float*, int64_t, const uint32_t*, float*,
-                                    cudaStream_t);
-template cudaError_t mask_rows_cuda(int64_t, int64_t, const double*, int64_t, const uint32_t*,
-                                    double*, cudaStream_t);
+#define FASTCLUST_INSTANTIATE(T)                                                              \
+  template cudaError_t propagate_cuda(const PropagateParams<T>&, cudaStream_t);               \
+  template cudaError_t mask_rows_cuda(int64_t, int64_t, const T*, int64_t, const uint32_t*, T*, \
+                                      cudaStream_t);
+FASTCLUST_INSTANTIATE(float)
+FASTCLUST_INSTANTIATE(double)
+FASTCLUST_INSTANTIATE(Bf16)
+#undef FASTCLUST_INSTANTIATE
 
 }  // namespace fastclust

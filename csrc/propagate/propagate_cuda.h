@@ -1,8 +1,11 @@
-// Launchers of the CUDA kernels: same contract as propagate.h, on a stream. They do not synchronise
+// Launchers of the CUDA kernels, for T = float, double and Bf16: same contract as propagate.h, on a
+// stream. They do not synchronise
 // and allocate nothing (the caller provides scratch), so calls can be captured in a CUDA graph.
 #pragma once
 
+#if !defined(FASTCLUST_DEVICE_EMULATOR)
 #include <cuda_runtime.h>
+#endif
 
 #include "propagate/propagate.h"
 

@@ -2,12 +2,36 @@
 // host (tests/test_propagate_map.py).
 #pragma once
 
+#include <string.h>
+
 #include <cstdint>
 
 #include "common/hd.h"
 #include "propagate/propagate.h"
 
 namespace fastclust {
+
+// A stored number as the arithmetic takes it, and back: bf16 by round to nearest even, NaN kept.
+template <typename T>
+FASTCLUST_HD T widen(T x) {
+  return x;
+}
+FASTCLUST_HD float widen(Bf16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+template <typename T>
+FASTCLUST_HD void narrow(T value, T* out) {
+  *out = value;
+}
+FASTCLUST_HD void narrow(float value, Bf16* out) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out->bits = static_cast<uint16_t>(value == value ? rounded : (bits >> 16) | 0x40u);
+}
 
 // How a warp covers columns: `slots` times 32 lanes of `vec` neighbouring columns each.
 struct WarpShape {
@@ -16,12 +40,12 @@ struct WarpShape {
 };
 
 // vec is 16 bytes' worth where all rows begin on 16 bytes and there are columns enough to keep the
-// lanes busy, else 1. At most 4 slots: 512 float columns, 16 registers of sums.
+// lanes busy, else 1. At most 512 columns of float and of bf16, 16 registers of sums.
 FASTCLUST_HD WarpShape warp_shape(int64_t n_cols, bool aligned, int element_size) {
   const int wide = 16 / element_size;
   const int vec = aligned && n_cols % wide == 0 && n_cols > 64 ? wide : 1;
   const int64_t slots = (n_cols + 32 * vec - 1) / (32 * vec);
-  return {vec, slots <= 1 ? 1 : slots == 2 ? 2 : 4};
+  return {vec, slots <= 1 ? 1 : slots == 2 || vec == 8 ? 2 : 4};
 }
 
 // Slices of columns, each of which is one pass of warps over all rows.

@@ -1,45 +1,28 @@
-// Registers the CPU implementation of the propagation operators: tensors in, parameter struct out.
-#include "common/tensor.h"
-#include "propagate/propagate.h"
+// Registers the CPU operators of the propagation.
 #include "propagate/propagate_args.h"
 
 namespace fastclust {
 namespace {
 
-Tensors propagate(const Tensor& indptr, const Tensor& indices, const OptionalTensor& values,
-                  const OptionalTensor& row_scale, const OptionalTensor& col_scale,
-                  bool self_loops, const Tensor& task_rows, const Tensor& segments,
-                  const Tensor& hubs, int64_t hub_edges, const Tensor& h,
-                  const OptionalTensor& residual, bool add_input, bool relu, bool want_mask) {
-  const GraphArgs graph{indptr,     indices,   values,   row_scale, col_scale,
-                        self_loops, task_rows, segments, hubs,      hub_edges};
-  return run_forward(graph, h, residual, add_input, relu, want_mask,
-                     [](const auto& p) { propagate_cpu(p); });
-}
+struct Cpu {
+  static constexpr bool kBf16 = false;
 
-Tensors propagate_backward(const Tensor& indptr, const Tensor& indices,
-                           const OptionalTensor& values, const OptionalTensor& row_scale,
-                           const OptionalTensor& col_scale, bool self_loops,
-                           const Tensor& task_rows, const Tensor& segments, const Tensor& hubs,
-                           int64_t hub_edges, const Tensor& grad, const OptionalTensor& mask,
-                           bool add_input, bool want_residual) {
-  // the transpose of Abar: the same A with the scales swapped
-  const GraphArgs graph{indptr,     indices,   values,   col_scale, row_scale,
-                        self_loops, task_rows, segments, hubs,      hub_edges};
-  return run_backward(graph, grad, mask, add_input, want_residual,
-                      [](const auto& p) { propagate_cpu(p); });
-}
-
-Tensor mask_rows(const Tensor& grad, const Tensor& mask) {
-  return run_mask_rows(grad, mask, [](auto... args) { mask_rows_cpu(args...); });
-}
+  template <typename T>
+  static void run(const PropagateParams<T>& p, const Tensor&) {
+    propagate_cpu(p);
+  }
+  template <typename... Args>
+  static void mask_rows(const Tensor&, Args... args) {
+    mask_rows_cpu(args...);
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastclust, CPU, m) {
-  m.impl("propagate", TORCH_BOX(&propagate));
-  m.impl("propagate_backward", TORCH_BOX(&propagate_backward));
-  m.impl("mask_rows", TORCH_BOX(&mask_rows));
+  m.impl("propagate", TORCH_BOX(&propagate_op<Cpu>));
+  m.impl("propagate_backward", TORCH_BOX(&backward_op<Cpu>));
+  m.impl("mask_rows", TORCH_BOX(&mask_rows_op<Cpu>));
 }
 
 }  // namespace fastclust

@@ -38,7 +38,8 @@ def propagate(
         On the device of ``h``.
     h : torch.Tensor
         [N, d], float32 or float64, any strides, or an array that speaks DLPack (see
-        :mod:`fastclust.interop`); rows that are contiguous are read in place.
+        :mod:`fastclust.interop`); rows that are contiguous are read in place. On CUDA also
+        bfloat16: half the bytes, sums in float32, the result and gradients rounded once.
     residual : torch.Tensor, optional
         [N, d], added before the activation; of the dtype and on the device of ``h``. ``h``
         itself is read once only.
@@ -55,7 +56,7 @@ def propagate(
     Raises
     ------
     TypeError
-        ``graph`` is no Graph, ``h`` or ``residual`` no tensor of float32 or float64, ``steps`` no
+        ``graph`` is no Graph, ``h`` or ``residual`` no tensor of such a dtype, ``steps`` no
         integer.
     ValueError
         Shapes, dtypes or devices do not fit, unknown ``activation``, negative ``steps``.
@@ -103,8 +104,9 @@ def _check(graph: Any, h: Any, residual: Any, activation: Any, steps: Any) -> No
         raise TypeError(f"graph must be a fastclust.Graph, got {type(graph).__name__}")
     if not isinstance(h, torch.Tensor):
         raise TypeError(f"h must be a torch.Tensor, got {type(h).__name__}")
-    if h.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"h must be float32 or float64, got {h.dtype}")
+    stored = (torch.bfloat16,) if h.device.type == "cuda" else ()
+    if h.dtype not in (torch.float32, torch.float64, *stored):
+        raise TypeError(f"h must be float32 or float64 (on CUDA also bfloat16), got {h.dtype}")
     if h.ndim != 2:
         raise ValueError(
             f"h must have shape [N, d], got {list(h.shape)}; use h[:, None] for one value per node"

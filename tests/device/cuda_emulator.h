@@ -44,6 +44,9 @@ struct float2 {
   float x, y;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+struct uint4 {
+  unsigned x, y, z, w;
+};
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 
@@ -58,7 +61,7 @@ struct Report {
 };
 
 enum class Operation {
-  kNone, kBarrier, kNamed, kPhase, kShuffle, kLoad, kLoadTransposed, kMmaBf16, kMmaTf32
+  kNone, kBarrier, kNamed, kPhase, kShuffle, kFromLane, kLoad, kLoadTransposed, kMmaBf16, kMmaTf32
 };
 
 struct Copy {
@@ -90,7 +93,7 @@ struct Thread {
   bool started = false;
   Operation waiting = Operation::kNone;
   bool done = false;
-  int warp_argument = 0;         // lane mask of a shuffle
+  int warp_argument = 0;         // lane mask or source lane of a shuffle
   const void* in[2] = {};        // operands, on this fiber's stack
   void* out = nullptr;
   size_t bytes = 0;
@@ -243,6 +246,12 @@ inline void execute_warp(Thread* lanes) {
       for (int lane = 0; lane < kWarp; ++lane) {
         std::memcpy(lanes[lane].out, lanes[lane ^ lanes[lane].warp_argument].in[0],
                     lanes[lane].bytes);
+      }
+      break;
+    case Operation::kFromLane:
+      for (int lane = 0; lane < kWarp; ++lane) {
+        const int source = lanes[lane].warp_argument % kWarp;
+        std::memcpy(lanes[lane].out, lanes[source].in[0], lanes[lane].bytes);
       }
       break;
     case Operation::kLoad: execute_load(lanes, false); break;
@@ -412,13 +421,13 @@ inline void run_block(int n_threads) {
   }
 }
 
-inline void shuffle(const void* in, void* out, size_t bytes, int mask) {
+inline void shuffle(Operation operation, const void* in, void* out, size_t bytes, int argument) {
   Thread& thread = self();
   thread.in[0] = in;
   thread.out = out;
   thread.bytes = bytes;
-  thread.warp_argument = mask;
-  wait_for(Operation::kShuffle);
+  thread.warp_argument = argument;
+  wait_for(operation);
 }
 
 inline void perform(const std::vector<Copy>& copies) {
@@ -437,8 +446,25 @@ inline void __syncthreads() { emulator::wait_for(emulator::Operation::kBarrier);
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int lane_mask) {
   T out;
-  emulator::shuffle(&value, &out, sizeof(T), lane_mask);
+  emulator::shuffle(emulator::Operation::kShuffle, &value, &out, sizeof(T), lane_mask);
   return out;
+}
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  T out;
+  emulator::shuffle(emulator::Operation::kFromLane, &value, &out, sizeof(T), lane);
+  return out;
+}
+inline unsigned __ballot_sync(unsigned mask, bool predicate) {
+  unsigned bits = static_cast<unsigned>(predicate) << emulator::state().running % emulator::kWarp;
+  for (int offset = 16; offset > 0; offset /= 2) bits |= __shfl_xor_sync(mask, bits, offset);
+  return bits;
+}
+// Read-only loads: as large as they are aligned.
+template <typename T>
+T __ldg(const T* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) emulator::fail("misaligned load");
+  return *p;
 }
 
 namespace fastclust {

@@ -8,18 +8,7 @@
 using std::max;
 using std::min;
 
-// What k-means needs beyond the emulator, made of its butterfly shuffle and its barrier.
-inline int emulated_lane() { return emulator::state().running % 32; }
-inline unsigned __ballot_sync(unsigned mask, bool predicate) {
-  unsigned bits = static_cast<unsigned>(predicate) << emulated_lane();
-  for (int offset = 16; offset > 0; offset /= 2) bits |= __shfl_xor_sync(mask, bits, offset);
-  return bits;
-}
-inline int __shfl_sync(unsigned mask, int value, int source) {
-  unsigned bits = emulated_lane() == source ? static_cast<unsigned>(value) : 0u;
-  for (int offset = 16; offset > 0; offset /= 2) bits |= __shfl_xor_sync(mask, bits, offset);
-  return static_cast<int>(bits);
-}
+// What k-means needs beyond the emulator.
 inline int __syncthreads_or(int predicate) {
   static int any;
   __syncthreads();
