@@ -168,6 +168,54 @@ def test_tight_clusters_far_apart():
     assert len(set(zip(result.labels.tolist(), truth.tolist(), strict=True))) == 8
 
 
+def test_repair_takes_the_lowest_of_equally_far_points():
+    x = torch.tensor([0.0, -2.0, 0.0, 2.0, 0.0])[:, None]
+    result = ops.kmeans(x, 2, init=torch.tensor([[0.0], [100.0]]), max_iter=1)
+    assert result.centers[1].item() == -2.0
+
+
+def test_a_repair_is_no_convergence():
+    # The tolerance would accept any movement; the centre of the repaired cluster is one point.
+    x = torch.tensor([0.0, 0.0, 0.0, 3.0, 4.0])[:, None]
+    result = ops.kmeans(x, 2, init=torch.tensor([[0.0], [100.0]]), tol=1e9, max_iter=10)
+    assert result.n_iter == 2
+    assert result.centers[:, 0].tolist() == pytest.approx([0.0, 3.5], abs=1e-6)
+
+
+@pytest.mark.parametrize("norm_rule", [False, True])
+def test_both_rules_of_convergence(norm_rule):
+    """Sum of squared movements <= tol; or, of the released code, (sum of movements)^2 < tol."""
+    x = blobs(400, 6, 5, 1.0)
+    xc, _, _ = torch.ops.fastclust.kmeans_center(x)
+    centers = torch.ops.fastclust.kmeans_init(xc, 5, 1, 1, 0)
+    zero, moves, c = torch.zeros((), dtype=torch.float64), [], centers
+    for _ in range(8):
+        moved, _, _ = torch.ops.fastclust.kmeans_lloyd(xc, c, zero, False, 1)
+        lengths = (moved - c).norm(dim=-1).sum() if norm_rule else (moved - c).norm()
+        moves.append(float(lengths**2))
+        c = moved
+    stops = [i for i in range(1, 8) if 0 < moves[i] < 0.99 * min(moves[:i])]
+    assert len(stops) > 1
+    for stop in stops:
+        between = (moves[stop] * min(moves[:stop])) ** 0.5
+        tolerance = torch.tensor(between, dtype=torch.float64)
+        _, n_iter, converged = torch.ops.fastclust.kmeans_lloyd(
+            xc, centers, tolerance, norm_rule, 50
+        )
+        assert n_iter.item() == stop + 1 and converged.item()
+
+
+def test_plus_plus_sees_a_point_beside_many_copies():
+    # Its squared distance is below the rounding error of the expanded form; that of the copies,
+    # 400 times as many, is exactly zero.
+    g = torch.Generator().manual_seed(0)
+    a, c = 10 * torch.randn(2, 60, generator=g)
+    x = torch.cat([a.repeat(400, 1), (a + 1e-4)[None], c.repeat(400, 1)])
+    xc, _, _ = torch.ops.fastclust.kmeans_center(x)
+    starts = torch.ops.fastclust.kmeans_init(xc, 3, 20, 0, 0)
+    assert all(len(torch.unique(rows, dim=0)) == 3 for rows in starts)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_empty_clusters_are_repaired(dtype):
     x = blobs(300, 8, 3, 3.0).to(dtype)

@@ -125,6 +125,26 @@ def test_error_on_the_graphs(name, data_root):
         assert error <= 1.005 * best + 1e-5 * energy[0].sqrt(), (rank, float(error / best - 1))
 
 
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize(("n", "d", "batch"), [(4500, 200, 4500), (2100, 20, 2100), (300, 70, 128)])
+def test_gram_matrix(n, d, batch, binary):
+    """X_c^T X_c of every batch: several panels of rows, several tiles, any mean taken off."""
+    x = decaying(n, d).float()
+    x = (x > x.mean()).float() if binary else x
+    mean = torch.stack([rows.mean(0) for rows in x.split(batch)]) + 0.125
+    rows = csr(x)
+    for source in (
+        (x, None, None),
+        (rows.values(), rows.crow_indices(), rows.col_indices().int()),
+    ):
+        got = fastclust_ops.lowrank_gram(*source, mean, d, batch)
+        for b, part in enumerate(x.split(batch)):
+            centred = part.double() - mean[b].double()
+            wanted = centred.T @ centred
+            assert relative(got[b], wanted) < 1e-6
+            assert torch.equal(got[b], got[b].T)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 90),

@@ -25,7 +25,16 @@
 //                 433, 487, 429 in the next
 // Stores around the cache are undecided: on C two threads the prototype went 157 -> 106 and 134 -> 99
 // ms, this kernel 175 -> 196 (interleaved). kCopyDegree was never measured.
-// Tried and left out: community order within the graph (see fastclust/graph.py).
+// The real AMAC graph, three interleaved runs of this kernel, one thread, nothing beside it, medians:
+//   prefetch from 1 MB on instead of 4 MB     d 64 (3.5 MB, in place) 2.4 to 3.2 -> 1.8 to 2.6 ms,
+//                                             d 600 (copied) 56 to 61 -> 50 to 52
+//   in place up to 8 MB instead of 4 MB       d 128 (7 MB) 7.9 to 9.6 -> 5.7 to 6.1; all 33 MB of
+//                                             d 600 in place 52 to 57: nothing gained
+//   panels of 16 columns, copied, d 64        4.4 to 5.2, and of 32 3.4 to 4.5, where 64 in place took
+//                                             2.7 to 3.2 (before the prefetch)
+// Tried and left out: other orders of nodes (see fastclust/graph.py); two matrices side by side in one
+// call, d 128 5.7 to 6.1 ms where two calls of 64 take 3.6 to 5.1, d 1200 83 to 94 where two of 600 take
+// 99 to 104: 10 to 15 % at best, and only for wide matrices that already stand side by side.
 #include <sys/mman.h>
 
 #include <cstdint>
@@ -87,9 +96,10 @@ struct Plan {
 };
 
 // Bytes of a panel that a core can expect to have at hand, bytes beyond which a gather is worth a
-// prefetch, bytes copied at a time, and bytes of output that no cache holds.
-constexpr int64_t kNearBytes = 4 << 20, kFarBytes = 1 << 20, kGroupBytes = 8 << 20;
-constexpr int64_t kStreamBytes = 64 << 20;
+// prefetch, bytes up to which h is gathered where it lies, bytes copied at a time, and bytes of output
+// that no cache holds.
+constexpr int64_t kNearBytes = 4 << 20, kFarBytes = 1 << 20, kDirectBytes = 8 << 20;
+constexpr int64_t kGroupBytes = 8 << 20, kStreamBytes = 64 << 20;
 // Neighbours per node from which on a copy of h pays.
 constexpr int64_t kCopyDegree = 8;
 
@@ -100,7 +110,7 @@ Plan make_plan(const PropagateParams<T>& p, int64_t max_cols) {
   const int64_t column_bytes = p.n_nodes * static_cast<int64_t>(sizeof(T));
   const bool plain = p.h_mask == nullptr && p.col_scale == nullptr && p.masked_h == nullptr;
   if (plain && p.n_cols % kGroupCols == 0 &&
-      (p.n_edges < kCopyDegree * p.n_nodes || p.n_cols * column_bytes <= kNearBytes)) {
+      (p.n_edges < kCopyDegree * p.n_nodes || p.n_cols * column_bytes <= kDirectBytes)) {
     return {true, max_cols, p.n_cols};
   }
   int64_t cols = max_cols;
