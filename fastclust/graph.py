@@ -15,12 +15,13 @@ __all__ = ["Graph"]
 Norm = Literal["rw", "sym", "none"]
 NORMS = ("rw", "sym", "none")
 
-# Nodes keep the caller's order. One thread, medians in ms of three interleaved runs of the CPU kernel on
-# the real AMAC graph (13,752 nodes, 492k entries), d = 64 and d = 600: as published 1.8 to 2.6 and 50 to
-# 52, shuffled 1.9 to 2.4 and 54 to 69, by class and degree (the best that a search for communities could
-# find) 1.5 to 2.4 and 48 to 61, by degree 2.1 to 2.7 and 59 to 63, reverse Cuthill-McKee 1.6 to 1.7 and
-# 43 to 50. That last one gains up to a quarter of a narrow call and a tenth of a wide one, and putting the
-# rows of h and of the result in another order costs more than the first of these.
+# Nodes keep the caller's order. One thread, medians in ms of three interleaved runs of the CPU
+# kernel on the real AMAC graph (13,752 nodes, 492k entries), d = 64 and d = 600: as published 1.8
+# to 2.6 and 50 to 52, shuffled 1.9 to 2.4 and 54 to 69, by class and degree (the best that a
+# search for communities could find) 1.5 to 2.4 and 48 to 61, by degree 2.1 to 2.7 and 59 to 63,
+# reverse Cuthill-McKee 1.6 to 1.7 and 43 to 50. That last one gains up to a quarter of a narrow
+# call and a tenth of a wide one, and putting the rows of h and of the result in another order
+# costs more than the first of these.
 
 # Edges per CPU task: small enough that threads finish together, large enough that handing out a
 # task costs nothing.
