@@ -68,7 +68,7 @@ def register_gradient(
         "setup_context": staticmethod(setup_context),
         "backward": staticmethod(gradients),
     }
-    function = type(f"{name}_function", (torch.autograd.Function,), members)
+    function: Any = type(f"{name}_function", (torch.autograd.Function,), members)
 
     def call(*inputs: Any) -> Any:
         # torch.compile knows the operator, and not every Function
