@@ -14,6 +14,9 @@ stopped and one training run serves every rule that chooses an epoch:
     else in this package.
 
 Floors, which need no training, stand beside them, and the published numbers, marked as such.
+
+With ``--collect`` nothing is run: the tables are made of what earlier comparisons finished, each
+method under the settings in which it differs from its preset.
 """
 
 from __future__ import annotations
@@ -22,13 +25,14 @@ import argparse
 import csv
 import io
 import json
+import os
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +40,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
-from fastclust import cli, metrics, ops
+from fastclust import __version__, cli, metrics, ops, plot
 from fastclust.cli import Interrupted, UsageError, note
 from fastclust.datasets import DATASET_NAMES, Dataset, load_dataset
 from fastclust.estimators import HSAN
@@ -44,8 +48,8 @@ from fastclust.info import versions
 from fastclust.models.hsan import filtered_attributes
 from fastclust.models.inputs import as_tensor
 from fastclust.report import LABEL_SCORES
-from fastclust.rundir import write_atomically
-from fastclust.train import MODELS
+from fastclust.rundir import read_toml, write_atomically
+from fastclust.train import MODELS, parameter_types
 from fastclust.training import SELECTIONS
 
 __all__ = ["main"]
@@ -118,6 +122,9 @@ COLUMNS = (
     "peak_memory_bytes", "variant", "selected_epoch",
 )  # fmt: skip
 
+# What tells one row from another.
+KEY = ("dataset", "model", "protocol", "variant", "selection", "seed")
+
 DESCRIPTION = """\
 Train every method on every graph and make the tables: last epoch, a rule that sees no label, and
 the oracle (the epoch with the best accuracy by the true labels, as most papers report), with floors
@@ -128,11 +135,14 @@ examples:
   python -m fastclust.compare --datasets bat,eat,uat --seeds 0-9 --out compare
   python -m fastclust.compare --datasets cora --models hsan --protocol standard,paper-code \\
       --ablation --seeds 0-2 --out ablation
+  python -m fastclust.compare --collect compare ablation --out docs/results --page docs/results.md
+      one document of what earlier comparisons finished; nothing is run
 
 what comes out:
   DIR/results.csv   one row per run and selection; scores in [0, 1]
   DIR/results.md    the tables
-  DIR/*.svg         accuracy by epoch, accuracy by method (needs matplotlib)
+  DIR/*.svg, *.png  accuracy by epoch and by method, t-SNE of embeddings (needs matplotlib)
+  DIR/commands.txt  every command that added runs, with its commit
   DIR/runs/         the run directories of fastclust.train, one per method and graph"""
 
 
@@ -217,19 +227,64 @@ def run_method(command: Sequence[str], title: str, quiet: bool) -> str | None:
     return None
 
 
+def commit() -> str:
+    """The commit of this package's checkout, or its version where it is no checkout."""
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return f"fastclust {__version__}"
+    return f"commit {found}"
+
+
+def remember_command(out: Path, command: str) -> None:
+    """Add a command and its commit to those that made this comparison."""
+    path = out / "commands.txt"
+    known = path.read_text().splitlines() if path.exists() else []
+    line = f"{command}  # {commit()}"
+    if line not in known:
+        write_atomically(path, "\n".join([*known, line]) + "\n")
+
+
 # --- reading what the runs left ------------------------------------------------------------------
 
 
+def finished_runs(root: Path) -> Iterator[tuple[str, Method, Path]]:
+    """Graph, method and folder of every run directory of a comparison.
+
+    A method's ``variant`` is extended by the settings in which it differs from its preset, whoever
+    asked for them.
+    """
+    named = {m.folder: m for m in methods(list(MODELS), ("standard", "paper-code"), True, {})}
+    for folder in sorted((root / "runs").glob("*/*")):
+        method = named.get(folder.name)
+        if method is None or not (folder / "result.json").exists():
+            continue
+        config = read_toml(folder / "config.toml")
+        hints = parameter_types(MODELS[method.model])
+        settings = {key: cli.convert(key, text, hints[key]) for key, text in method.settings}
+        if method.model != "ssgc":
+            settings["protocol"] = method.protocol
+        preset = MODELS[method.model].for_dataset(folder.parent.name, **settings).get_params()
+        changes = [
+            f"{key} {config[key]}"
+            for key in sorted(config.keys() & hints.keys() - {"device", "n_clusters"})
+            if str(config[key]).lower() != str(preset[key]).lower()
+        ]
+        parts = [part for part in (method.variant, *changes) if part]
+        yield folder.parent.name, replace(method, variant=", ".join(parts)), folder
+
+
 def method_rows(
-    method: Method, dataset: str, folder: Path, seeds: Sequence[int]
+    method: Method, dataset: str, folder: Path, seeds: Sequence[int] | None
 ) -> Iterator[dict[str, Any]]:
-    """One row per finished seed and selection rule of one run directory."""
+    """One row per finished seed (of ``seeds``, if given) and rule of one run directory."""
     try:
         runs = json.loads((folder / "result.json").read_text())["runs"]
     except (OSError, ValueError, KeyError):
         return
     for position, run in enumerate(runs):
-        if run["seed"] not in seeds:
+        if seeds is not None and run["seed"] not in seeds:
             continue
         row = {
             "dataset": dataset,
@@ -303,12 +358,17 @@ FLOORS: dict[str, Callable[[Dataset, int], npt.NDArray[np.int64]]] = {
 }
 
 
-def floor_rows(dataset: Dataset, path: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Rows of the clusterings that need no training; kept in ``path`` once they are known."""
+def floor_rows(dataset: Dataset, path: Path, seeds: Sequence[int] | None) -> list[dict[str, Any]]:
+    """Rows of the clusterings that need no training; kept in ``path`` once they are known.
+
+    Without ``seeds``: those that are known.
+    """
     try:
         known = json.loads(path.read_text())
     except (OSError, ValueError):
         known = []
+    if seeds is None:
+        return list(known)
     rows = {(row["model"], row["seed"]): row for row in known}
     for name, cluster in FLOORS.items():
         for seed in seeds if cluster is not _degree_bins else seeds[:1]:
@@ -428,31 +488,48 @@ def dataset_table(rows: Sequence[Mapping[str, Any]], dataset: str) -> str:
     return _markdown(header, lines)
 
 
+def progress(rows: Sequence[Mapping[str, Any]], datasets: Sequence[str]) -> str:
+    """How many seeds of every method, with its preset, each graph has."""
+    last = [row for row in rows if row["selection"] == "last"]
+    seeds = {key: str(len(group)) for key, group in _grouped(last, *COLUMNS[:3], "variant").items()}
+    lines = [
+        [method.title, *(seeds.get((d, method.model, method.protocol, ""), "") for d in datasets)]
+        for method in methods(list(MODELS), ("standard", "paper-code"), False, {})
+    ]
+    return _markdown(["seeds", *datasets], lines)
+
+
 def page(
     rows: Sequence[Mapping[str, Any]],
     datasets: Sequence[str],
     rule: str,
     command: str,
+    commands: str,
     failures: Mapping[str, str],
-    plots: Sequence[Path],
+    plots: Sequence[str],
 ) -> str:
-    """The whole ``results.md``."""
+    """The whole ``results.md``; plots by their place as seen from there."""
     made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
     parts = [
         "# Results",
         f"Made by\n\n```\n{command}\n```\n\nwith {made_with}.",
+        f"The runs were made by\n\n```\n{commands.rstrip()}\n```\n\n"
+        "where every command goes on from what is finished, and adds seeds if asked for more. "
+        "Times are those of these runs, on whatever else the machine was doing: no benchmark.",
         "Scores in percent, mean ± sample standard deviation over seeds; ACC and F1 after the best "
         "one-to-one map of clusters to classes. Training sees no label. **last** is the last "
         f"epoch, **{rule}** the evaluated epoch which that score prefers, without labels. "
         "**oracle** is the evaluated epoch with the best accuracy by the true labels, the protocol "
         "of most published numbers: nobody without labels can choose it. Published numbers were "
-        "not measured here.",
+        "not measured here. In brackets: the protocol, where it is not the standard one, and "
+        "settings that differ from the preset.",
+        f"## Seeds finished\n\n{progress(rows, datasets)}",
         f"## Accuracy\n\n{overview(rows, datasets, rule, 'acc')}",
         f"## NMI\n\n{overview(rows, datasets, rule, 'nmi')}",
     ]
     parts += [f"## {dataset}\n\n{dataset_table(rows, dataset)}" for dataset in datasets]
     if plots:
-        parts.append("## Plots\n\n" + "\n\n".join(f"![{p.stem}]({p.name})" for p in plots))
+        parts.append("## Plots\n\n" + "\n\n".join(f"![{Path(p).stem}]({p})" for p in plots))
     if failures:
         lines = "\n".join(f"- {title}: {why}" for title, why in failures.items())
         parts.append(f"## Not finished\n\n{lines}")
@@ -499,11 +576,27 @@ def plot_bars(rows: Sequence[Mapping[str, Any]], dataset: str, path: Path) -> No
     figure.savefig(path)
 
 
+def plot_embeddings(dataset: Dataset, folders: Mapping[str, Path], path: Path) -> None:
+    """The embedding of every method's first seed in the plane, coloured by the true classes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(folders), 3.4), layout="constrained")
+    for axes, (title, folder) in zip(
+        figure.subplots(1, len(folders), squeeze=False)[0], folders.items(), strict=True
+    ):
+        z = np.load(folder / "embedding.npy")
+        placed = plot.project(z, method="t-sne", max_nodes=1000)
+        plot.embedding(z, dataset.labels, projection=placed, ax=axes)
+        axes.set_title(f"{title}, {placed.method}", fontsize="small")
+    figure.savefig(path, dpi=80)
+
+
 def draw(
     out: Path,
-    datasets: Sequence[str],
+    datasets: Sequence[Dataset],
     rows: Sequence[Mapping[str, Any]],
     histories: Mapping[str, Mapping[str, list[list[dict[str, Any]]]]],
+    embeddings: Mapping[str, Mapping[str, Path]],
 ) -> list[Path]:
     """All plots; none, with a note, where matplotlib is missing."""
     try:
@@ -513,12 +606,16 @@ def draw(
         return []
     paths = []
     for dataset in datasets:
-        if histories[dataset]:
-            paths.append(out / f"curves-{dataset}.svg")
-            plot_curves(dataset, histories[dataset], paths[-1])
-        if any(row["dataset"] == dataset for row in rows):
-            paths.append(out / f"methods-{dataset}.svg")
-            plot_bars(rows, dataset, paths[-1])
+        name = dataset.name
+        if histories[name]:
+            paths.append(out / f"curves-{name}.svg")
+            plot_curves(name, histories[name], paths[-1])
+        if any(row["dataset"] == name for row in rows):
+            paths.append(out / f"methods-{name}.svg")
+            plot_bars(rows, name, paths[-1])
+        if embeddings[name]:
+            paths.append(out / f"t-sne-{name}.png")
+            plot_embeddings(dataset, embeddings[name], paths[-1])
     return paths
 
 
@@ -564,9 +661,36 @@ def build_parser() -> cli.Parser:
         help="a hyper-parameter for every model that has it")  # fmt: skip
     add("--jobs", type=cli.count, default=1, metavar="N",
         help="training processes at once; share the cores by OMP_NUM_THREADS")  # fmt: skip
+    add("--collect", nargs="+", default=[], metavar="DIR",
+        help="run nothing: tables of what comparisons in these folders finished")  # fmt: skip
     add("--out", required=True, metavar="DIR", help="where the tables and runs go")
+    add("--page", metavar="FILE", help="where the page goes (default: results.md in --out)")
     add("--quiet", action="store_true", help="no progress on stderr")
     return parser
+
+
+def run_all(
+    tasks: Sequence[tuple[str, Method, Path]], arguments: argparse.Namespace
+) -> dict[str, str]:
+    """Train every method on every graph; returns what failed, and why."""
+    failures: dict[str, str] = {}
+
+    def work(task: tuple[str, Method, Path]) -> None:
+        name, method, folder = task
+        title = f"{method.title} on {name}"
+        command = train_command(method, name, folder, arguments)
+        problem = run_method(command, title, arguments.quiet)
+        if problem is not None:
+            failures[title] = problem
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        try:
+            for _ in pool.map(work, tasks):
+                pass
+        except KeyboardInterrupt:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return failures
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -587,51 +711,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise UsageError(f"--out must be a directory, got {str(out)!r}: {error.strerror}") from None
 
-    tasks = {
-        (dataset.name, method): out / "runs" / dataset.name / method.folder
-        for dataset in datasets
-        for method in wanted
-    }
-    failures: dict[str, str] = {}
-
-    def work(task: tuple[str, Method]) -> None:
-        name, method = task
-        title = f"{method.title} on {name}"
-        command = train_command(method, name, tasks[task], arguments)
-        problem = run_method(command, title, arguments.quiet)
-        if problem is not None:
-            failures[title] = problem
-
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        try:
-            for _ in pool.map(work, tasks):
-                pass
-        except KeyboardInterrupt:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-    rows: list[dict[str, Any]] = []
-    histories: dict[str, dict[str, list[list[dict[str, Any]]]]] = {}
-    for dataset in datasets:
-        rows += floor_rows(dataset, out / "floors" / f"{dataset.name}.json", arguments.seeds)
-        histories[dataset.name] = {}
-        for method in wanted:
-            folder = tasks[dataset.name, method]
-            rows += method_rows(method, dataset.name, folder, arguments.seeds)
-            folders = [folder, *sorted(folder.glob("seed-*"))]
-            curves = [curve for curve in map(read_history, folders) if curve]
-            if curves:
-                histories[dataset.name][method.title] = curves
-    write_csv(rows, out / "results.csv")
-    plots = draw(out, arguments.datasets, rows, histories)
     command = shlex.join(["python", "-m", "fastclust.compare", *given])
-    rule = arguments.label_free
-    text = page(rows, arguments.datasets, rule, command, failures, plots)
-    write_atomically(out / "results.md", text)
-    print(overview(rows, arguments.datasets, rule, "acc"), flush=True)
+    failures: dict[str, str] = {}
+    if arguments.collect:
+        roots = [Path(root) for root in arguments.collect]
+        runs = [run for root in roots for run in finished_runs(root)]
+        if not runs:
+            raise UsageError(f"--collect must be directories with runs, got {arguments.collect}")
+        graphs = {dataset for dataset, _, _ in runs}
+        datasets = [dataset for dataset in datasets if dataset.name in graphs]
+        seeds = None
+    else:
+        remember_command(out, command)
+        tasks = [
+            (dataset.name, method, out / "runs" / dataset.name / method.folder)
+            for dataset in datasets
+            for method in wanted
+        ]
+        failures = run_all(tasks, arguments)
+        roots, runs, seeds = [out], tasks, arguments.seeds
+
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}  # of equal runs the first
+    histories: dict[str, dict[str, list[list[dict[str, Any]]]]] = {d.name: {} for d in datasets}
+    embeddings: dict[str, dict[str, Path]] = {d.name: {} for d in datasets}
+    for dataset in datasets:
+        for root in roots:
+            known = root / "floors" / f"{dataset.name}.json"
+            if seeds is not None or known.exists():
+                for row in floor_rows(dataset, known, seeds):
+                    rows.setdefault(tuple(row[key] for key in KEY), row)
+    for name, method, folder in runs:
+        if name not in histories:
+            continue
+        for row in method_rows(method, name, folder, seeds):
+            rows.setdefault(tuple(row[key] for key in KEY), row)
+        curves = map(read_history, [folder, *sorted(folder.glob("seed-*"))])
+        histories[name].setdefault(method.title, []).extend(curve for curve in curves if curve)
+        if not method.variant and (folder / "embedding.npy").exists():
+            embeddings[name].setdefault(method.title, folder)
+    histories = {name: {t: c for t, c in found.items() if c} for name, found in histories.items()}
+    table = list(rows.values())
+    write_csv(table, out / "results.csv")
+    target = out / "results.md" if arguments.page is None else Path(arguments.page)
+    pictures = [
+        Path(os.path.relpath(path, target.parent)).as_posix()
+        for path in draw(out, datasets, table, histories, embeddings)
+    ]
+    lists = [root / "commands.txt" for root in roots]
+    commands = "".join(path.read_text() for path in lists if path.exists())
+    rule, names = arguments.label_free, [dataset.name for dataset in datasets]
+    write_atomically(target, page(table, names, rule, command, commands, failures, pictures))
+    print(overview(table, names, rule, "acc"), flush=True)
     if not arguments.quiet:
         note("oracle: the epoch with the best accuracy by the true labels; no user can choose it")
-        note(f"tables: {out / 'results.md'}, {out / 'results.csv'}")
+        note(f"tables: {target}, {out / 'results.csv'}")
     return 2 if failures else 0
 
 

@@ -147,6 +147,7 @@ def test_the_page_says_what_everything_is(comparison: Path) -> None:
     pytest.importorskip("matplotlib")
     assert (comparison / "curves-digits.svg").stat().st_size > 1000
     assert "![curves-digits](curves-digits.svg)" in text
+    assert (comparison / "t-sne-digits.png").stat().st_size > 1000
 
 
 def test_a_finished_comparison_is_not_run_again(
@@ -160,6 +161,45 @@ def test_a_finished_comparison_is_not_run_again(
     assert "no user can choose it" in err
     assert (folder / "history.jsonl").stat().st_mtime_ns == before
     assert read(comparison / "results.csv") == rows
+
+
+def test_collecting_runs_nothing_and_names_what_differs_from_the_preset(
+    comparison: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    digits = ("--datasets", "digits")
+    given = (
+        *digits,
+        "--collect",
+        str(comparison),
+        "--out",
+        str(tmp_path / "made"),
+        "--page",
+        str(page),
+    )
+    code, out, err = call(capsys, *given)
+    assert code == 0, err
+    assert not (tmp_path / "made" / "runs").exists()
+    changed = "epochs 3, eval_every 1, n_init 2, width 8"
+    assert f"| hsan ({changed}) | last |" in out and "| ssgc (n_init 2) | last |" in out
+    text = page.read_text()
+    made = (comparison / "commands.txt").read_text()
+    assert "fastclust.compare --datasets digits --seeds 0,3" in made and "  # " in made
+    assert made.strip() in text
+    assert "| hsan |  |" in text, "no seed with the preset is finished"
+
+    def scores(path: Path) -> list[tuple[str, ...]]:
+        return sorted(
+            (r["model"], r["selection"], r["seed"], r["acc"], r["selected_epoch"])
+            for r in read(path / "results.csv")
+        )
+
+    assert scores(tmp_path / "made") == scores(comparison)
+    pytest.importorskip("matplotlib")
+    assert "](../made/curves-digits.svg)" in text
+    code, _, err = call(capsys, *digits, "--collect", str(tmp_path), "--out", str(tmp_path))
+    assert code == 2 and "--collect must be directories with runs" in err
 
 
 def test_a_method_that_fails_is_told_and_the_others_go_on(
