@@ -11,13 +11,14 @@ import torch
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.metrics import adjusted_rand_score
 
+import fastclust as fc
 from fastclust import ops
 from fastclust.datasets import load_dataset
 from fastclust.graph import Graph
 from fastclust.metrics import clustering_scores
 from fastclust.models import ssgc
 from fastclust.models.inputs import unit_rows
-from fastclust.models.ssgc import consensus_kmeans, ssgc_embedding
+from fastclust.models.ssgc import consensus_kmeans, ssgc_embedding, ssgc_projection
 
 
 def one_hot(columns: np.ndarray) -> sp.csr_array:
@@ -85,7 +86,7 @@ def test_views_are_leading_singular_vectors_of_the_scaled_matrix():
     rng = np.random.default_rng(0)
     m = rng.normal(size=(40, 6)).astype(np.float32)
     scale = torch.from_numpy(rng.random(6) + 0.1)
-    (basis,) = ssgc._bases(torch.from_numpy(m), [scale], 2)
+    (basis,) = ssgc._bases(ssgc._gram([torch.from_numpy(m)]), [scale], 2).float()
     view = unit_rows(torch.from_numpy(m) @ basis)
     u, values, _ = np.linalg.svd(m * scale.numpy(), full_matrices=False)
     expected = (u * values)[:, :2]
@@ -224,3 +225,31 @@ def test_consensus_with_fewer_distinct_rows_than_clusters() -> None:
     z = torch.eye(3).repeat(4, 1)  # [12, 3]
     labels = consensus_kmeans(z, 5, n_init=8).labels
     assert len(set(labels[:3].tolist())) == 3 and torch.equal(labels[:3], labels[3:6])
+
+
+def test_many_nodes_in_blocks_are_as_few_nodes_at_once(monkeypatch, tmp_path):
+    """Streamed Gram matrix, columns at a time, views by blocks: the embedding up to rounding."""
+    ds = fc.make_attributed_sbm(500, 3000, 20, 3, homophily=0.9, feature_noise=0.3)
+    np.save(tmp_path / "x.npy", ds.features)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    whole, info = ssgc_embedding(ds.features, ds.adjacency, 3)
+    for name, value in (("SAMPLE_ROWS", 64), ("_COLUMNS", 8), ("_EDGES", 500)):
+        monkeypatch.setattr(ssgc, name, value)
+    monkeypatch.setattr(ssgc, "_AGREEMENT_ROWS", 200)
+    blocks, again = ssgc_embedding(mapped, ds.adjacency, 3)
+    assert info["n_steps"] == again["n_steps"] and again["agreement"][8] > 0.3
+    assert abs((whole * blocks).sum(1)).min() > 0.999, "the same up to the signs of columns"
+    projected = ssgc_projection(
+        ds.features, ds.adjacency, again["projection"], n_steps=again["n_steps"]
+    )
+    torch.testing.assert_close(projected, blocks, atol=1e-4, rtol=0)
+
+
+def test_hashed_halves_share_no_edge_and_lose_none(monkeypatch):
+    ds = fc.make_attributed_sbm(300, 2000, 4, 3)
+    for block in (1 << 20, 700):
+        monkeypatch.setattr(ssgc, "_EDGES", block)
+        first, second = (ssgc._hashed_half(ds.adjacency, half, 17) for half in range(2))
+        assert ((first + second) != ds.adjacency).nnz == 0
+        assert (first != first.T).nnz == 0 and first.has_sorted_indices
+        assert abs(first.nnz - second.nnz) < 4 * 2 * np.sqrt(2000)

@@ -12,11 +12,17 @@ by the degrees. No label is used anywhere.
 Everything is done on the leading singular pairs of the attributes: smoothing acts on
 rows and scaling on columns, so one smoothing of N x 256 numbers serves all scalings, and no
 N x D array is made.
+
+More than 65536 nodes are worked through in blocks: dense attributes, which may be mapped from a
+file, are read twice, for their Gram matrix and for their coordinates; smoothing takes 64 columns at
+a time; views are made block by block of rows, twice. Beside the attributes and the graph that keeps
+N x (256 + n_components) numbers. T is then chosen by the clusterings of a sample of 16384 nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -60,6 +66,12 @@ _DEGREE_SHARE = 0.9  # of the degrees' variance, to be taken for an encoding of 
 _PLAIN_COMPONENTS = 20
 _CONSENSUS_RANK = 4  # times K: singular vectors of the votes that are clustered
 _CONSENSUS_RESTARTS = 20
+# Of more than SAMPLE_ROWS nodes: rows that clusterings are compared on, columns smoothed at a time,
+# edges looked at at a time, and the most columns of which a Gram matrix is made.
+_AGREEMENT_ROWS = 1 << 14
+_COLUMNS = 64
+_EDGES = 1 << 23
+_GRAM_COLUMNS = 4096
 
 
 def ssgc_embedding(
@@ -143,22 +155,36 @@ def ssgc_embedding(
     width = n_components or (2 * n_clusters if recipe == "multiview" else _PLAIN_COMPONENTS)
     graph = Graph(adjacency, norm="sym").to(device)
     projection: dict[str, torch.Tensor] = {}
-    views: list[torch.Tensor] = []
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # smoothed pairs, bases of their views
     for name in weightings:
         idf = _inverse_document_frequency(features) if name == "tf-idf" else None
-        q, axes, energy, mean_energy = _leading_pairs(_weighted(features, idf), seed, device)
+        q, axes, energy, mean_energy = _leading_pairs(features, idf, seed, device)
         smooth = _smoothed(graph, q, (n_steps,))[n_steps]
-        bases = _bases(smooth, _scalings(energy, mean_energy, recipe), width)
-        projection |= {f"{name}.axes": axes, f"{name}.bases": bases}
+        bases = _bases(
+            _gram(smooth.split(SAMPLE_ROWS)), _scalings(energy, mean_energy, recipe), width
+        )
+        projection |= {f"{name}.axes": axes, f"{name}.bases": bases.to(smooth)}
         if idf is not None:
             projection[f"{name}.idf"] = torch.from_numpy(idf)
-        views += [unit_rows(smooth @ basis) for basis in bases]
-    embedding = views[0]
-    if len(views) > 1:
-        joined = torch.cat(views, dim=1)  # [N, 8 width]
-        (basis,) = _bases(joined, [torch.ones(joined.shape[1])], width)
+        parts.append((smooth, bases.to(smooth)))
+        del q, smooth
+
+    def blocks() -> Iterator[torch.Tensor]:
+        """All views side by side [rows, 8 width], in blocks of rows."""
+        for begin in range(0, graph.n_nodes, SAMPLE_ROWS):
+            rows = slice(begin, begin + SAMPLE_ROWS)
+            views = [unit_rows(smooth[rows] @ b) for smooth, bases in parts for b in bases]
+            yield views[0] if len(views) == 1 else torch.cat(views, dim=1)
+
+    # What is one block only is made once.
+    again = blocks if graph.n_nodes > SAMPLE_ROWS else _kept(blocks())
+    if sum(len(bases) for _, bases in parts) > 1:
+        gram = _gram(again())
+        (basis,) = _bases(gram, [torch.ones(len(gram))], width).to(parts[0][0])
         projection["joined"] = basis
-        embedding = unit_rows(joined @ basis)
+        embedding = _stacked((unit_rows(block @ basis) for block in again()), graph.n_nodes)
+    else:
+        embedding = _stacked(again(), graph.n_nodes)
     projection = {key: value.cpu().contiguous() for key, value in projection.items()}
     return embedding, {
         "recipe": recipe,
@@ -245,7 +271,8 @@ def consensus_kmeans(
     votes = torch.cat(  # [N, n_init / 2 K]
         [torch.nn.functional.one_hot(r.labels, n_clusters) for r in runs[: n_init // 2]], dim=1
     ).to(z.dtype)
-    (basis,) = _bases(votes, [torch.ones(votes.shape[1])], _CONSENSUS_RANK * n_clusters)
+    ones = torch.ones(votes.shape[1])
+    (basis,) = _bases(_gram([votes]), [ones], _CONSENSUS_RANK * n_clusters).to(votes)
     agreed = ops.kmeans(votes @ basis, n_clusters, n_init=_CONSENSUS_RESTARTS, seed=seed)
     sizes = torch.bincount(agreed.labels, minlength=n_clusters).clamp_min(1)  # [K]
     means = torch.zeros_like(runs[0].centers).index_add_(0, agreed.labels, rows) / sizes[:, None]
@@ -301,12 +328,6 @@ def _weighted(features: Features, idf: npt.NDArray[np.float32] | None) -> Featur
     return normalize(features)
 
 
-def _weigh(features: Features, weighting: str) -> Features:
-    """Rows of unit length, after smooth tf-idf if wanted."""
-    idf = _inverse_document_frequency(features) if weighting == "tf-idf" else None
-    return _weighted(features, idf)
-
-
 def encodes_degree(features: Features, adjacency: sp.csr_array) -> bool:
     """Whether X is one-hot and its columns explain the nodes' degrees.
 
@@ -331,13 +352,20 @@ def encodes_degree(features: Features, adjacency: sp.csr_array) -> bool:
 
 
 def _leading_pairs(
-    x: Features, seed: int, device: torch.device | str
+    features: Features,
+    idf: npt.NDArray[np.float32] | None,
+    seed: int,
+    device: torch.device | str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """Coordinates in the leading right singular vectors, their energies, and the mean over all D.
 
-    Returns Q ~ X V [N, r], V [D, r], w [r] = squared singular values (float64, on the CPU), and
-    |X|_F^2 / D.
+    Of the weighted attributes X (see :func:`_weighted`). Returns Q ~ X V [N, r], V [D, r], w [r] =
+    squared singular values (float64, on the CPU), and |X|_F^2 / D.
     """
+    n, n_columns = features.shape
+    if n > SAMPLE_ROWS and n_columns <= _GRAM_COLUMNS and not sp.issparse(features):
+        return _streamed_pairs(features, idf, device)
+    x = _weighted(features, idf)
     rank = min(LEADING_PAIRS, *x.shape)
     svd = ops.batched_svd(as_tensor(x, device), rank, center=False, n_iter=_SKETCH_STEPS, seed=seed)
     energy = svd.s[0].double().cpu() ** 2
@@ -348,11 +376,49 @@ def _leading_pairs(
     return q, svd.vh[0, :kept].T, energy[:kept], mean_energy
 
 
+def _streamed_pairs(
+    features: Features, idf: npt.NDArray[np.float32] | None, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """The same of dense attributes in two passes over blocks of rows, by their Gram matrix.
+
+    In float64 the matrix gives energies down to 1e-16 of the largest; what is kept is above 1e-8.
+    """
+
+    def blocks() -> Iterator[torch.Tensor]:
+        for begin in range(0, len(features), SAMPLE_ROWS):
+            yield as_tensor(_weighted(features[begin : begin + SAMPLE_ROWS], idf), device)
+
+    gram = _gram(blocks())
+    (axes,) = _bases(gram, [torch.ones(len(gram))], LEADING_PAIRS)  # [D, r]
+    energy = torch.einsum("dr,de,er->r", axes, gram, axes)
+    kept = max(1, int((energy > _NEGLIGIBLE * energy[0]).sum()))
+    axes = axes[:, :kept].float().to(device)
+    q = _stacked((block @ axes for block in blocks()), len(features))
+    return q, axes, energy[:kept], float(gram.trace()) / len(gram)
+
+
 # --- smoothing and views --------------------------------------------------------------------------
 
 
-def _smoothed(graph: Graph, q: torch.Tensor, steps: tuple[int, ...]) -> dict[int, torch.Tensor]:
-    """0.05 Q + 0.95 / T sum_{t=1..T} S^t Q for every T in ``steps``; Q itself for T = 0."""
+def _smoothed(
+    graph: Graph, q: torch.Tensor, steps: tuple[int, ...], rows: torch.Tensor | None = None
+) -> dict[int, torch.Tensor]:
+    """0.05 Q + 0.95 / T sum_{t=1..T} S^t Q for every T in ``steps``; Q itself for T = 0.
+
+    Of some rows only, where ``rows`` are given.
+    """
+    n, n_columns = q.shape
+    if n > SAMPLE_ROWS and n_columns > _COLUMNS:
+        kept = n if rows is None else len(rows)
+        results = {t: q.new_empty(kept, n_columns) for t in steps}
+        for begin in range(0, n_columns, _COLUMNS):
+            columns = slice(begin, begin + _COLUMNS)
+            part = _smoothed(graph, q[:, columns].contiguous(), steps, rows)
+            for t, smooth in part.items():
+                results[t][:, columns] = smooth
+        return results
+    if rows is not None:
+        return {t: smooth[rows] for t, smooth in _smoothed(graph, q, steps).items()}
     result = {0: q} if 0 in steps else {}
     power, total = q, torch.zeros_like(q)
     for t in range(1, max(steps) + 1):
@@ -376,24 +442,54 @@ def _scalings(energy: torch.Tensor, mean_energy: float, recipe: str) -> list[tor
     ]
 
 
-def _bases(m: torch.Tensor, scales: list[torch.Tensor], width: int) -> torch.Tensor:
+def _kept(blocks: Iterator[torch.Tensor]) -> Callable[[], Iterator[torch.Tensor]]:
+    """An iterator as something that can be walked again."""
+    kept = list(blocks)
+    return lambda: iter(kept)
+
+
+def _stacked(blocks: Iterator[torch.Tensor], n_rows: int) -> torch.Tensor:
+    """Blocks of rows as one matrix [N, c], without a second copy of it."""
+    first = next(blocks)
+    if len(first) == n_rows:
+        return first
+    out = first.new_empty(n_rows, first.shape[1])
+    at = 0
+    for block in itertools.chain([first], blocks):
+        out[at : at + len(block)] = block
+        at += len(block)
+    return out
+
+
+def _gram(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
+    """M^T M [c, c] in float64, on the CPU, from blocks of rows of M [N, c]."""
+    gram: torch.Tensor | None = None
+    for block in blocks:
+        wide = block.to(torch.float64)
+        product = wide.T @ wide
+        gram = product if gram is None else gram.add_(product)
+    if gram is None:
+        raise ValueError("blocks must hold at least one block")
+    return gram.cpu()
+
+
+def _bases(gram: torch.Tensor, scales: list[torch.Tensor], width: int) -> torch.Tensor:
     """For each scaling: B [c, width] with M B = U s, the leading triplets of M diag(scale).
 
-    By eigenvectors of the one small Gram matrix M^T M, in float64; M is [N, c] with few columns.
-    Returns [len(scales), c, width].
+    By eigenvectors of the one small Gram matrix M^T M [c, c] in float64. Returns
+    [len(scales), c, width].
     """
-    wide = m.to(torch.float64)
-    gram = (wide.T @ wide).cpu().numpy()  # [c, c]
-    n_columns = gram.shape[0]
+    products = gram.numpy()
+    n_columns = len(products)
     first = max(0, n_columns - width)
     bases = []
     for scale in scales:
         c = scale.cpu().numpy()
-        _, vectors = eigh(c[:, None] * gram * c, subset_by_index=(first, n_columns - 1))
+        _, vectors = eigh(c[:, None] * products * c, subset_by_index=(first, n_columns - 1))
         basis = c[:, None] * vectors[:, ::-1]  # [c, width]
         largest = np.abs(basis).argmax(axis=0)
         bases.append(basis * np.sign(basis[largest, np.arange(basis.shape[1])]))
-    return torch.from_numpy(np.stack(bases)).to(m)
+    return torch.from_numpy(np.stack(bases))
 
 
 # --- the number of steps --------------------------------------------------------------------------
@@ -423,7 +519,7 @@ def _agreement(
         if split == _SPLITS // 2 and _choose_steps(_mean(scores)) == _DEFAULT_STEPS:
             break
         first, second = (
-            _labels_by_steps(_weigh(part, weighting), graph, n_clusters, seed + split)
+            _labels_by_steps(part, weighting, graph, n_clusters, seed + split)
             for part, graph in disjoint_halves(features, adjacency, rng, device)
         )
         scores.append({t: normalized_mutual_info_score(first[t], second[t]) for t in _STEPS})
@@ -436,8 +532,23 @@ def disjoint_halves(
     rng: np.random.Generator,
     device: torch.device | str,
 ) -> Iterator[tuple[Features, Graph]]:
-    """Two random halves of columns [N, D / 2] and edges that share none of either."""
+    """Two random halves of columns [N, D / 2] and edges that share none of either.
+
+    Of more than 2^23 stored edges each goes to a half by a hash of its ends, so that the halves are
+    equal but for chance and nothing is sorted or drawn.
+    """
     n, d = features.shape
+    if adjacency.nnz > _EDGES:
+        order, salt = rng.permutation(d), int(rng.integers(1 << 62))
+        for half in range(2):
+            chosen = np.sort(order[half::2])
+            part = (
+                features.tocsc()[:, chosen].tocsr()
+                if sp.issparse(features)
+                else features[:, chosen]
+            )
+            yield part, Graph(_hashed_half(adjacency, half, salt), norm="sym").to(device)
+        return
     upper = sp.triu(adjacency, 1).tocoo()
     columns = features.tocsc() if sp.issparse(features) else features
     column_order, edge_order = rng.permutation(d), rng.permutation(upper.nnz)
@@ -451,6 +562,28 @@ def disjoint_halves(
         yield (part.tocsr() if sp.issparse(part) else part), graph
 
 
+def _hashed_half(adjacency: sp.csr_array, half: int, salt: int) -> sp.csr_array:
+    """The edges of one half, both directions of an edge alike."""
+    n = adjacency.shape[0]
+    degree = np.zeros(n, np.int64)
+    kept = np.empty(adjacency.nnz, dtype=bool)
+    cuts = np.searchsorted(adjacency.indptr, np.arange(0, adjacency.nnz, _EDGES), side="right") - 1
+    for first, last in itertools.pairwise([*np.unique(cuts), n]):
+        begin, end = int(adjacency.indptr[first]), int(adjacency.indptr[last])
+        row = np.repeat(np.arange(first, last), np.diff(adjacency.indptr[first : last + 1]))
+        column = adjacency.indices[begin:end].astype(np.int64)
+        low, high = np.minimum(row, column), np.maximum(row, column)
+        mixed = (low.astype(np.uint64) << np.uint64(32)) + high.astype(np.uint64) + np.uint64(salt)
+        for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):  # splitmix64
+            mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(multiplier)
+        kept[begin:end] = (mixed >> np.uint64(63)) == half
+        degree[first:last] = np.bincount(row[kept[begin:end]] - first, minlength=last - first)
+    indptr = np.concatenate(([0], np.cumsum(degree)))
+    return sp.csr_array(
+        (adjacency.data[kept], adjacency.indices[kept], indptr), shape=adjacency.shape
+    )
+
+
 def smoothed_basis(
     x: Features, graph: Graph, n_steps: int, width: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -458,22 +591,26 @@ def smoothed_basis(
 
     Attributes are weighted by tf-idf unless some are negative; columns of B descend.
     """
-    x = _weigh(x, "tf-idf" if _minimum(x) >= 0 else "l2")
-    q, _, energy, mean_energy = _leading_pairs(x, seed, graph.device)
+    idf = _inverse_document_frequency(x) if _minimum(x) >= 0 else None
+    q, _, energy, mean_energy = _leading_pairs(x, idf, seed, graph.device)
     smooth = _smoothed(graph, q, (n_steps,))[n_steps]
-    (basis,) = _bases(smooth, [_scalings(energy, mean_energy, "multiview")[1]], width)
+    scale = _scalings(energy, mean_energy, "multiview")[1]
+    (basis,) = _bases(_gram(smooth.split(SAMPLE_ROWS)), [scale], width).to(smooth)
     return smooth, basis
 
 
 def _labels_by_steps(
-    x: Features, graph: Graph, n_clusters: int, seed: int
+    x: Features, weighting: str, graph: Graph, n_clusters: int, seed: int
 ) -> dict[int, npt.NDArray[np.int64]]:
-    """A clustering of one view for every candidate T."""
-    q, _, energy, mean_energy = _leading_pairs(x, seed, graph.device)
+    """A clustering of one view for every candidate T; of a sample where nodes are many."""
+    idf = _inverse_document_frequency(x) if weighting == "tf-idf" else None
+    q, _, energy, mean_energy = _leading_pairs(x, idf, seed, graph.device)
     scale = _scalings(energy, mean_energy, "multiview")[1]
+    n = graph.n_nodes
+    sample = sample_rows(n, _AGREEMENT_ROWS, seed).to(q.device) if n > SAMPLE_ROWS else None
     labels = {}
-    for t, smooth in _smoothed(graph, q, _STEPS).items():
-        (basis,) = _bases(smooth, [scale], 2 * n_clusters)
+    for t, smooth in _smoothed(graph, q, _STEPS, sample).items():
+        (basis,) = _bases(_gram([smooth]), [scale], 2 * n_clusters).to(smooth)
         rows = unit_rows(smooth @ basis)
         labels[t] = kmeans_labels(ops.kmeans(rows, n_clusters, n_init=_RESTARTS, seed=seed))
     return labels
