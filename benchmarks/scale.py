@@ -41,7 +41,8 @@ NOISE, HOMOPHILY = 0.5, 0.6
 PEERS = ("kmeans", "louvain", "leiden")
 OURS = ("ssgc", "ecnmf", "hsan")
 STEPS = {"ecnmf": 300, "hsan": 400}
-CASES = [f"{m}/{s}" for s in SEQUENCE for m in (*OURS, *PEERS)] + ["ssgc/products"]
+CASES = [f"{m}/{s}" for s in SEQUENCE for m in (*OURS, *PEERS)]
+CASES += [f"{m}/products" for m in ("ssgc", "louvain", "kmeans")]
 
 
 def make(shape: str, folder: Path) -> None:
@@ -78,7 +79,7 @@ def cluster(method: str, ds: Any) -> np.ndarray:
         )
     elif method == "hsan":
         steps = STEPS[method]
-        model = fc.HSAN(k, epochs=steps, eval_every=steps, width=256, batch_size=2048)
+        model = fc.HSAN(k, epochs=steps, eval_every=steps, width=256, batch_size=1024)
     elif method == "kmeans":
         from sklearn.cluster import MiniBatchKMeans
 

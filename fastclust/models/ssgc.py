@@ -16,7 +16,7 @@ N x D array is made.
 More than 65536 nodes are worked through in blocks: dense attributes, which may be mapped from a
 file, are read twice, for their Gram matrix and for their coordinates; smoothing takes 64 columns at
 a time; views are made block by block of rows, twice. Beside the attributes and the graph that keeps
-N x (256 + n_components) numbers. T is then chosen by the clusterings of a sample of 16384 nodes.
+N x (256 + n_components) numbers. T is then chosen by the clusterings of a sample of 8192 nodes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _CONSENSUS_RANK = 4  # times K: singular vectors of the votes that are clustered
 _CONSENSUS_RESTARTS = 20
 # Of more than SAMPLE_ROWS nodes: rows that clusterings are compared on, columns smoothed at a time,
 # edges looked at at a time, and the most columns of which a Gram matrix is made.
-_AGREEMENT_ROWS = 1 << 14
+_AGREEMENT_ROWS = 1 << 13
 _COLUMNS = 64
 _EDGES = 1 << 23
 _GRAM_COLUMNS = 4096
