@@ -16,7 +16,7 @@ N x D array is made.
 More than 65536 nodes are worked through in blocks: dense attributes, which may be mapped from a
 file, are read twice, for their Gram matrix and for their coordinates; smoothing takes 64 columns at
 a time; views are made block by block of rows, twice. Beside the attributes and the graph that keeps
-N x (256 + n_components) numbers. T is then chosen by the clusterings of a sample of 8192 nodes.
+N x (256 + n_components) numbers. T is then chosen, and k-means begun, on samples of 8192 nodes.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def consensus_kmeans(
     with nearly the same inertia this takes the typical one, where "least inertia" takes one by
     chance (few runs) or an outlier (many).
 
-    The votes are those of at most 65536 rows; the last iterations take all.
+    Of more than 65536 rows a sample of 8192 votes; the last iterations take all.
 
     Parameters
     ----------
@@ -263,7 +263,7 @@ def consensus_kmeans(
         return sampled_kmeans(z, n_clusters, n_init=n_init, seed=seed)
     rows = z
     if z.shape[0] > SAMPLE_ROWS:
-        rows = z[sample_rows(z.shape[0], SAMPLE_ROWS, seed).to(z.device)]
+        rows = z[sample_rows(z.shape[0], _AGREEMENT_ROWS, seed).to(z.device)]
     runs = [
         ops.kmeans(rows, n_clusters, n_init=1, seed=derive_seed(seed, run)) for run in range(n_init)
     ]
