@@ -55,6 +55,10 @@ class NinjaBuild(build_ext):
         nvcc = toolchain.find_nvcc()
         archs = toolchain.cuda_archs()
         with_cuda = any(ext.name == CUDA_LIBRARY for ext in self.extensions)
+        if not with_cuda and not self.inplace:
+            # An earlier build's would go into this one's wheel.
+            stale = Path(self.build_lib) / self.get_ext_filename(CUDA_LIBRARY)
+            stale.unlink(missing_ok=True)
 
         includes = [str(ROOT / "csrc"), *torch.includes]
         include_flags = ["-I", includes[0]]

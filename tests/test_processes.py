@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import scipy.sparse as sp
 import torch
 from joblib import Parallel, delayed
 
-from fastclust import ECNMF, HSAN, SSGC
+from fastclust import ECNMF, HSAN, SSGC, load_dataset
 
 ESTIMATORS = {
     "hsan": lambda: HSAN(4, epochs=3, width=48, device="cpu"),
@@ -56,6 +57,19 @@ def test_any_number_of_threads_gives_the_same_bits(name: str) -> None:
     for n_threads in (1, 2, 4):
         torch.set_num_threads(n_threads)
         results.add(bits(name))
+    assert len(results) == 1
+
+
+@pytest.mark.slow
+@names
+def test_any_number_of_threads_gives_the_same_bits_on_cora(name: str, data_root: Path) -> None:
+    """2708 nodes, 1433 attributes: several blocks of every kernel, as users run them."""
+    ds = load_dataset("cora", root=data_root)
+    results = set()
+    for n_threads in (1, 2, 4):
+        torch.set_num_threads(n_threads)
+        fitted = ESTIMATORS[name]().set_params(n_clusters=7).fit(ds.features, adjacency=ds.adjacency)
+        results.add(fitted.labels_.tobytes() + fitted.embedding_.tobytes())
     assert len(results) == 1
 
 
