@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import sys
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -282,6 +283,17 @@ def test_the_number_of_planted_blocks_is_found(k):
     assert evidence["n_clusters"][0] == 2 and len(evidence["agreement"]) > k - 1
     best = max(evidence["agreement"])
     assert evidence["agreement"][k - 2] >= 0.95 * best > 0.4
+
+
+def test_a_number_of_clusters_that_is_a_guess_is_told():
+    adjacency, x = planted(3, seed=3)
+    noise = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
+    shuffled = adjacency[np.random.default_rng(1).permutation(180)]
+    with pytest.warns(DataWarning, match=r"agreement 0.0\d at best\): \d+ is a guess; give n_clus"):
+        estimate_n_clusters(noise, shuffled.maximum(shuffled.T))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        estimate_n_clusters(x, adjacency)
 
 
 @every_model

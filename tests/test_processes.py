@@ -68,7 +68,9 @@ def test_any_number_of_threads_gives_the_same_bits_on_cora(name: str, data_root:
     results = set()
     for n_threads in (1, 2, 4):
         torch.set_num_threads(n_threads)
-        fitted = ESTIMATORS[name]().set_params(n_clusters=7).fit(ds.features, adjacency=ds.adjacency)
+        fitted = (
+            ESTIMATORS[name]().set_params(n_clusters=7).fit(ds.features, adjacency=ds.adjacency)
+        )
         results.add(fitted.labels_.tobytes() + fitted.embedding_.tobytes())
     assert len(results) == 1
 

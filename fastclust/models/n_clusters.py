@@ -15,6 +15,7 @@ Davies-Bouldin were tried as well and do worse; docs/your-data.md has the tables
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 from fastclust import ops
 from fastclust.models.inputs import kmeans_labels, unit_rows
 from fastclust.models.ssgc import disjoint_halves, smoothed_basis
+from fastclust.validation import DataWarning
 
 __all__ = ["estimate_n_clusters"]
 
@@ -34,6 +36,7 @@ _SPLITS = 6
 _RESTARTS = 4
 _STEPS = 4  # propagation steps of the embedding
 _NEAR_BEST = 0.95  # of the best agreement: the smallest K with as much is taken
+_SUPPORTED = 0.1  # agreement below which the halves have next to nothing in common
 
 
 def estimate_n_clusters(
@@ -62,9 +65,13 @@ def estimate_n_clusters(
         The smallest K from 2 to min(20, N / 10) with at least 95 % of the best agreement.
     evidence : dict
         ``rule`` in words; ``n_clusters``, the K tried; ``agreement``, that of the halves for each
-        (mean of adjusted Rand index and adjusted mutual information, over six splits). A best
-        agreement below 0.1 says that attributes and edges support no clustering that both halves
-        show.
+        (mean of adjusted Rand index and adjusted mutual information, over six splits).
+
+    Warns
+    -----
+    DataWarning
+        The best agreement is below 0.1: no K gives clusters that both halves show, and the result
+        is a guess. So it is with a handful of attributes, of which half say little.
 
     Raises
     ------
@@ -103,7 +110,15 @@ def estimate_n_clusters(
         ]
     agreement = scores.mean(axis=0)
     enough = agreement >= _NEAR_BEST * agreement.max()
-    return candidates[int(enough.argmax())], {
+    best = candidates[int(enough.argmax())]
+    if agreement.max() < _SUPPORTED:
+        warnings.warn(
+            f"n_clusters='auto' found no number of clusters that two halves of the data agree on "
+            f"(agreement {agreement.max():.2f} at best): {best} is a guess; give n_clusters",
+            DataWarning,
+            stacklevel=4,
+        )
+    return best, {
         "rule": f"smallest K with {_NEAR_BEST:.0%} of the best agreement between disjoint halves",
         "n_clusters": list(candidates),
         "agreement": [round(float(value), 4) for value in agreement],
