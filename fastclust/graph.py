@@ -21,7 +21,8 @@ NORMS = ("rw", "sym", "none")
 # search for communities could find) 1.5 to 2.4 and 48 to 61, by degree 2.1 to 2.7 and 59 to 63,
 # reverse Cuthill-McKee 1.6 to 1.7 and 43 to 50. That last one gains up to a quarter of a narrow
 # call and a tenth of a wide one, and putting the rows of h and of the result in another order
-# costs more than the first of these.
+# costs more than the first of these. A synthetic graph (200k nodes, 10M entries, d = 128): 595 and
+# 351 as it is, 392 and 360 by community and degree, 443 and 492 by degree.
 
 # Edges per CPU task: small enough that threads finish together, large enough that handing out a
 # task costs nothing.
