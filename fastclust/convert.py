@@ -23,6 +23,7 @@ fits. The result has another name until it is complete.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gzip
 import json
@@ -50,6 +51,7 @@ from fastclust.datasets import (
     DatasetFormatError,
     DatasetNotFoundError,
 )
+from fastclust.validation import check_features
 
 __all__ = ["convert", "main", "write_directory"]
 
@@ -242,10 +244,25 @@ def _edge_blocks(path: Path, memory: int, report: Progress) -> Iterator[_Block]:
     """The edges of a file in blocks, whatever it is."""
     name = path.name.lower()
     if name.endswith((".npy", ".npz")):
-        return _array_blocks(path, memory, report)
-    if name.endswith(".parquet"):
-        return _parquet_blocks(path, report)
-    return _text_blocks(path, memory, report)
+        with _damage_told(path, "array of NumPy"):
+            yield from _array_blocks(path, memory, report)
+    elif name.endswith(".parquet"):
+        with _damage_told(path, "Parquet file"):
+            yield from _parquet_blocks(path, report)
+    else:
+        yield from _text_blocks(path, memory, report)
+
+
+@contextlib.contextmanager
+def _damage_told(path: Path, kind: str) -> Iterator[None]:
+    """Errors of readers as errors of the file: of a damaged one they can be nearly anything."""
+    try:
+        yield
+    except (DatasetFormatError, MemoryError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:120] or type(error).__name__
+        raise DatasetFormatError(f"{path} is damaged or no {kind} ({text})") from None
 
 
 _SEPARATORS = np.zeros(256, bool)
@@ -357,10 +374,7 @@ def _array_blocks(path: Path, memory: int, report: Progress) -> Iterator[_Block]
         opened: Callable[[], Any] = functools.partial(open, path, "rb")
         what = str(path)
     else:
-        try:
-            archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile:
-            raise DatasetFormatError(f"{path} is no .npz archive") from None
+        archive = zipfile.ZipFile(path)
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         member = next((name for name in names if name in ("edges", "edge_index")), None)
         if member is None and len(names) == 1:
@@ -398,15 +412,12 @@ def _array_blocks(path: Path, memory: int, report: Progress) -> Iterator[_Block]
 
 def _npy_header(file: Any, what: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     """Shape, dtype and where the numbers begin."""
-    try:
-        version = np.lib.format.read_magic(file)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, dtype = read(file)
-    except (ValueError, KeyError, OSError) as error:
-        raise DatasetFormatError(f"{what} is no array of NumPy ({error})") from None
+    version = np.lib.format.read_magic(file)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    shape, fortran, dtype = read(file)
     if fortran:  # [2, E] by columns is [E, 2] by rows
         shape = shape[::-1]
     return shape, dtype, int(file.tell())
@@ -633,21 +644,15 @@ def _write_features(path: Path, folder: Path, memory: int, report: Progress) -> 
     """Copy the attributes in blocks of rows, checked, as float32; returns N and D."""
     name = path.name.lower()
     if name.endswith(".npz"):
-        try:
-            matrix: Any = sp.csr_array(sp.load_npz(path))
-        except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
-            raise DatasetFormatError(f"{path} is no matrix of scipy.sparse ({error})") from None
-        matrix.sum_duplicates()
-        _require_finite(matrix.data, path)
+        with _damage_told(path, "matrix of scipy.sparse"):
+            matrix: Any = check_features(sp.load_npz(path), name="the matrix")
         np.save(folder / "x_indptr.npy", matrix.indptr.astype(np.int64))
         np.save(folder / "x_indices.npy", matrix.indices.astype(np.int32))
-        np.save(folder / "x_data.npy", matrix.data.astype(np.float32))
+        np.save(folder / "x_data.npy", matrix.data)
         return int(matrix.shape[0]), int(matrix.shape[1])
     if name.endswith(".npy"):
-        try:
+        with _damage_told(path, "array of NumPy"):
             source = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError) as error:
-            raise DatasetFormatError(f"{path} is no array of NumPy ({error})") from None
         if source.ndim != 2 or source.dtype.kind not in "biuf" or 0 in source.shape:
             raise DatasetFormatError(
                 f"{path} must hold numbers [N, D], got {source.dtype} of shape {source.shape}"
@@ -689,7 +694,7 @@ def _read_labels(path: Path, n: int) -> npt.NDArray[np.int64]:
             labels = np.load(path, allow_pickle=False)
         else:
             labels = np.loadtxt(path, dtype=np.int64, ndmin=1)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # of a damaged file it can be nearly anything
         raise DatasetFormatError(f"{path} must hold one whole number per node ({error})") from None
     if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < 0:
         raise DatasetFormatError(

@@ -690,7 +690,7 @@ def _load_directory(folder: Path) -> Dataset:
         try:
             # Nothing can be mapped of a file without numbers.
             array = np.load(path, mmap_mode="c" if 0 not in shape else None, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # NumPy's header parser raises nearly anything
             raise DatasetFormatError(f"{path} is missing or damaged: {error}") from None
         wrong = array.ndim != len(shape) or any(
             want not in (None, got) for want, got in zip(shape, array.shape, strict=False)

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import pickle
+import shutil
 import tempfile
 import types
 import warnings
@@ -29,6 +30,7 @@ import scipy.sparse as sp
 import torch
 
 from fastclust import cli, compare, datasets, tables, train, training
+from fastclust.convert import convert, write_directory
 from fastclust.datasets import Dataset, DatasetFormatError
 from fastclust.estimators import ECNMF, SSGC
 from fastclust.memory import InsufficientMemoryError
@@ -289,6 +291,71 @@ def own_tables() -> list[bytes]:
             archive.seek(0)
             corpus.append(bytes([6, role | 2, 0]) + framed(np.load(archive)))
     return corpus
+
+
+# --- edge lists of any length, folders of arrays -------------------------------------------------
+
+_EDGE_FILES = (".txt", ".csv", ".txt.gz", ".npy", ".npz", ".parquet")
+
+
+def read_edge_list(content: bytes) -> None:
+    """A byte for role and suffix, then the file: edges, attributes or labels for ``convert``."""
+    kind, content = (content[0], content[1:]) if content else (0, b"")
+    role, end = ("edges", _EDGE_FILES[kind % 6])
+    if kind >= 128:
+        role, end = (("features", ".npy"), ("features", ".npz"), ("labels", ".txt"))[kind % 3]
+        content = zipped(content) if kind >= 192 and end == ".npz" else content
+    files = {"edges": ("edges.txt", b"0 1\n1 2\n3,1\n")}
+    files[role] = (role + end, gzip.compress(content, 1) if end.endswith(".gz") else content)
+    paths = {key: _scratch() / "convert" / name for key, (name, _) in files.items()}
+    shutil.rmtree(_scratch() / "convert", ignore_errors=True)
+    (_scratch() / "convert").mkdir()
+    for key, (_, data) in files.items():
+        paths[key].write_bytes(data)
+    with contextlib.suppress(DatasetFormatError, InsufficientMemoryError):
+        folder = convert(_scratch() / "convert" / "out", **paths, memory=1 << 24)
+        require_sound(datasets.load_dataset(folder))
+
+
+def edge_lists() -> list[bytes]:
+    edges = np.array([[0, 1], [1, 2], [2, 3]])
+    np.save(array := io.BytesIO(), edges)
+    np.savez(archive := io.BytesIO(), edges=edges)
+    np.save(dense := io.BytesIO(), np.arange(8.0).reshape(4, 2))
+    corpus = [
+        b"\0source target\n0 1\n1 2 \n",
+        b"\1% by hand\n0,1,0.5\n1,2,2e0\n",
+        b"\0020 1\n3 2\n",
+    ]
+    corpus += [b"\3" + array.getvalue(), b"\4" + archive.getvalue(), b"\x82" + b"0\n1\n0\n1\n"]
+    corpus += [b"\x81" + dense.getvalue()]  # 129 % 3 == 0
+    for form in ("csr", "csc", "coo"):
+        sp.save_npz(sparse := io.BytesIO(), sp.coo_array(np.eye(4)).asformat(form))
+        sparse.seek(0)
+        corpus.append(b"\xc1" + framed(np.load(sparse)))  # 193 % 3 == 1
+    return corpus
+
+
+def read_directory(content: bytes) -> None:
+    """A byte for the file of a folder that ``convert`` wrote, then its content."""
+    kind, content = (content[0], content[1:]) if content else (0, b"")
+    folder = _scratch() / "directory"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(written_directory(), folder)
+    names = sorted(file.name for file in folder.iterdir())
+    (folder / names[kind % len(names)]).write_bytes(content)
+    with contextlib.suppress(DatasetFormatError, InsufficientMemoryError):
+        require_sound(datasets.load_dataset(folder))
+
+
+@cache
+def written_directory() -> Path:
+    return write_directory(graph(), _scratch() / "written")
+
+
+def directories() -> list[bytes]:
+    files = sorted(written_directory().iterdir(), key=lambda file: file.name)
+    return [bytes([i]) + file.read_bytes() for i, file in enumerate(files)]
 
 
 # --- the published files -----------------------------------------------------------------------
@@ -585,6 +652,8 @@ TARGETS = {
     "npz-members": Target(read_members, member_frames),
     "npz-arrays": Target(read_arrays, array_edits, share=30),
     "tables": Target(read_tables, own_tables),
+    "edge-lists": Target(read_edge_list, edge_lists, share=5),
+    "directory": Target(read_directory, directories, share=5),
     "planetoid": Target(read_planetoid, planetoid_files),
     "airports": Target(read_airports, airport_files, share=20),
     "checkpoint": Target(read_checkpoint, checkpoints, share=2),
