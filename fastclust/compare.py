@@ -523,7 +523,7 @@ def page(
         "of most published numbers: nobody without labels can choose it. Published numbers were "
         "not measured here. In brackets: the protocol, where it is not the standard one, and "
         "settings that differ from the preset.",
-        f"## Seeds finished\n\n{progress(rows, datasets)}\n\nAn empty cell, and one below ten, is a "
+        f"## Seeds finished\n\n{progress(rows, datasets)}\n\nAn empty cell, or one below ten, is a "
         "run that was not made, or not finished. What is wanted for a graph and a model:\n\n```\n"
         "python -m fastclust.compare --datasets NAME --models MODEL --protocol standard,paper-code "
         "--seeds 0-9 --out runs/more\n```\n\nand `runs/more` among the folders collected above.",
