@@ -161,8 +161,10 @@ def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> 
 
 
 def note(text: str, *, kind: str = "") -> None:
-    """Print one line on stderr."""
-    print(f"{kind}: {text}" if kind else text, file=sys.stderr, flush=True)
+    """Print one line on stderr; of several processes, those behind the first say who they are."""
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+    who = f"rank {rank}: " if rank != "0" else ""
+    print(who + (f"{kind}: {text}" if kind else text), file=sys.stderr, flush=True)
 
 
 # --- arguments ---------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from fastclust import ops
+from fastclust import distributed, ops
 from fastclust._version import __version__
 from fastclust.datasets import nearest_neighbor_graph
 from fastclust.graph import Graph
@@ -409,10 +409,16 @@ class _TrainedClusterer(_GraphClusterer):
             The loss is no longer finite.
         """
         features, graph, device = self._prepare(X, adjacency)
+        ranks = distributed.current(features.shape[0])
+        if ranks.size > 1 and self._samples(features.shape[0]):
+            raise distributed.LaunchError(
+                "mini-batches are trained by one process: leave torchrun, or batch_size and "
+                "n_negatives"
+            )
         model, basis = self._build(features, graph, device)
         rule = {key: self.resolved_[key] for key in ("optimizer", "lr")}
         identity = None
-        if self.checkpoint_dir is not None:
+        if self.checkpoint_dir is not None or ranks.size > 1:
             identity = {
                 "estimator": type(self).__name__,
                 **{
@@ -423,6 +429,7 @@ class _TrainedClusterer(_GraphClusterer):
                 **rule,
                 "data": _digest(features, graph),
             }
+            ranks.check_same(identity)
         callbacks = [] if self.callbacks is None else self.callbacks
         callbacks = [callbacks] if callable(callbacks) else list(callbacks)
         if self.verbose:
@@ -651,7 +658,7 @@ class HSAN(_TrainedClusterer):
             }
         x = as_tensor(features, device)
         basis = {} if n_input is None else principal_axes(x, n_input)
-        return self._model(x, graph, basis, **sampling), basis
+        return self._model(x, graph, basis, ranks=distributed.current(len(x)), **sampling), basis
 
     def _model(
         self, x: torch.Tensor, graph: sp.csr_array, basis: dict[str, torch.Tensor], **keywords: Any
@@ -849,13 +856,15 @@ checkpoint_dir, checkpoint_every, resume, verbose
         if x_low_rank.mean is not None and x_low_rank.mean.dim() == 1:
             # One projection for all rows: X_r = (X - mean) V^T V, V orthonormal.
             basis = {"components": unit_rows(x_low_rank.right), "mean": x_low_rank.mean}
-        return self._model(x, x_low_rank, graph, **sampling), basis
+        ranks = distributed.current(len(x))
+        return self._model(x, x_low_rank, graph, ranks, **sampling), basis
 
     def _model(
         self,
         x: torch.Tensor,
         x_low_rank: ops.LowRankMatrix,
         graph: sp.csr_array,
+        ranks: distributed.Ranks = distributed.ONE,
         **sampling: Any,
     ) -> ECNMFModel:
         kind: Any = SampledECNMF if sampling else ECNMFModel
@@ -883,6 +892,7 @@ checkpoint_dir, checkpoint_every, resume, verbose
             n_init=self.n_init,
             precision=self.precision,
             seed=self.seed_,
+            ranks=ranks,
             **sampling,
         )
 

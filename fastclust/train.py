@@ -17,6 +17,7 @@ import time
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastclust import cli, metrics, report
+from fastclust import cli, distributed, metrics, report
 from fastclust._library import _C, cuda_status
 from fastclust.cli import Interrupted, UsageError, note
 from fastclust.datasets import Dataset, is_dataset_path, load_dataset
@@ -69,6 +70,8 @@ examples:
       other hyper-parameters; --set help lists those of the model
   python -m fastclust.train --config runs/cora/config.toml
       repeat a run exactly
+  torchrun --nproc-per-node=2 -m fastclust.train --dataset amac --model hsan --out runs/amac
+      two processes share the graph, by rows; --resume may have another number of them
 
 files of your own:
   --edges     two columns, the ends of each edge, and perhaps a third, its weight; or a matrix.
@@ -419,10 +422,12 @@ def train_seed(
     folder: Path | None,
     progress: cli.Progress,
     resume: bool,
+    ranks: distributed.Ranks,
 ) -> tuple[dict[str, Any], Any, History]:
     """Fit one seed; returns its entry of ``runs``, the estimator and its history."""
     model = MODELS[plan.model]
-    history = History(folder / "history.jsonl" if folder else None, dataset.labels, resume)
+    kept = folder / "history.jsonl" if folder and ranks.rank == 0 else None
+    history = History(kept, dataset.labels, resume)
     accepted = inspect.signature(model).parameters
     owned: dict[str, Any] = {"random_state": seed}
     if "callbacks" in accepted:
@@ -446,7 +451,9 @@ def train_seed(
     seconds += sum(entry["seconds"] for entry in estimator.history_[: history.n_before])
     run = {
         "seed": seed,
-        "metrics": score(dataset, estimator.labels_, estimator.embedding_),
+        "metrics": ranks.from_first(
+            lambda: score(dataset, estimator.labels_, estimator.embedding_)
+        ),
         "epochs": int(estimator.n_iter_),
         "selected_epoch": getattr(estimator, "selected_epoch_", None),
         "seconds": seconds,
@@ -551,16 +558,25 @@ def plain(value: Any) -> Any:
 
 
 def run(
-    plan: Plan, dataset: Dataset, directory: RunDirectory | None, *, resume: bool, quiet: bool
+    plan: Plan,
+    dataset: Dataset,
+    directory: RunDirectory | None,
+    *,
+    resume: bool,
+    quiet: bool,
+    ranks: distributed.Ranks = distributed.ONE,
 ) -> tuple[dict[str, Any], OSError | None]:
-    """Train every seed that is not finished; returns the result and what could not be written."""
-    before = directory.read_result() if directory is not None and resume else None
+    """Train every seed that is not finished; returns the result and what could not be written.
+
+    Of several ranks the first reads and writes the directory.
+    """
+    before = ranks.from_first(directory.read_result) if directory is not None and resume else None
     finished = {run["seed"]: run for run in before["runs"]} if before else {}
     if directory is not None:
         # Seeds of an earlier call stay in the results.
         seeds = list(dict.fromkeys([*plan.seeds[:1], *finished, *plan.seeds]))
         plan = replace(plan, seeds=seeds)
-        directory.begin(plan.seeds, plan.config())
+        ranks.from_first(partial(directory.begin, plan.seeds, plan.config()))
     progress = cli.make_progress(quiet)
     failure: OSError | None = None
     runs: list[dict[str, Any]] = []
@@ -570,11 +586,14 @@ def run(
             continue
         folder = None
         if directory is not None:
-            folder = directory.folder(seed)
-            folder.mkdir(exist_ok=True)
+            folder = ranks.from_first(partial(open_folder, directory, seed))
         try:
-            entry, estimator, history = train_seed(plan, dataset, seed, folder, progress, resume)
+            entry, estimator, history = train_seed(
+                plan, dataset, seed, folder, progress, resume, ranks
+            )
         except KeyboardInterrupt as interrupt:
+            if ranks.rank > 0:  # the first rank tells
+                raise SystemExit(130) from None
             if directory is None:
                 advice = "without --out DIR nothing is kept"
             else:
@@ -582,15 +601,37 @@ def run(
             what = str(interrupt) or "interrupted"
             raise Interrupted(f"seed {seed}: {what}; {advice}") from None
         runs.append(plain(entry))
-        if directory is not None and folder is not None:
-            try:
-                directory.write_seed(seed, estimator, dataset.node_names)
-                history.finish(estimator.history_)
-                directory.write_result(plain(summarise(plan, dataset, runs)))
-            except OSError as error:
-                # The scores are still shown; the checkpoint holds the trained state.
-                failure = error
+        if directory is not None:
+            result = plain(summarise(plan, dataset, runs))
+            # Where it fails the scores are still shown; the checkpoint holds the trained state.
+            keep = partial(keep_seed, directory, seed, estimator, dataset, history, result)
+            failure = ranks.from_first(keep) or failure
     return plain(summarise(plan, dataset, runs)), failure
+
+
+def open_folder(directory: RunDirectory, seed: int) -> Path:
+    """Where the files of one seed lie, made if need be."""
+    folder = directory.folder(seed)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def keep_seed(
+    directory: RunDirectory,
+    seed: int,
+    estimator: Any,
+    dataset: Dataset,
+    history: History,
+    result: dict[str, Any],
+) -> OSError | None:
+    """Write all files of a finished seed; returns what went wrong."""
+    try:
+        directory.write_seed(seed, estimator, dataset.node_names)
+        history.finish(estimator.history_)
+        directory.write_result(result)
+    except OSError as error:
+        return error
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -601,10 +642,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.resume and arguments.out is None:
         raise UsageError("--resume needs --out DIR, the directory of the run to go on with")
-    directory = RunDirectory(arguments.out) if arguments.out is not None else None
-    saved = directory.read_config() if directory is not None and arguments.resume else None
+    try:
+        with distributed.session() as ranks:
+            return train_all(arguments, ranks)
+    except distributed.RankLostError as error:
+        advice = "without --out DIR nothing is kept"
+        if arguments.out is not None:
+            advice = (
+                f"what {arguments.out} holds is whole, and the same command with --resume goes on "
+                f"from its last checkpoint, with any number of processes"
+            )
+        raise Interrupted(f"{error}; {advice}") from None
+
+
+def train_all(arguments: argparse.Namespace, ranks: distributed.Ranks) -> int:
+    """What :func:`main` does, on one of the processes that share the work."""
+    first = ranks.rank == 0
+    quiet = arguments.quiet or not first
+    directory = None
+    if arguments.out is not None:
+        directory = ranks.from_first(lambda: RunDirectory(arguments.out))
+    saved = None
+    if directory is not None and arguments.resume:
+        saved = ranks.from_first(directory.read_config)
     plan, dataset = resolve(gather_settings(arguments, saved))
-    if directory is not None:
+    if ranks.size > 1 and plan.model == "ssgc":
+        raise UsageError(
+            "ssgc has no training that several processes could share: start it with python -m "
+            "fastclust.train, without torchrun"
+        )
+    if directory is not None and first:
         if saved is not None:
             check_same_run(plan, saved, directory.root)
         elif arguments.resume:
@@ -613,19 +680,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             moved = directory.set_aside()
             if moved is not None:
                 note(f"moved the earlier run in {directory.root} to {moved}")
-    if not arguments.quiet:
+    if not quiet:
         k, where = plan.parameters["n_clusters"], place(plan.parameters["device"])
+        if ranks.size > 1:
+            where += f", {ranks.size} processes"
         note(
             report.headline(
                 plan.model, dataset, "an estimated number of" if k == "auto" else k, where
             )
         )
-    result, failure = run(plan, dataset, directory, resume=saved is not None, quiet=arguments.quiet)
+    result, failure = run(
+        plan, dataset, directory, resume=saved is not None, quiet=quiet, ranks=ranks
+    )
+    if not first:
+        return 0 if failure is None else 2
     print(json.dumps(result) if arguments.json else report.table(result), flush=True)
     if failure is not None:
         raise failure
     if directory is not None:
-        write_report(directory, result, dataset, arguments.quiet)
+        write_report(directory, result, dataset, quiet)
     return 0
 
 

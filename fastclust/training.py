@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastclust import metrics
+from fastclust.distributed import ONE, Ranks
 
 __all__ = [
     "SELECTIONS",
@@ -85,6 +86,10 @@ class Trainable(Protocol):
 
     Epochs count from 0. All methods must be functions of the parameters, ``extra_state`` and the
     epoch alone, so that a resumed run repeats an uninterrupted one.
+
+    A model that several processes share by rows has two attributes more: ``ranks``, see
+    :mod:`fastclust.distributed`, and ``by_rows``, the names of its parameters with a row per node.
+    Losses, clusters, embeddings and ``extra_state`` are then those of the whole on every rank.
     """
 
     def begin(self) -> None:
@@ -109,6 +114,9 @@ class Trainable(Protocol):
         """Inverse of ``extra_state``."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """As of ``torch.nn.Module``."""
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """As of ``torch.nn.Module``."""
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -276,12 +284,15 @@ def train(
     adam = make_optimizer(parameters, optimizer, lr)
     accumulate = optimizer == "accumulated"
     state = _State(model, adam, parameters, accumulate, dict(identity or {}))
-    checkpoints = None if checkpoint_dir is None else _Checkpoints(checkpoint_dir, checkpoint_every)
+    ranks = state.ranks
+    checkpoints = None
+    if checkpoint_dir is not None:
+        checkpoints = _Checkpoints(checkpoint_dir, checkpoint_every, ranks)
 
     if not (resume and checkpoints and checkpoints.load(state)):
         model.begin()
 
-    with _deferred_signals(enabled=checkpoints is not None) as caught:
+    with _deferred_signals(checkpoints is not None, once=ranks.size == 1) as caught:
         for epoch in range(state.epochs_done, epochs):
             started = time.perf_counter()
             if not accumulate:
@@ -308,18 +319,19 @@ def train(
             for callback in callbacks:
                 callback(event)
             if checkpoints is not None:
-                if caught or checkpoints.due(epoch + 1) or epoch == epochs - 1:
+                number, due = ranks.most(caught[0] if caught else 0, checkpoints.due(epoch + 1))
+                if number or due or epoch == epochs - 1:
                     written = checkpoints.save(state)
-                if caught:
+                if number:
                     where = checkpoints.path if written else "nowhere: it could not be written"
-                    name = signal.Signals(caught[0]).name
+                    name = signal.Signals(number).name
                     raise TrainingInterrupted(f"{name} after epoch {epoch + 1}; checkpoint {where}")
 
     best = state.best
     return TrainingResult(
         labels=np.asarray(best.labels.cpu(), dtype=np.int64),
         embedding=np.asarray(best.embedding.float().cpu(), dtype=np.float32),
-        parameters=_cpu_state(model) if selection == "last" else best.parameters,
+        parameters=state.cpu_parameters() if selection == "last" else best.parameters,
         epoch=best.epoch,
         history=state.history,
     )
@@ -332,7 +344,9 @@ def _evaluate(
     with torch.no_grad():
         labels, embedding = state.model.assign(epoch)
     host_labels = np.asarray(labels.cpu(), dtype=np.int64)
-    scores = internal_scores(embedding, host_labels, adjacency, selection)
+    scores = state.ranks.from_first(
+        lambda: internal_scores(embedding, host_labels, adjacency, selection)
+    )
     more_is_better = SELECTIONS[selection]
     best = state.best
     if more_is_better is None:
@@ -342,21 +356,20 @@ def _evaluate(
         ahead = score > best.score if more_is_better else score < best.score
         preferred = best.epoch == 0 or ahead or (np.isnan(best.score) and not np.isnan(score))
     if preferred:
-        kept = {} if more_is_better is None else _cpu_state(state.model)
+        kept = {} if more_is_better is None else state.cpu_parameters()
         state.best = _Best(epoch + 1, score, labels.cpu(), embedding.cpu(), kept)
     return {**scores, **state.model.diagnostics(), "labels": host_labels}
-
-
-def _cpu_state(model: Trainable) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
 # --- interruption --------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _deferred_signals(enabled: bool) -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of acting on them; a second one acts at once.
+def _deferred_signals(enabled: bool, once: bool) -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of acting on them; with ``once`` a second acts at once.
+
+    A launcher of several processes answers the user's SIGINT, which all of them get, with a SIGTERM
+    to each: there a second signal is no second wish.
 
     Python allows handlers in the main thread only; elsewhere nothing is installed.
     """
@@ -366,7 +379,7 @@ def _deferred_signals(enabled: bool) -> Iterator[list[int]]:
         return
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if caught:
+        if caught and once:
             raise KeyboardInterrupt
         caught.append(number)
 
@@ -399,15 +412,35 @@ class _State:
     best: _Best = field(default_factory=_Best)
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.ranks: Ranks = getattr(self.model, "ranks", ONE)
+        self._by_rows: frozenset[str] = getattr(self.model, "by_rows", frozenset())
+        named = self.model.named_parameters()
+        by_rows = {id(parameter) for name, parameter in named if name in self._by_rows}
+        self._parameter_by_rows = [id(parameter) in by_rows for parameter in self.parameters]
+
+    def whole_model(self) -> dict[str, Tensor]:
+        """The model's state with all rows."""
+        return {
+            name: self.ranks.gather(value) if name in self._by_rows else value
+            for name, value in self.model.state_dict().items()
+        }
+
+    def cpu_parameters(self) -> dict[str, Tensor]:
+        """A copy of :meth:`whole_model`."""
+        return {name: value.detach().cpu().clone() for name, value in self.whole_model().items()}
+
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the run under a flat name."""
-        out = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        """Every tensor of the run under a flat name, whole: any number of ranks can go on."""
+        out = {f"model/{name}": value for name, value in self.whole_model().items()}
         out |= {f"extra/{name}": value for name, value in self.model.extra_state().items()}
         for i, parameter in enumerate(self.parameters):
+            parts = {f"adam/{i}/{k}": v for k, v in self.optimizer.state.get(parameter, {}).items()}
             if self.accumulate and parameter.grad is not None:
-                out[f"grad/{i}"] = parameter.grad
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                out[f"adam/{i}/{key}"] = value
+                parts[f"grad/{i}"] = parameter.grad
+            for name, value in parts.items():
+                of_rows = self._parameter_by_rows[i] and value.dim() > 0
+                out[name] = self.ranks.gather(value) if of_rows else value
         if self.best.epoch:
             out["best/labels"], out["best/embedding"] = self.best.labels, self.best.embedding
             out |= {f"best/model/{name}": value for name, value in self.best.parameters.items()}
@@ -419,14 +452,23 @@ class _State:
         def part(prefix: str) -> dict[str, Tensor]:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
-        self.model.load_state_dict(part("model/"))
+        def own(i: int, value: Tensor) -> Tensor:
+            of_rows = self._parameter_by_rows[i] and value.dim() > 0
+            return (self.ranks.rows(value) if of_rows else value).to(device)
+
+        self.model.load_state_dict(
+            {
+                name: self.ranks.rows(value) if name in self._by_rows else value
+                for name, value in part("model/").items()
+            }
+        )
         device = self.parameters[0].device
         self.model.load_extra_state({k: v.to(device) for k, v in part("extra/").items()})
         for name, value in part("grad/").items():
-            self.parameters[int(name)].grad = value.to(device)
+            self.parameters[int(name)].grad = own(int(name), value)
         for name, value in part("adam/").items():
             i, key = name.split("/")
-            self.optimizer.state[self.parameters[int(i)]][key] = value.to(device)
+            self.optimizer.state[self.parameters[int(i)]][key] = own(int(i), value)
         self.epochs_done, self.history = record["epochs_done"], record["history"]
         if record["best_epoch"]:
             self.best = _Best(
@@ -447,13 +489,16 @@ class _Checkpoints:
 
     A temporary file is flushed to disk and renamed, so that a crash leaves whole files; a digest of
     what it holds tells a file that changed later, as on a failing disk.
+
+    Of several ranks the first reads and writes it, and no other touches the disk.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], every: int | str) -> None:
+    def __init__(self, directory: str | os.PathLike[str], every: int | str, ranks: Ranks) -> None:
         self.path = Path(directory) / CHECKPOINT_NAME
         self.previous = self.path.with_name(PREVIOUS_NAME)
+        self.ranks = ranks
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            ranks.from_first(lambda: self.path.parent.mkdir(parents=True, exist_ok=True))
         except OSError as error:
             raise ValueError(
                 f"checkpoint_dir must be a folder that can be created and written, got "
@@ -470,6 +515,11 @@ class _Checkpoints:
 
     def save(self, state: _State) -> bool:
         """Write one; a failure leaves the newest and is only warned of."""
+        tensors = {name: value.cpu() for name, value in state.tensors().items()}
+        self.last_written = time.monotonic()
+        return self.ranks.from_first(lambda: self._write(state, tensors))
+
+    def _write(self, state: _State, tensors: dict[str, Tensor]) -> bool:
         record = {
             "epochs_done": state.epochs_done,
             "history": state.history,
@@ -481,9 +531,7 @@ class _Checkpoints:
             "identity": json.dumps(state.identity, sort_keys=True),
             "record": json.dumps(record),
         }
-        tensors = {name: value.cpu() for name, value in state.tensors().items()}
         temporary = self.path.with_suffix(".tmp")
-        self.last_written = time.monotonic()
         try:
             if shutil.disk_usage(self.path.parent).free < sum(t.nbytes for t in tensors.values()):
                 self.previous.unlink(missing_ok=True)  # rather one that is new than two old ones
@@ -502,33 +550,35 @@ class _Checkpoints:
                 f"{self.path} ({error}); training goes on"
                 + (", the previous checkpoint stays" if self.path.exists() else ""),
                 CheckpointWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
             return False
         return True
 
     def load(self, state: _State) -> bool:
         """Restore the run from the newest checkpoint that is whole; whether there was one."""
-        found = self._newest(state.identity)
-        if found is None:
+        tensors: dict[str, Tensor] = {}
+        record = self.ranks.from_first(lambda: self._newest(state.identity, tensors))
+        if record is None:
             return False
-        tensors, record = found
         try:
-            state.restore(tensors, record)
+            state.restore(self.ranks.tensors_from_first(tensors), record)
         except (KeyError, RuntimeError, IndexError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.path} does not fit this version's model ({error}); remove it to start anew"
             ) from None
         return True
 
-    def _newest(self, wanted: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and record of the newest checkpoint that is whole; None where there is none."""
+    def _newest(
+        self, wanted: Mapping[str, Any], tensors: dict[str, Tensor]
+    ) -> dict[str, Any] | None:
+        """Record of the newest checkpoint that is whole, None where there is none; fills tensors."""
         damaged: list[str] = []
         for path in (self.path, self.previous):
             if not path.exists():
                 continue
             try:
-                tensors, identity, record = _read(path)
+                found, identity, record = _read(path)
             except _Damaged as error:
                 damaged.append(str(error))
                 continue
@@ -540,7 +590,8 @@ class _Checkpoints:
                     CheckpointWarning,
                     stacklevel=4,
                 )
-            return tensors, record
+            tensors |= found
+            return record
         if damaged:
             raise CheckpointError(
                 f"{' and '.join(damaged)}; remove {'both' if damaged[1:] else 'it'} to start afresh"

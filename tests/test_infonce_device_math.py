@@ -98,6 +98,7 @@ class Problem(ctypes.Structure):
                 "loss", "row_sums", "grad_loss", "grad_z", "grad_e", "grad_alpha", "out_range",
             )
         ]
+        + [("window", ctypes.c_int64 * 3)]
     )  # fmt: skip
 
 
@@ -320,6 +321,50 @@ def test_range_over_patches(emulated, small_limits) -> None:
     s = reference.similarity(case.z, case.e, case.alpha)
     want = torch.stack([s.min(), s.max()])
     torch.testing.assert_close(case.range().double(), want, rtol=0, atol=2**-16)
+
+
+@pytest.mark.parametrize("refreshes", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_windows_of_the_triangle(emulated, dtype, refreshes) -> None:
+    """Every output of a window is the share of its tiles: row bands and a rectangle."""
+    n = 200
+    case = make_case(emulated, n, 6, 3, dtype=dtype, refreshes=refreshes)
+    loss_bound, grad_bound = BOUNDS_FLOAT64 if dtype == torch.float64 else BOUNDS[BF16X3]
+    loss, _, row_sums = expected(case)
+    order = torch.arange(n)
+    w: float | torch.Tensor = 1.0
+    if case.snapshots is not None:
+        order = torch.argsort(case.snapshots.membership, descending=True, stable=True)
+        w = case.snapshots.dense()
+    s = reference.similarity(case.z, case.e, case.alpha)
+    p = (w * s).exp().fill_diagonal_(0)
+    pairs = torch.eye(2 * n, dtype=torch.float64).roll(n, 0)
+    t = p * w * (1 / row_sums[:, None] + 1 / row_sums) - 2 * pairs * w
+    row_of = torch.stack([order, order + n], 1).flatten()  # position -> row
+    total = 0.0
+    for window in ([0, 384, 0], [384, 400, 384], [0, 384, 384]):
+        position = torch.arange(2 * n)
+        rows = (position >= window[0]) & (position < window[1])
+        upper = rows[:, None] & (position >= window[2]) & (position >= position[:, None])
+        held = torch.zeros(2 * n, 2 * n, dtype=torch.bool)
+        held[row_of[:, None], row_of] = upper | upper.T
+        case.problem.window = (ctypes.c_int64 * 3)(*window)
+        part, sums = case.forward()
+        torch.testing.assert_close(sums, (p * held).sum(1), rtol=10 * loss_bound, atol=0)
+        positives = (pairs * w * s * held).sum() / (2 * n)
+        assert abs(float(part) + float(positives)) <= 10 * loss_bound
+        total += float(part) * (window[2] == window[0])
+        sums.copy_(row_sums)
+        grads = case.backward(2.0)
+        share = t * held / n
+        want = [case.alpha * share @ case.z, (1 - case.alpha) * share @ case.e]
+        for got, g in zip(grads, want, strict=False):
+            assert relative(got, g) <= grad_bound
+        slope = (share * (case.z @ case.z.T - case.e @ case.e.T)).sum() / 2
+        assert abs(float(grads[2]) - float(slope)) <= grad_bound * max(0.1, abs(float(slope)))
+        extremes = torch.stack([s[held].min(), s[held].max()])
+        torch.testing.assert_close(case.range().double(), extremes, rtol=0, atol=2**-16)
+    assert abs(float(row_sums.log().mean()) + total - float(loss)) <= 10 * loss_bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

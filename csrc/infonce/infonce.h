@@ -33,6 +33,23 @@ enum class Precision : int { kFp32 = 0, kTf32 = 1, kBf16x3 = 2, kBf16 = 3 };
 
 constexpr int kMaxSnapshots = 63;  // bits of membership that are used
 
+// The part of the work that a call does, for several processes that share it. S is symmetric: only
+// entries on and above its diagonal are computed, in tiles, and a window holds the tiles with rows in
+// [row_begin, row_end) and columns from column_begin on. Rows count as the kernels take them: row
+// 2u + v is view v of the u-th node of the weights' order (of node u without weights). Bounds are
+// multiples of kWindowRows, row_end may be 2N; column_begin is row_begin (with the diagonal) or >= row_end.
+//
+// Of a call with a window row_sums, gradients and range are the window's share, which add up (or
+// widen) to the whole over windows that cover the triangle once; *loss is the window's share of
+// -1/M sum_i W_{i,p(i)} S_{i,p(i)}, since no window alone knows r_i. M is the 2N of the call.
+struct Window {
+  bool whole = true;  // everything, in one call; nothing below is read
+  int64_t row_begin = 0, row_end = 0, column_begin = 0;
+
+  bool has_diagonal() const { return whole || column_begin == row_begin; }
+};
+constexpr int64_t kWindowRows = 384;  // a multiple of the tiles of every backend
+
 // One pair of stacked views. Pointers are to memory of the kernel's device.
 template <typename T>
 struct Views {
@@ -62,6 +79,7 @@ struct ForwardParams {
   Precision precision;
   T* loss;           // []
   double* row_sums;  // [2N] r_i, kept for the backward pass
+  Window window = {};
 };
 
 template <typename T>
@@ -75,6 +93,7 @@ struct BackwardParams {
   T* grad_z;               // [2N, dz] or nullptr: not wanted, and then not computed
   T* grad_e;               // [2N, de] or nullptr
   T* grad_alpha;           // [] or nullptr
+  Window window = {};
 };
 
 template <typename T>
@@ -83,6 +102,7 @@ struct RangeParams {
   Views<T> views;
   Precision precision;
   T* range;  // [2] min and max over all entries of S, diagonal included
+  Window window = {};
 };
 
 // CPU implementations (infonce_cpu.cpp), float and double.

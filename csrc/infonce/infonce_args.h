@@ -75,6 +75,21 @@ void dispatch(const Tensor& z, const F& f) {
   f(double{});
 }
 
+// [] is everything, else row_begin, row_end, column_begin.
+inline Window window_from(const std::vector<int64_t>& window, int64_t rows) {
+  if (window.empty()) return {};
+  STD_TORCH_CHECK(window.size() == 3, "window must hold 0 or 3 numbers, got ", window.size());
+  const int64_t begin = window[0], end = window[1], column = window[2];
+  STD_TORCH_CHECK(begin >= 0 && begin < end && end <= rows && column < rows &&
+                      (column == begin || column >= end),
+                  "window must be 0 <= row_begin < row_end <= 2N and column_begin = row_begin, or "
+                  "row_end <= column_begin < 2N");
+  STD_TORCH_CHECK(begin % kWindowRows == 0 && column % kWindowRows == 0 &&
+                      (end % kWindowRows == 0 || end == rows),
+                  "bounds of window must be multiples of ", kWindowRows, " or 2N");
+  return {false, begin, end, column};
+}
+
 inline void check_rows(const Tensor& z) {
   STD_TORCH_CHECK(z.dim() == 2 && z.size(0) >= 2 && z.size(0) % 2 == 0,
                   "z must have shape [2N, dz] with N >= 1");
@@ -86,7 +101,7 @@ std::tuple<Tensor, Tensor> hard_infonce(
     std::vector<Tensor> snapshot_e, std::optional<Tensor> snapshot_alpha,
     std::optional<Tensor> snapshot_range, std::optional<Tensor> labels,
     std::optional<Tensor> membership, std::optional<Tensor> order, double beta,
-    int64_t precision) {
+    int64_t precision, std::vector<int64_t> window) {
   check_rows(z);
   check_shape(alpha, "alpha", {});
   check_dtype(alpha, "alpha", z.scalar_type());
@@ -105,6 +120,7 @@ std::tuple<Tensor, Tensor> hard_infonce(
     p.precision = precision_from(precision, z.scalar_type());
     p.loss = write_ptr<T>(loss);
     p.row_sums = write_ptr<double>(row_sums);
+    p.window = window_from(window, rows);
     Backend::run(p, z);
   });
   return {loss, row_sums};
@@ -116,7 +132,8 @@ std::tuple<Tensor, Tensor, Tensor> hard_infonce_backward(
     std::vector<Tensor> snapshot_z, std::vector<Tensor> snapshot_e,
     std::optional<Tensor> snapshot_alpha, std::optional<Tensor> snapshot_range,
     std::optional<Tensor> labels, std::optional<Tensor> membership, std::optional<Tensor> order,
-    double beta, int64_t precision, bool need_z, bool need_e, bool need_alpha) {
+    double beta, int64_t precision, bool need_z, bool need_e, bool need_alpha,
+    std::vector<int64_t> window) {
   check_rows(z);
   const int64_t rows = z.size(0);
   for (const auto& [t, name] : {std::pair(&alpha, "alpha"), std::pair(&grad_loss, "grad_loss")}) {
@@ -143,13 +160,15 @@ std::tuple<Tensor, Tensor, Tensor> hard_infonce_backward(
     p.grad_z = need_z ? write_ptr<T>(grad_z) : nullptr;
     p.grad_e = need_e ? write_ptr<T>(grad_e) : nullptr;
     p.grad_alpha = need_alpha ? write_ptr<T>(grad_alpha) : nullptr;
+    p.window = window_from(window, rows);
     Backend::run(p, z);
   });
   return {grad_z, grad_e, grad_alpha};
 }
 
 template <typename Backend>
-Tensor similarity_range(Tensor z, Tensor e, Tensor alpha, int64_t precision) {
+Tensor similarity_range(Tensor z, Tensor e, Tensor alpha, int64_t precision,
+                        std::vector<int64_t> window) {
   check_rows(z);
   check_shape(alpha, "alpha", {});
   check_dtype(alpha, "alpha", z.scalar_type());
@@ -161,6 +180,7 @@ Tensor similarity_range(Tensor z, Tensor e, Tensor alpha, int64_t precision) {
     p.views = views_from<T>(z, e, read_ptr<T>(alpha), z.size(0));
     p.precision = precision_from(precision, z.scalar_type());
     p.range = write_ptr<T>(range);
+    p.window = window_from(window, z.size(0));
     Backend::run(p, z);
   });
   return range;

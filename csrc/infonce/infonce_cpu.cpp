@@ -89,13 +89,21 @@ class Buffer {
   T* data_ = nullptr;
 };
 
-// The order in which rows are taken: position 2u + v is view v of the u-th node of the order.
+// The order in which rows are taken: position 2u + v is view v of the u-th node of the order. Tiles
+// (i, j) with first <= i < end and j >= max(i, column) are computed.
 struct Rows {
   int64_t n_nodes, m, tiles;
+  int64_t first = 0, end, column = 0;
   std::vector<int64_t> row_of;  // [M] position -> row
 
-  Rows(int64_t n, const int32_t* order)
-      : n_nodes(n), m(2 * n), tiles(ceil_div(2 * n, kTile)), row_of(2 * n) {
+  Rows(int64_t n, const int32_t* order, const Window& window)
+      : n_nodes(n), m(2 * n), tiles(ceil_div(2 * n, kTile)), end(tiles), row_of(2 * n) {
+    static_assert(kWindowRows % kTile == 0);
+    if (!window.whole) {
+      first = window.row_begin / kTile;
+      end = ceil_div(window.row_end, kTile);
+      column = window.column_begin / kTile;
+    }
     for (int64_t u = 0; u < n; ++u) {
       const int64_t node = order == nullptr ? u : order[u];
       row_of[2 * u] = node;
@@ -103,9 +111,10 @@ struct Rows {
     }
   }
   int64_t in_tile(int64_t tile) const { return std::min(kTile, m - tile * kTile); }
+  bool has_diagonal() const { return column == first; }
 };
 
-// One matrix of rows, packed for S: slivers [ceil(M / nr)][k, nr].
+// One matrix of rows, packed for S: slivers [ceil(M / nr)][k, nr], those of a window's tiles.
 template <typename X>
 struct PackedRows {
   Buffer<X> data;
@@ -116,9 +125,10 @@ struct PackedRows {
       : k(ceil_div(d, kern.terms)), nr(kern.nr) {
     const int64_t slivers = rows.tiles * (kTile / nr);
     data = Buffer<X>(slivers * nr * k);
-    parallel_for(slivers, 16, [&](int64_t begin, int64_t end) {
+    const int64_t unused = rows.first * (kTile / nr);
+    parallel_for(slivers - unused, 16, [&](int64_t begin, int64_t end) {
       const T* pointers[kMaxSliver];
-      for (int64_t s = begin; s < end; ++s) {
+      for (int64_t s = unused + begin; s < unused + end; ++s) {
         for (int64_t i = 0; i < nr; ++i) {
           const int64_t position = s * nr + i;
           pointers[i] = position < rows.m ? x + rows.row_of[position] * d : nullptr;
@@ -224,8 +234,8 @@ struct Pass {
   const TileKernels<T, X>& kern;
   std::vector<Buffer<T>> scratch;  // per worker: tiles gz, ge, qz, qe, w; one more for its own use
 
-  Pass(int64_t n, const Views<T>& v, const Weights<T>& w)
-      : rows(n, w.n_snapshots > 0 ? w.order : nullptr), views(rows, v),
+  Pass(int64_t n, const Views<T>& v, const Weights<T>& w, const Window& window)
+      : rows(n, w.n_snapshots > 0 ? w.order : nullptr, window), views(rows, v),
         weights(rows, w, std::is_same_v<T, X> ? &v : nullptr), kern(views.kern) {
     for (int i = 0; i < num_threads(); ++i) scratch.emplace_back(6 * kTile * kTile);
   }
@@ -280,25 +290,25 @@ struct Pass {
 
 // Calls body(first tile row, end) for one panel after the other.
 template <typename F>
-void for_each_panel(int64_t tiles, int64_t height, const F& body) {
-  for (int64_t first = 0; first < tiles; first += height) {
-    body(first, std::min(first + height, tiles));
+void for_each_panel(const Rows& rows, int64_t height, const F& body) {
+  for (int64_t first = rows.first; first < rows.end; first += height) {
+    body(first, std::min(first + height, rows.end));
   }
 }
 
 template <typename X, typename T>
 void forward_in(const ForwardParams<T>& p) {
-  const Pass<T, X> pass(p.n_nodes, p.views, p.weights);
+  const Pass<T, X> pass(p.n_nodes, p.views, p.weights, p.window);
   const Rows& rows = pass.rows;
   std::vector<double> sums(rows.tiles * kTile, 0.0);                          // [M] by position
   std::vector<T> positive(rows.m);                                            // [M] by position
   std::vector<double> from_row(kPanelTiles * rows.tiles * kTile);             // slots by tile
   std::vector<double> from_column(kPanelTiles * rows.tiles * kTile);
-  for_each_panel(rows.tiles, kPanelTiles, [&](int64_t first, int64_t end) {
+  for_each_panel(rows, kPanelTiles, [&](int64_t first, int64_t end) {
     const int64_t width = rows.tiles - first;
     parallel_tasks((end - first) * width, [&](int64_t task, int worker) {
       const int64_t i = first + task % (end - first), j = first + task / (end - first);
-      if (j < i) return;
+      if (j < i || j < rows.column) return;
       T* lanes = pass.tile_memory(worker, 5);  // [kTile, lanes of a vector]
       const int64_t n_lanes = pass.kern.lanes;
       std::fill(lanes, lanes + kTile * n_lanes, T(0));
@@ -321,21 +331,21 @@ void forward_in(const ForwardParams<T>& p) {
         const double* from = slots.data() + ((i - first) * rows.tiles + j) * kTile;
         for (int64_t r = 0; r < rows.in_tile(x); ++r) to[r] += from[r];
       };
-      for (int64_t i = first; i < std::min(end, x); ++i) add(from_column, i, x);
-      for (int64_t j = x; x < end && j < rows.tiles; ++j) add(from_row, x, j);
+      for (int64_t i = first; x >= rows.column && i < std::min(end, x); ++i) add(from_column, i, x);
+      for (int64_t j = std::max(x, rows.column); x < end && j < rows.tiles; ++j) add(from_row, x, j);
     });
   });
   double loss = 0;
   for (int64_t s = 0; s < rows.m; ++s) {
     p.row_sums[rows.row_of[s]] = sums[s];
-    loss += std::log(sums[s]) - static_cast<double>(positive[s]);
+    loss += (p.window.whole ? std::log(sums[s]) : 0.0) - static_cast<double>(positive[s]);
   }
   *p.loss = static_cast<T>(loss / static_cast<double>(rows.m));
 }
 
 template <typename X, typename T>
 void backward_in(const BackwardParams<T>& p) {
-  const Pass<T, X> pass(p.n_nodes, p.views, p.weights);
+  const Pass<T, X> pass(p.n_nodes, p.views, p.weights, p.window);
   const Rows& rows = pass.rows;
   const int64_t nr = pass.kern.nr;
   const double c = static_cast<double>(*p.grad_loss) / static_cast<double>(rows.m);
@@ -368,8 +378,8 @@ void backward_in(const BackwardParams<T>& p) {
   const auto factor_at = [&](int64_t tile, int64_t sliver) {
     return factor.data() + (tile * column_slivers + sliver) * factor_size;
   };
-  parallel_tasks(rows.tiles * column_slivers, [&](int64_t task, int worker) {
-    const int64_t tile = task / column_slivers, s = task % column_slivers;
+  parallel_tasks((rows.tiles - rows.first) * column_slivers, [&](int64_t task, int worker) {
+    const int64_t tile = rows.first + task / column_slivers, s = task % column_slivers;
     T* block = pass.tile_memory(worker, 0);  // [kTile, nr]
     std::fill(block, block + kTile * nr, T(0));
     for (const Target<T>* run = &targets[2 * s]; run < &targets[2 * s] + 2; ++run) {
@@ -388,14 +398,18 @@ void backward_in(const BackwardParams<T>& p) {
   std::vector<double> slopes(height * rows.tiles);
   std::vector<T> partner(rows.tiles * kTile);  // [M] w_{i,p(i)}, then -2 c w_{i,p(i)}
   double slope = 0;
-  for_each_panel(rows.tiles, height, [&](int64_t first, int64_t end) {
+  if (!p.window.whole) {  // its rows need not meet every row of the gradient
+    std::fill_n(p.grad_z, rows.m * dz, T(0));
+    std::fill_n(p.grad_e, rows.m * de, T(0));
+  }
+  for_each_panel(rows, height, [&](int64_t first, int64_t end) {
     const int64_t width = rows.tiles - first;
     const auto tile_at = [&](int64_t i, int64_t j) {
       return panel.data() + ((i - first) * width + j - first) * kStoredTile;
     };
     parallel_tasks((end - first) * width, [&](int64_t task, int worker) {
       const int64_t i = first + task % (end - first), j = first + task / (end - first);
-      if (j < i) return;
+      if (j < i || j < rows.column) return;
       double sum = 0;
       pass.for_each_strip(i, j, worker, [&](const Strip<T>& strip, int64_t s) {
         sum += pass.kern.gradient(strip, per_row.data() + i * kTile,
@@ -405,7 +419,7 @@ void backward_in(const BackwardParams<T>& p) {
       slopes[(i - first) * rows.tiles + j] = i == j ? sum : 2 * sum;
     });
     for (int64_t i = first; i < end; ++i) {
-      for (int64_t j = i; j < rows.tiles; ++j) slope += slopes[(i - first) * rows.tiles + j];
+      for (int64_t j = std::max(i, rows.column); j < rows.tiles; ++j) slope += slopes[(i - first) * rows.tiles + j];
     }
     for (int64_t r = first * kTile; r < std::min(end * kTile, rows.m); ++r) {
       partner[r] *= static_cast<T>(-2 * c);
@@ -413,7 +427,7 @@ void backward_in(const BackwardParams<T>& p) {
     const int64_t groups = ceil_div(column_slivers, kGroupSlivers);
     parallel_tasks(groups * width, [&](int64_t task, int) {
       const int64_t x = first + task / groups, group = task % groups;
-      bool fresh = first == 0;
+      bool fresh = p.window.whole && first == 0;
       // Tiles of block row x that this panel holds: (y, x) for y above the diagonal, transposed,
       // then (x, y); taken a few at a time so that the gradient's rows are read and written less.
       const auto add = [&](int64_t from, int64_t to, bool transposed) {
@@ -432,9 +446,10 @@ void backward_in(const BackwardParams<T>& p) {
           fresh = false;
         }
       };
-      add(first, std::min(end, x), true);
+      if (x >= rows.column) add(first, std::min(end, x), true);
       if (x >= end) return;
-      add(x, rows.tiles, false);
+      add(std::max(x, rows.column), rows.tiles, false);
+      if (!rows.has_diagonal()) return;
       // The positive pairs outweigh all other terms together: added last, the many small terms
       // are not rounded to their size (measured, float32, N = 300: error 5e-8 for 4e-7).
       const int64_t end_sliver = std::min((group + 1) * kGroupSlivers, column_slivers);
@@ -468,12 +483,13 @@ void backward_cpu(const BackwardParams<T>& p) {
 
 template <typename T>
 void range_cpu(const RangeParams<T>& p) {
-  const Pass<T, T> pass(p.n_nodes, p.views, Weights<T>{});
-  const int64_t tiles = pass.rows.tiles;
-  std::vector<T> least(tiles, std::numeric_limits<T>::infinity());
-  std::vector<T> greatest(tiles, -std::numeric_limits<T>::infinity());
-  parallel_tasks(tiles, [&](int64_t i, int worker) {
-    for (int64_t j = i; j < tiles; ++j) {
+  const Pass<T, T> pass(p.n_nodes, p.views, Weights<T>{}, p.window);
+  const Rows& rows = pass.rows;
+  std::vector<T> least(rows.tiles, std::numeric_limits<T>::infinity());
+  std::vector<T> greatest(rows.tiles, -std::numeric_limits<T>::infinity());
+  parallel_tasks(rows.end - rows.first, [&](int64_t task, int worker) {
+    const int64_t i = rows.first + task;
+    for (int64_t j = std::max(i, rows.column); j < rows.tiles; ++j) {
       pass.for_each_strip(i, j, worker, [&](const Strip<T>& strip, int64_t) {
         pass.kern.range(strip, &least[i], &greatest[i]);
       });

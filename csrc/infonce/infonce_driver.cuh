@@ -3,6 +3,8 @@
 // do not depend on which card runs them.
 #pragma once
 
+#include <utility>
+
 #include "infonce/infonce_kernels.cuh"
 
 namespace fastclust::infonce {
@@ -142,19 +144,31 @@ inline Cut cut_patches(const Limits& limits, int64_t rows, int64_t fixed_bytes, 
   return {panel * kRowPad, chunk * kRowPad};
 }
 
-// Calls run(patch, first_chunk) for every panel and every chunk inside and beyond it, in order.
+// Calls run(patch, first_chunk) for every panel of the window and every chunk inside and beyond it,
+// in order.
 template <typename Run>
-cudaError_t for_each_patch(const Cut& cut, int64_t rows, int64_t tile, Run run) {
-  for (int64_t row = 0; row < rows; row += cut.panel) {
-    const int64_t panel_end = std::min(row + cut.panel, rows);
-    for (int64_t column = row; column < rows;) {
+cudaError_t for_each_patch(const Cut& cut, const Window& window, int64_t rows, int64_t tile,
+                           Run run) {
+  static_assert(kWindowRows % kRowPad == 0);
+  const int64_t row_end = window.whole ? rows : std::min(round_up(window.row_end, kRowPad), rows);
+  for (int64_t row = window.whole ? 0 : window.row_begin; row < row_end; row += cut.panel) {
+    const int64_t panel_end = std::min(row + cut.panel, row_end);
+    const int64_t first = window.has_diagonal() ? row : window.column_begin;
+    for (int64_t column = first; column < rows;) {
       const int64_t end = std::min(column + cut.chunk, column < panel_end ? panel_end : rows);
       const Patch patch{row, panel_end - row, column, end - column, tile};
-      FASTCLUST_TRY(run(patch, column == row));
+      FASTCLUST_TRY(run(patch, column == first));
       column = end;
     }
   }
   return cudaSuccess;
+}
+
+// Sets what a window adds to, but need not reach, to zero.
+template <typename T>
+cudaError_t clear(T* values, int64_t count, cudaStream_t stream) {
+  if (values == nullptr || count == 0) return cudaSuccess;
+  return cudaMemsetAsync(values, 0, static_cast<size_t>(count) * sizeof(T), stream);
 }
 
 // Packed rows of views, without their memory.
@@ -299,7 +313,10 @@ cudaError_t drive(const ForwardParams<typename Path::Acc>& p, Arena& arena,
   if (arena.measuring()) return cudaSuccess;
 
   FASTCLUST_TRY(weights.prepare(stream));
-  FASTCLUST_TRY(for_each_patch(cut, rows, Path::kTile, [&](const Patch& patch, bool new_panel) {
+  const Window& window = p.window;
+  if (!window.whole) FASTCLUST_TRY(clear(p.row_sums, m, stream));
+  FASTCLUST_TRY(for_each_patch(cut, window, rows, Path::kTile, [&](const Patch& patch,
+                                                                   bool new_panel) {
     const auto pack_rows = [&](int64_t begin, int64_t count, const Packed& x) {
       return pack<Path>(p.views, p.n_nodes, weights.order(), begin, count, x, stream);
     };
@@ -311,11 +328,15 @@ cudaError_t drive(const ForwardParams<typename Path::Acc>& p, Arena& arena,
         row_sums, column_sums, positives};
     FASTCLUST_TRY(Backend::forward(args, p.weights.n_snapshots > 0, stream));
     const SumArgs<T> sums{patch,     row_sums,        column_sums,          p.n_nodes,
-                          weights.order(), patch.row_begin == 0, new_panel, p.row_sums};
+                          weights.order(), window.whole && patch.row_begin == 0, new_panel,
+                          p.row_sums};
     const int64_t touched = patch.rows + (patch.inside() ? 0 : patch.columns);
     return launch(&sum_kernel<T>, dim3(blocks(touched, kThreads)), kThreads, 0, stream, sums);
   }));
-  const LossArgs<T> loss{p.n_nodes, weights.order(), p.row_sums, positives, p.loss};
+  const int64_t begin = window.whole ? 0 : window.row_begin;
+  const int64_t end = window.whole ? m : window.has_diagonal() ? window.row_end : begin;
+  const LossArgs<T> loss{p.n_nodes, weights.order(), p.row_sums, positives,
+                         p.loss,    begin,           end,        window.whole};
   return launch(&loss_kernel<T>, dim3(1), kReduceThreads, 0, stream, loss);
 }
 
@@ -356,8 +377,14 @@ cudaError_t drive(const BackwardParams<typename Path::Acc>& p, Arena& arena,
   const InverseArgs<T> inverses{p.n_nodes, rows, weights.order(), p.row_sums, inverse};
   FASTCLUST_TRY(
       launch(&inverse_kernel<T>, dim3(blocks(rows, kThreads)), kThreads, 0, stream, inverses));
+  const Window& window = p.window;
+  if (!window.whole) {
+    FASTCLUST_TRY(clear(grad_z, m * p.views.dz, stream));
+    FASTCLUST_TRY(clear(grad_e, m * p.views.de, stream));
+  }
   if (column_tiles > 0) {
-    FASTCLUST_TRY(for_each_patch(cut, rows, Path::kTile, [&](const Patch& patch, bool new_panel) {
+    FASTCLUST_TRY(for_each_patch(cut, window, rows, Path::kTile, [&](const Patch& patch,
+                                                                     bool new_panel) {
       const auto pack_rows = [&](int64_t first, int64_t count, const Packed& x) {
         return pack<Path>(p.views, p.n_nodes, weights.order(), first, count, x, stream);
       };
@@ -370,7 +397,7 @@ cudaError_t drive(const BackwardParams<typename Path::Acc>& p, Arena& arena,
           {patch, left, right, weights.args(), p.views.alpha, static_cast<int>(m)},
           inverse, t_patch};
       FASTCLUST_TRY(Backend::tiles(tiles, p.weights.n_snapshots > 0, stream));
-      const bool first = patch.row_begin == 0;
+      const bool first = window.whole && patch.row_begin == 0;
       const ProductArgs<T> product{patch,        left,         right,
                                    t_patch,      static_cast<int>(begin),
                                    column_tiles, p.n_nodes,    weights.order(),
@@ -403,7 +430,8 @@ cudaError_t drive(const RangeParams<typename Path::Acc>& p, Arena& arena,
   T* range_slots = arena.take<T>(2 * (cut.panel / Path::kTile) * (cut.chunk / Path::kTile));
   if (arena.measuring()) return cudaSuccess;
 
-  return for_each_patch(cut, rows, Path::kTile, [&](const Patch& patch, bool new_panel) {
+  bool fresh = true;
+  return for_each_patch(cut, p.window, rows, Path::kTile, [&](const Patch& patch, bool new_panel) {
     if (new_panel) {
       FASTCLUST_TRY(pack<Path>(p.views, p.n_nodes, nullptr, patch.row_begin, patch.rows, left,
                                stream));
@@ -413,8 +441,8 @@ cudaError_t drive(const RangeParams<typename Path::Acc>& p, Arena& arena,
     const RangeArgs<T> args{patch, left, right, p.views.alpha, static_cast<int>(m), range_slots};
     FASTCLUST_TRY(launch(&range_kernel<Path>, dim3(tile_count(patch)), kThreads,
                          Path::kSharedBytes, stream, args));
-    const bool fresh = patch.row_begin == 0 && new_panel;
-    const RangeFinishArgs<T> finish{tile_count(patch), range_slots, fresh, p.range};
+    const RangeFinishArgs<T> finish{tile_count(patch), range_slots, std::exchange(fresh, false),
+                                    p.range};
     return launch(&range_finish_kernel<T>, dim3(1), kThreads, 0, stream, finish);
   });
 }

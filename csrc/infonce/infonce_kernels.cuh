@@ -785,14 +785,17 @@ struct LossArgs {
   const double* row_sums;  // [2N]
   const Acc* positives;    // [padded rows]
   Acc* loss;               // []
+  int64_t begin, end;      // rows whose terms are taken
+  bool with_logarithms;
 };
 
 template <typename Acc>
 __global__ void loss_kernel(LossArgs<Acc> args) {
   __shared__ double words[32];
   double sum = 0;
-  for (int64_t q = threadIdx.x; q < 2 * args.n_nodes; q += blockDim.x) {
-    sum += log(args.row_sums[source_row(q, args.n_nodes, args.order)]) - args.positives[q];
+  for (int64_t q = args.begin + threadIdx.x; q < args.end; q += blockDim.x) {
+    const double r = args.row_sums[source_row(q, args.n_nodes, args.order)];
+    sum += (args.with_logarithms ? log(r) : 0.0) - args.positives[q];
   }
   sum = block_sum(words, sum);
   if (threadIdx.x == 0) *args.loss = static_cast<Acc>(sum / (2 * args.n_nodes));

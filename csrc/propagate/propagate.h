@@ -52,19 +52,21 @@ struct PropagateParams {
   using Sum = typename SumType<T>::type;
 
   int64_t n_nodes;           // N
+  int64_t n_halo;            // rows of h and col_scale beyond N, which edges may lead to; only of a
+                             //   forward pass: the nodes of other processes that hold the rest
   int64_t n_cols;            // d
   int64_t n_edges;           // E, both directions of every edge
   const int64_t* indptr;     // [N + 1]
   const int32_t* indices;    // [E], ascending in each row, no self loops
   const float* values;       // [E] or nullptr: all one
-  const Sum* row_scale;       // [N] or nullptr: all one
-  const Sum* col_scale;       // [N] or nullptr: all one
+  const Sum* row_scale;      // [N] or nullptr: all one
+  const Sum* col_scale;      // [N + n_halo] or nullptr: all one
   bool self_loops;
   int64_t n_tasks;
   const int64_t* task_rows;  // [n_tasks + 1], CPU only: first row of each task, balanced by edges
   HubTables hub;
 
-  const T* h;                // [N, d], rows h_stride apart
+  const T* h;                // [N + n_halo, d], rows h_stride apart
   int64_t h_stride;
   const uint32_t* h_mask;    // [N, mask_words(d)] or nullptr: no masking
   const T* residual;         // [N, d], rows residual_stride apart, or nullptr

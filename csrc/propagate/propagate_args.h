@@ -7,6 +7,7 @@
 #include <optional>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #include "common/tensor.h"
 #include "propagate/propagate.h"
@@ -23,7 +24,7 @@ struct GraphArgs {
   const Tensor& indices;            // int32 [E]
   const OptionalTensor& values;     // float32 [E]
   const OptionalTensor& row_scale;  // [N], dtype of h, float32 for bf16
-  const OptionalTensor& col_scale;  // [N], the same
+  const OptionalTensor& col_scale;  // [rows of h], the same
   bool self_loops;
   const Tensor& task_rows;          // int64 [n_tasks + 1]
   const Tensor& segments;           // int64 [n_segments, 3]
@@ -43,7 +44,8 @@ template <typename T>
 PropagateParams<T> graph_params(const GraphArgs& g, const Tensor& h) {
   const int64_t n = g.indptr.size(0) - 1;
   const int64_t n_edges = g.indices.size(0);
-  STD_TORCH_CHECK(h.dim() == 2 && h.size(0) == n, "h must have shape [", n, ", d], got ", h.dim(),
+  // More rows of h than of the graph: nodes of other processes that its edges lead to.
+  STD_TORCH_CHECK(h.dim() == 2 && h.size(0) >= n, "h must have shape [", n, ", d], got ", h.dim(),
                   " dimensions and ", h.dim() > 0 ? h.size(0) : 0, " rows");
   check_dtype(g.indptr, "indptr", ScalarType::Long);
   check_shape(g.indptr, "indptr", {n + 1});
@@ -53,11 +55,11 @@ PropagateParams<T> graph_params(const GraphArgs& g, const Tensor& h) {
     check_dtype(*g.values, "values", ScalarType::Float);
     check_shape(*g.values, "values", {n_edges});
   }
-  for (const OptionalTensor* scale : {&g.row_scale, &g.col_scale}) {
+  for (const auto& [scale, length] : {std::pair(&g.row_scale, n), {&g.col_scale, h.size(0)}}) {
     if (!*scale) continue;
     check_dtype(**scale, "scale",
                 std::is_same_v<T, Bf16> ? ScalarType::Float : h.scalar_type());
-    check_shape(**scale, "scale", {n});
+    check_shape(**scale, "scale", {length});
   }
   check_dtype(g.task_rows, "task_rows", ScalarType::Long);
   check_shape(g.task_rows, "task_rows", {-1});
@@ -68,6 +70,7 @@ PropagateParams<T> graph_params(const GraphArgs& g, const Tensor& h) {
 
   PropagateParams<T> p{};
   p.n_nodes = n;
+  p.n_halo = h.size(0) - n;
   p.n_cols = h.size(1);
   p.n_edges = n_edges;
   p.indptr = read_ptr<int64_t>(g.indptr);

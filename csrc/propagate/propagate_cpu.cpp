@@ -107,10 +107,11 @@ constexpr int64_t kCopyDegree = 8;
 // a column's bits do not depend on its neighbours.
 template <typename T>
 Plan make_plan(const PropagateParams<T>& p, int64_t max_cols) {
-  const int64_t column_bytes = p.n_nodes * static_cast<int64_t>(sizeof(T));
+  const int64_t n_inputs = p.n_nodes + p.n_halo;
+  const int64_t column_bytes = n_inputs * static_cast<int64_t>(sizeof(T));
   const bool plain = p.h_mask == nullptr && p.col_scale == nullptr && p.masked_h == nullptr;
   if (plain && p.n_cols % kGroupCols == 0 &&
-      (p.n_edges < kCopyDegree * p.n_nodes || p.n_cols * column_bytes <= kDirectBytes)) {
+      (p.n_edges < kCopyDegree * n_inputs || p.n_cols * column_bytes <= kDirectBytes)) {
     return {true, max_cols, p.n_cols};
   }
   int64_t cols = max_cols;
@@ -130,7 +131,8 @@ void propagate_cpu(PropagateParams<T> p) {
   p.scratch = scratch.get();
   const int64_t padded = (p.n_cols + kGroupCols - 1) / kGroupCols * kGroupCols;
   const int64_t group_cols = plan.group_cols < padded ? plan.group_cols : padded;
-  Buffer<T> packed(plan.direct ? 0 : p.n_nodes * group_cols);
+  const int64_t n_inputs = p.n_nodes + p.n_halo;
+  Buffer<T> packed(plan.direct ? 0 : n_inputs * group_cols);
   constexpr int64_t kSize = sizeof(T);
   const bool stream = p.n_nodes * p.n_cols * kSize > kStreamBytes && p.n_cols % kGroupCols == 0 &&
                       reinterpret_cast<uintptr_t>(p.out) % 64 == 0;
@@ -140,14 +142,14 @@ void propagate_cpu(PropagateParams<T> p) {
     const int64_t end = begin + group_cols < padded ? begin + group_cols : padded;
     for (int64_t col = begin; col < end; col += plan.panel_cols) {
       const int64_t n_cols = end - col < plan.panel_cols ? end - col : plan.panel_cols;
-      Panel<T> panel{packed.data() + (col - begin) * p.n_nodes, n_cols, col, n_cols, false, stream};
+      Panel<T> panel{packed.data() + (col - begin) * n_inputs, n_cols, col, n_cols, false, stream};
       if (plan.direct) panel.x = p.h + col, panel.stride = p.h_stride;
-      panel.far = p.n_nodes * n_cols * kSize > kFarBytes;
+      panel.far = n_inputs * n_cols * kSize > kFarBytes;
       panels.push_back(panel);
     }
     const int64_t n_panels = static_cast<int64_t>(panels.size());
     if (!plan.direct) {
-      parallel_for(p.n_nodes, 1 + 65536 / group_cols, [&](int64_t row_begin, int64_t row_end) {
+      parallel_for(n_inputs, 1 + 65536 / group_cols, [&](int64_t row_begin, int64_t row_end) {
         for (const Panel<T>& panel : panels) {
           kernel.pack(p, panel, const_cast<T*>(panel.x), row_begin, row_end);
         }

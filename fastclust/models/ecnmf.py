@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastclust import ops
+from fastclust.distributed import ONE, Ranks
 from fastclust.graph import Graph
 from fastclust.models.inputs import (
     NORM_FLOOR,
@@ -39,13 +40,15 @@ _INITIALISE, _HEAD = range(2)  # what a derived seed is for
 EPSILON = 1e-8
 
 
-def target_distribution(q: Tensor) -> Tensor:
+def target_distribution(q: Tensor, ranks: Ranks = ONE) -> Tensor:
     """The sharpened assignment (Eq. 15): P_ij ~ Q_ij^2 / f_j with f_j = sum_i Q_ij, rows sum to 1.
 
     Parameters
     ----------
     q : Tensor [N, K]
         Soft assignment.
+    ranks : Ranks
+        The processes that hold its rows.
 
     Returns
     -------
@@ -53,7 +56,7 @@ def target_distribution(q: Tensor) -> Tensor:
         [N, K], constant for autograd.
     """
     q = q.detach()
-    weight = q.square() / q.sum(0).clamp_min(EPSILON)  # [N, K]
+    weight = q.square() / ranks.total(q.sum(0)).clamp_min(EPSILON)  # [N, K]
     return weight / weight.sum(1, keepdim=True).clamp_min(EPSILON)
 
 
@@ -78,6 +81,10 @@ class _DenseInput:
         self.right = right  # [R, D]
         self.n_features = (left if right is None else right).shape[1]
 
+    def share(self, ranks: Ranks) -> None:
+        """Keep the rows of one rank."""
+        self.left = ranks.rows(self.left)
+
     def __call__(self, w: Tensor, precision: str) -> Tensor:
         if self.right is not None:
             w = ops.matmul(self.right, w)
@@ -90,10 +97,19 @@ class _SparseInput:
     def __init__(self, graph: Graph, x: Tensor) -> None:
         self.n_features = x.shape[1]
         self.graph, self.x = graph, x
-        self.x_transposed = x.t().to_sparse_csr()  # [D, N]
+        self.share(ONE)
+
+    def share(self, ranks: Ranks) -> None:
+        """Keep the rows of one rank."""
+        self.propagate, self.graph, self.x = (
+            ranks.propagate,
+            ranks.graph(self.graph),
+            ranks.rows(self.x),
+        )
+        self.x_transposed = self.x.t().to_sparse_csr()  # [D, N]
 
     def __call__(self, w: Tensor, precision: str) -> Tensor:
-        return ops.propagate(self.graph, _SparseProduct.apply(self.x, self.x_transposed, w))
+        return self.propagate(self.graph, _SparseProduct.apply(self.x, self.x_transposed, w))
 
 
 def _second_view(graph: Graph, x: ops.LowRankMatrix) -> _DenseInput:
@@ -126,6 +142,10 @@ class _LinearView:
         blocks[-1][:, :-1], blocks[-1][:, -1] = first.left, 1.0
         for k in range(n_layers - 2, -1, -1):
             blocks[k].copy_(ops.propagate(graph, blocks[k + 1]))
+
+    def share(self, ranks: Ranks) -> None:
+        """Keep the rows of one rank."""
+        self.basis = ranks.rows(self.basis)
 
     @staticmethod
     def pays(graph: Graph, first: _DenseInput, n_layers: int, width: int) -> bool:
@@ -278,8 +298,11 @@ class ECNMFModel(nn.Module):
         float32. A sparse X and the head are float32 in any case.
     seed : int
         Of the initial weights and of k-means.
+    ranks : Ranks
+        The processes that share the graph by rows, see :mod:`fastclust.distributed`.
     """
 
+    by_rows: frozenset[str] = frozenset()  # no parameter has a row per node
     target: Tensor | None
     pseudo: tuple[Tensor, Tensor] | None
 
@@ -309,8 +332,10 @@ class ECNMFModel(nn.Module):
         n_init: int = 10,
         precision: str = "fp32",
         seed: int = 0,
+        ranks: Ranks = ONE,
     ) -> None:
         super().__init__()
+        self.ranks, self.n_nodes = ranks, graph.n_nodes
         self.graph, self.n_clusters = graph, n_clusters
         self.activation: Literal["none", "relu"] = "relu" if activation == "relu" else "none"
         self.row_normalise, self.head, self.n_init = row_normalise, head, n_init
@@ -330,6 +355,9 @@ class ECNMFModel(nn.Module):
             _second_view(graph, x_low_rank),
         )
         self.inputs = [self._joined(view, width, n_layers) for view in inputs]
+        self.graph = ranks.graph(graph)
+        for joined in self.inputs:
+            joined.share(ranks)
         self._memory: list[Tensor | None] = [None, None]  # [N, d] of the linear views
         # Glorot's uniform initialisation for every matrix, zero for every bias.
         generator = torch.Generator().manual_seed(derive_seed(seed, _INITIALISE))
@@ -342,6 +370,7 @@ class ECNMFModel(nn.Module):
         self.head_w = _glorot((width, n_clusters), generator)
         self.head_b = nn.Parameter(torch.zeros(n_clusters))
         self.to(x.device)
+        ranks.sum_gradients(self.parameters())
 
     # --- the network -----------------------------------------------------------------------------
 
@@ -373,7 +402,7 @@ class ECNMFModel(nn.Module):
             z = torch.relu(z)
         for w, b in zip(weights[1:], biases[1:], strict=True):
             h = ops.matmul(z, w, bias=b, precision=self.precision)
-            z = ops.propagate(self.graph, h, residual=z, activation=self.activation)
+            z = self.ranks.propagate(self.graph, h, residual=z, activation=self.activation)
         return z
 
     def head_input(self, first: Tensor, second: Tensor) -> Tensor:
@@ -397,10 +426,9 @@ class ECNMFModel(nn.Module):
         if self.head != "kmeans":
             return
         z = self.head_embedding()
-        result = sampled_kmeans(
-            z, self.n_clusters, n_init=self.n_init, seed=derive_seed(self.seed, _HEAD)
-        )
-        sharpness = z.shape[0] / max(float(result.inertia), EPSILON * z.shape[0])
+        kmeans = self.ranks.kmeans if self.ranks.size > 1 else sampled_kmeans
+        result = kmeans(z, self.n_clusters, n_init=self.n_init, seed=derive_seed(self.seed, _HEAD))
+        sharpness = self.n_nodes / max(float(result.inertia), EPSILON * self.n_nodes)
         centers = result.centers.to(z)  # [K, d]
         self.head_w.copy_(2.0 * sharpness * centers.T)
         self.head_b.copy_(-sharpness * centers.square().sum(1))
@@ -410,18 +438,18 @@ class ECNMFModel(nn.Module):
         first, second = self._encode(0, reuse_memory=True), self._encode(1, reuse_memory=True)
         if self.activation == "relu" and self.n_layers == 1:
             first, second = first.clone(), second.clone()  # the gradient of relu needs its result
-        n, d = first.shape
+        n, d = self.n_nodes, first.shape[1]
         squared, scores = _Agreement.apply(first, second, self.head_w, self.row_normalise)
         log_q = torch.log_softmax(scores + self.head_b, dim=1)
         q = log_q.exp()
         if self.target is None or self.epoch % self.target_every == 0:
-            self.target = target_distribution(q)
+            self.target = target_distribution(q, self.ranks)
         if self.epoch >= self.pseudo_start and (
             self.pseudo is None or self.epoch % self.update_every == 0
         ):
-            self.pseudo = self._pseudo_labels(q.detach())
+            self.pseudo = self._pseudo_labels(self.ranks.gather(q.detach()))
 
-        view = squared / (n if self.view_loss == "nodes" else n * d)
+        view = self.ranks.total(squared) / (n if self.view_loss == "nodes" else n * d)
         self._parts = {"mse": view, "kl": self._divergence(self.target, log_q)}
         total = self.loss_alpha * view + self.loss_beta * self._parts["kl"]
         if self.pseudo is not None:
@@ -438,7 +466,7 @@ class ECNMFModel(nn.Module):
     def assign(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Clusters argmax Q, int64 [N], and the head's input [N, d] after this epoch."""
         z = self.head_embedding()
-        return self.assignment(z).argmax(1), z
+        return self.ranks.gather(self.assignment(z).argmax(1)), self.ranks.gather(z)
 
     def diagnostics(self) -> dict[str, float]:
         """The three parts of the loss in the last epoch."""
@@ -448,7 +476,7 @@ class ECNMFModel(nn.Module):
         """Target distribution and pseudo labels, for a checkpoint."""
         state = {"epoch": torch.tensor(self.epoch)}
         if self.target is not None:
-            state["target"] = self.target
+            state["target"] = self.ranks.gather(self.target)
         if self.pseudo is not None:
             state["pseudo_nodes"], state["pseudo_labels"] = self.pseudo
         return state
@@ -456,7 +484,8 @@ class ECNMFModel(nn.Module):
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Take back what :meth:`extra_state` gave."""
         self.epoch = int(state["epoch"])
-        self.target = state.get("target")
+        target = state.get("target")
+        self.target = None if target is None else self.ranks.rows(target)
         nodes = state.get("pseudo_nodes")
         self.pseudo = None if nodes is None else (nodes, state["pseudo_labels"])
 
@@ -466,9 +495,9 @@ class ECNMFModel(nn.Module):
         """KL(P || Q) (Eq. 16) in the chosen reading; p and log_q [N, K]."""
         log_ratio = p.clamp_min(EPSILON).log() - log_q.clamp_min(_log(EPSILON))
         if self.kl == "literal":
-            return log_ratio.mean()
-        divergence = (p * log_ratio).sum()
-        return divergence if self.kl == "sum" else divergence / p.shape[0]
+            return self.ranks.total(log_ratio.mean() * (p.shape[0] / self.n_nodes))
+        divergence = self.ranks.total((p * log_ratio).sum())
+        return divergence if self.kl == "sum" else divergence / self.n_nodes
 
     def _pseudo_labels(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 17: the most probable nodes of each cluster and their cluster, both int64 [n]."""
@@ -485,11 +514,17 @@ class ECNMFModel(nn.Module):
 
     def _pseudo_loss(self, q: Tensor, nodes: Tensor, labels: Tensor) -> Tensor:
         """Binary cross entropy of q [N, K] with the pseudo labels (Eq. 18)."""
+        n_labelled = len(nodes)
+        nodes, labels = self.ranks.own_nodes(nodes, labels)
         q = q[nodes].clamp(EPSILON, 1.0 - 1e-7)  # [n, K]
-        if self.bce == "positive":
-            return -q.gather(1, labels[:, None]).log().mean()
-        one_hot = nn.functional.one_hot(labels, self.n_clusters).to(q)
-        return nn.functional.binary_cross_entropy(q, one_hot)
+        if len(nodes) == 0:
+            mean = q.sum()
+        elif self.bce == "positive":
+            mean = -q.gather(1, labels[:, None]).log().mean()
+        else:
+            one_hot = nn.functional.one_hot(labels, self.n_clusters).to(q)
+            mean = nn.functional.binary_cross_entropy(q, one_hot)
+        return self.ranks.total(mean * (len(nodes) / n_labelled))
 
 
 def _empty_like(x: Tensor, *shape: int) -> Tensor:

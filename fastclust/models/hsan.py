@@ -9,7 +9,7 @@ tiled inside :mod:`fastclust.ops`, and the structure encoders are sparse product
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastclust import ops
+from fastclust.distributed import ONE, Ranks
 from fastclust.graph import Graph
 from fastclust.models.inputs import (
     SAMPLE_ROWS,
@@ -87,7 +88,14 @@ def filtered_attributes(
     return ops.propagate(graph, features, steps=filter_steps)
 
 
-def confident_nodes(z: Tensor, centers: Tensor, tau: float, *, released: bool = False) -> Tensor:
+def confident_nodes(
+    z: Tensor,
+    centers: Tensor,
+    tau: float,
+    *,
+    released: bool = False,
+    gather: Callable[[Tensor], Tensor] = ONE.gather,
+) -> Tensor:
     """The fraction ``tau`` of the nodes that lies most clearly with one centre.
 
     The score of node i is 1 / sum_k exp(d_ik^2 - min_k d_ik^2), d the distance to the centres:
@@ -102,14 +110,16 @@ def confident_nodes(z: Tensor, centers: Tensor, tau: float, *, released: bool = 
     released : bool
         Keep every node whose score is at most the int(N (1 - tau))-th largest, as the released
         code does: that node itself and ties included.
+    gather : callable
+        Where z holds a part of the nodes: takes scores of these to those of all N.
 
     Returns
     -------
     Tensor
         bool [N].
     """
-    n = z.shape[0]
-    score = torch.cat([_clarity(rows, centers) for rows in z.split(SAMPLE_ROWS)])  # [N]
+    score = gather(torch.cat([_clarity(rows, centers) for rows in z.split(SAMPLE_ROWS)]))  # [N]
+    n = score.shape[0]
     if released:
         n_low = int(n * (1 - tau))
         if n_low == 0:
@@ -171,8 +181,11 @@ class HSANModel(nn.Module):
         Of the products inside the loss.
     seed : int
         Of the initial weights and of k-means.
+    ranks : Ranks
+        The processes that share the graph by rows, see :mod:`fastclust.distributed`.
     """
 
+    by_rows = frozenset(("v.0", "v.1"))  # parameters with a row per node
     weights: ops.Hardness | None
     centers: Tensor  # [K, d]
 
@@ -195,9 +208,11 @@ class HSANModel(nn.Module):
         n_init: int = 10,
         precision: str = "fp32",
         seed: int = 0,
+        ranks: Ranks = ONE,
     ) -> None:
         super().__init__()
-        self.x, self.graph = x, graph
+        self.ranks = ranks
+        self.x, self.graph = ranks.rows(x), ranks.graph(graph)
         self.n_clusters, self.n_init, self.kmeans = n_clusters, n_init, kmeans
         self.activation, self.tau, self.beta = activation, tau, beta
         self.use_weights, self.stale_weights = weights == "hard", stale_weights
@@ -218,7 +233,8 @@ class HSANModel(nn.Module):
         if structure:
             bound = n**-0.5
             shape = (n, width)
-            self.v = nn.ParameterList(uniform_parameter(shape, bound, generator) for _ in views)
+            whole = (uniform_parameter(shape, bound, generator) for _ in views)
+            self.v = nn.ParameterList(nn.Parameter(ranks.rows(v.detach())) for v in whole)
             self.c = nn.ParameterList(uniform_parameter((width,), bound, generator) for _ in views)
             self.alpha: Tensor = nn.Parameter(torch.tensor(ALPHA_START))
         else:
@@ -226,6 +242,7 @@ class HSANModel(nn.Module):
         # Of the last clustering, for nodes that were not trained on.
         self.register_buffer("centers", torch.zeros(n_clusters, width))
         self.to(x.device)
+        ranks.sum_gradients(p for name, p in self.named_parameters() if name not in self.by_rows)
 
     # --- the network -----------------------------------------------------------------------------
 
@@ -245,7 +262,7 @@ class HSANModel(nn.Module):
         if not self.structure:
             return None
         encoders = zip(self.v, self.c, strict=True)
-        first, second = (ops.propagate(self.graph, v).add_(c) for v, c in encoders)
+        first, second = (self.ranks.propagate(self.graph, v).add_(c) for v, c in encoders)
         return stacked_unit_rows(first, second)
 
     def embedding(self) -> Tensor:
@@ -261,7 +278,7 @@ class HSANModel(nn.Module):
     def loss(self) -> Tensor:
         """The weighted InfoNCE loss (Eqs. 8, 10, 11 as trained), a scalar."""
         self._clustered = None
-        return ops.hard_infonce(
+        return self.ranks.hard_infonce(
             self.attribute_views(),
             self.structure_views(),
             self.alpha,
@@ -278,14 +295,16 @@ class HSANModel(nn.Module):
             return
         result, z_mean = self._cluster(epoch)
         released = self.kmeans == "paper-code"
-        confident = confident_nodes(z_mean, result.centers, self.tau, released=released)
+        confident = confident_nodes(
+            z_mean, result.centers, self.tau, released=released, gather=self.ranks.gather
+        )
         previous = self.weights if self.stale_weights else None
         self.weights = None  # its memory is needed
-        self.weights = ops.hardness(
+        self.weights = self.ranks.hardness(
             self.attribute_views(),
             self.structure_views(),
             self.alpha,
-            result.labels,
+            self.ranks.gather(result.labels),
             confident,
             self.beta,
             previous=previous,
@@ -295,7 +314,7 @@ class HSANModel(nn.Module):
     def assign(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Clusters int64 [N] and embedding [N, d] after this epoch."""
         result, z_mean = self._cluster(epoch)
-        return result.labels, z_mean
+        return self.ranks.gather(result.labels), self.ranks.gather(z_mean)
 
     @torch.no_grad()
     def predict(self) -> tuple[Tensor, Tensor]:
@@ -309,11 +328,12 @@ class HSANModel(nn.Module):
 
     def extra_state(self) -> dict[str, Tensor]:
         """The weights of the last refresh, for a checkpoint."""
-        return {} if self.weights is None else self.weights.state_dict()
+        return {} if self.weights is None else self.ranks.whole_weights(self.weights).state_dict()
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Take back what :meth:`extra_state` gave."""
-        self.weights = ops.Hardness.from_state_dict(state) if state else None
+        whole = ops.Hardness.from_state_dict(state) if state else None
+        self.weights = None if whole is None else self.ranks.own_weights(whole)
 
     def _cluster(self, epoch: int) -> tuple[ops.KMeansResult, Tensor]:
         """k-means on the embedding; a refresh and an evaluation of the same epoch share it."""
@@ -321,9 +341,10 @@ class HSANModel(nn.Module):
             z = self.embedding()
             seed = derive_seed(self.seed, _CLUSTER, epoch)
             if self.kmeans == "paper-code":
-                result = ops.kmeans(z, self.n_clusters, init="paper-code", seed=seed)
+                result = self.ranks.kmeans(z, self.n_clusters, init="paper-code", seed=seed)
             else:
-                result = sampled_kmeans(z, self.n_clusters, n_init=self.n_init, seed=seed)
+                kmeans = self.ranks.kmeans if self.ranks.size > 1 else sampled_kmeans
+                result = kmeans(z, self.n_clusters, n_init=self.n_init, seed=seed)
             self.centers.copy_(result.centers)
             self._clustered = (epoch, result, z)
         return self._clustered[1:]

@@ -142,22 +142,10 @@ def hard_infonce(
         >>> loss = hard_infonce(z, None, 1.0)
     """
     z, e, alpha = _check_views(z, e, alpha)
-    if weights is None:
-        snapshot: tuple[Any, ...] = ([], [], None, None, None, None, None, 0.0)
-    else:
+    if weights is not None:
         _check_weights(weights, z)
-        snapshot = (
-            list(weights.z),
-            list(weights.e),
-            weights.alpha,
-            weights.range,
-            weights.labels,
-            weights.membership,
-            weights.order,
-            weights.beta,
-        )
     code = _precision_code(precision, z.dtype)
-    loss, _ = _hard_infonce(z, e, alpha, *snapshot, code)
+    loss, _ = _hard_infonce(z, e, alpha, *_snapshot_arguments(weights), code)
     return loss
 
 
@@ -207,17 +195,47 @@ def hardness(
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta must be a finite number >= 0, got {beta}")
     extremes = torch.ops.fastclust.similarity_range(z, e, alpha, PRECISIONS["fp32"])
+    return _refreshed(z, e, alpha, extremes, labels, confident, beta, previous)
+
+
+def _refreshed(
+    z: Tensor,
+    e: Tensor,
+    alpha: Tensor,
+    extremes: Tensor,
+    labels: Tensor,
+    confident: Tensor,
+    beta: float,
+    previous: Hardness | None,
+) -> Hardness:
+    """The weights of a refresh, from checked arguments and the range of the similarity [2]."""
     new = Hardness(
         z=(z.detach().clone(),),
         e=(e.detach().clone(),),
         alpha=alpha.detach().reshape(1).clone(),
         range=extremes.reshape(1, 2),
-        labels=labels.to(torch.int32, copy=True).reshape(1, n),
+        labels=labels.to(torch.int32, copy=True)[None],
         membership=confident.to(torch.int64),
         order=_descending(confident.to(torch.int64)),
         beta=float(beta),
     )
     return new if previous is None else _extend(previous, new)
+
+
+def _snapshot_arguments(weights: Hardness | None) -> tuple[Any, ...]:
+    """Weights as the operators take them."""
+    if weights is None:
+        return [], [], None, None, None, None, None, 0.0
+    return (
+        list(weights.z),
+        list(weights.e),
+        weights.alpha,
+        weights.range,
+        weights.labels,
+        weights.membership,
+        weights.order,
+        weights.beta,
+    )
 
 
 def dense_weights(w: Hardness) -> Tensor:
@@ -413,7 +431,7 @@ def _(z: Tensor, e: Tensor, alpha: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _(
     grad_loss: Tensor, z: Tensor, e: Tensor, alpha: Tensor, row_sums: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    need_z, need_e, need_alpha = rest[-3:]
+    need_z, need_e, need_alpha = rest[9:12]  # after eight arguments of weights and the precision
     return (
         z.new_empty(z.shape if need_z else (0,)),
         e.new_empty(e.shape if need_e else (0,)),
@@ -422,12 +440,14 @@ def _(
 
 
 @torch.library.register_fake("fastclust::similarity_range")
-def _(z: Tensor, e: Tensor, alpha: Tensor, precision: int) -> Tensor:
+def _(z: Tensor, e: Tensor, alpha: Tensor, precision: int, window: Sequence[int] = ()) -> Tensor:
     return z.new_empty((2,))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, e, alpha, snapshot_z, snapshot_e, *tensors, beta, precision = inputs
+    z, e, alpha, snapshot_z, snapshot_e, *tensors, beta, precision = inputs[:12]
+    if any(inputs[12:]):
+        raise RuntimeError("fastclust::hard_infonce is differentiable as a whole, not by windows")
     row_sums = output[1]
     ctx.mark_non_differentiable(row_sums)
     ctx.save_for_backward(z, e, alpha, row_sums, *tensors, *snapshot_z, *snapshot_e)

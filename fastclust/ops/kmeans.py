@@ -144,13 +144,7 @@ def kmeans(
 
     ops = torch.ops.fastclust
     xc, mean, variance = ops.kmeans_center(x.detach().contiguous())
-    spread = variance.item() * width * n_points
-    if not math.isfinite(spread):
-        raise ValueError("x must hold finite values, found NaN or infinity")
-    if spread > torch.finfo(x.dtype).max / 16:
-        raise ValueError(
-            f"x is too widely spread for squared distances in {x.dtype}: scale it down"
-        )
+    _check_spread(variance.item() * width * n_points, x.dtype)
 
     norm_rule = isinstance(init, str) and init == "paper-code"
     if norm_rule:
@@ -226,6 +220,14 @@ def _given_centers(init: Tensor, x: Tensor, n_clusters: int, mean: Tensor, xc: T
     centers = xc.new_zeros(1, n_clusters, xc.shape[1])
     centers[0, :, : x.shape[1]] = init.detach().double() - mean
     return centers
+
+
+def _check_spread(spread: float, dtype: torch.dtype) -> None:
+    """Check the sum of squared distances to the mean."""
+    if not math.isfinite(spread):
+        raise ValueError("x must hold finite values, found NaN or infinity")
+    if spread > torch.finfo(dtype).max / 16:
+        raise ValueError(f"x is too widely spread for squared distances in {dtype}: scale it down")
 
 
 def _check_points(x: Tensor) -> None:

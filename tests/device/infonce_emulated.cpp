@@ -27,6 +27,7 @@ struct Problem {
   double* row_sums;
   const T* grad_loss;
   T *grad_z, *grad_e, *grad_alpha, *out_range;
+  int64_t window[3];  // row_begin, row_end, column_begin; row_end == 0: no window
 };
 
 Limits limits;
@@ -65,15 +66,16 @@ int64_t solve(const Problem<T>& p, int operation) {
   const Weights<T> weights{p.n_snapshots, snapshots.data(), p.range, p.labels,
                            p.membership,  p.order,          p.beta};
   const auto precision = static_cast<Precision>(p.precision);
+  const Window window{p.window[1] == 0, p.window[0], p.window[1], p.window[2]};
   if (operation == 0) {
     return execute(
-        ForwardParams<T>{p.n_nodes, views, weights, precision, p.loss, p.row_sums});
+        ForwardParams<T>{p.n_nodes, views, weights, precision, p.loss, p.row_sums, window});
   }
   if (operation == 1) {
     return execute(BackwardParams<T>{p.n_nodes, views, weights, precision, p.row_sums,
-                                     p.grad_loss, p.grad_z, p.grad_e, p.grad_alpha});
+                                     p.grad_loss, p.grad_z, p.grad_e, p.grad_alpha, window});
   }
-  return execute(RangeParams<T>{p.n_nodes, views, precision, p.out_range});
+  return execute(RangeParams<T>{p.n_nodes, views, precision, p.out_range, window});
 }
 
 }  // namespace
@@ -116,7 +118,7 @@ int64_t packed_byte(int64_t n_blocks, int64_t row, int64_t byte) {
 // Patches of a cut in order, [count, 4]: row begin, rows, column begin, columns; returns the count.
 int64_t patches_of(int64_t rows, int64_t panel, int64_t chunk, int64_t* out) {
   int64_t count = 0;
-  (void)for_each_patch(Cut{panel, chunk}, rows, 128, [&](const Patch& patch, bool) {
+  (void)for_each_patch(Cut{panel, chunk}, Window{}, rows, 128, [&](const Patch& patch, bool) {
     const int64_t values[] = {patch.row_begin, patch.rows, patch.column_begin, patch.columns};
     if (out) std::memcpy(out + 4 * count, values, sizeof values);
     ++count;

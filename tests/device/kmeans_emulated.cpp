@@ -22,10 +22,6 @@ inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int atomicAdd(int* address, int value) { return std::exchange(*address, *address + value); }
 
 constexpr cudaError_t cudaErrorInvalidConfiguration = cudaErrorInvalidValue;
-inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
-  std::memset(p, value, bytes);
-  return cudaSuccess;
-}
 
 #include "device/emulated_launch.h"
 #include "kmeans/kmeans_cuda.cu"

@@ -1,0 +1,195 @@
+"""Several real processes over gloo against one process and the float64 twin."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from fastclust import Graph, distributed, ops, reference
+from fastclust.ops import infonce
+
+SIZES = (1, 2, 3, 4)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def views(n: int, d: int, seed: int = 0) -> torch.Tensor:
+    return torch.nn.functional.normalize(normal(2 * n, d, seed=seed), dim=1)
+
+
+def own_views(ranks: distributed.ShardedRanks, x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([ranks.rows(view) for view in x.chunk(2)])
+
+
+def random_graph(n: int, norm: str, self_loops: bool) -> Graph:
+    a = sp.random_array((n, n), density=min(1.0, 6 / n), rng=np.random.default_rng(n))
+    a = a + a.T
+    a.setdiag(0)
+    a.eliminate_zeros()
+    return Graph(a.tocsr(), norm=norm, self_loops=self_loops)
+
+
+# --- what each process does; runs in all of them at once ------------------------------------------
+
+
+def check_loss(size: int) -> None:
+    """Both variants in float64 against one process, with and without weights of two refreshes."""
+    for n in (7, 130, 801):
+        z, e, alpha = views(n, 12), views(n, 5, seed=1), torch.tensor(0.7, dtype=torch.float64)
+        old_z, old_e = views(n, 12, seed=2), views(n, 5, seed=3)
+        labels = torch.arange(n) * 7 % 3
+        first, second = torch.arange(n) % 5 != 0, torch.arange(n) % 3 != 1
+        held = ops.hardness(old_z, old_e, 0.9, labels, first, 2.0)
+        stale = ops.hardness(z, e, 0.6, labels, second, 2.0, previous=held)
+        for ring in (False, True):
+            ranks = distributed.ShardedRanks(n, ring=ring)
+            parts = [own_views(ranks, x) for x in (old_z, old_e, z, e)]
+            own = ranks.hardness(*parts[:2], 0.9, labels, first, 2.0)
+            own_stale = ranks.hardness(*parts[2:], 0.6, labels, second, 2.0, previous=own)
+            for w, want_w in ((None, None), (own, held), (own_stale, stale)):
+                if w is not None:
+                    whole = ranks.whole_weights(w)
+                    torch.testing.assert_close(whole.state_dict(), want_w.state_dict())
+                    again = ranks.own_weights(whole)
+                    assert all(torch.equal(a, b) for a, b in zip(again.z, w.z, strict=True))
+                leaves = [x.clone().requires_grad_() for x in (z, e, alpha)]
+                want = ops.hard_infonce(*leaves, weights=want_w)
+                want_grads = torch.autograd.grad(3 * want, leaves)
+                mine = [x.clone().requires_grad_() for x in (*parts[2:], alpha)]
+                ranks.sum_gradients(mine[2:])
+                loss = ranks.hard_infonce(*mine, weights=w)
+                grads = torch.autograd.grad(3 * loss, mine)
+                torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+                for got, expected in zip(grads[:2], want_grads[:2], strict=True):
+                    torch.testing.assert_close(
+                        got, own_views(ranks, expected), rtol=1e-9, atol=1e-15
+                    )
+                torch.testing.assert_close(grads[2], want_grads[2], rtol=1e-9, atol=1e-15)
+    # without structure, in float32, one gradient only
+    n = 401
+    z = views(n, 9).float()
+    for ring in (False, True):
+        ranks = distributed.ShardedRanks(n, ring=ring)
+        part = own_views(ranks, z).requires_grad_()
+        loss = ranks.hard_infonce(part, None, torch.tensor(1.0))
+        twin = z.double().requires_grad_()
+        want = reference.hard_infonce(twin, None, 1.0)
+        want.backward()
+        loss.backward()
+        torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+        expected = own_views(ranks, twin.grad).float()
+        torch.testing.assert_close(part.grad, expected, rtol=1e-4, atol=1e-8)
+
+
+def check_propagation(size: int) -> None:
+    for n, norm, loops in ((7, "rw", True), (50, "sym", True), (201, "none", False)):
+        whole = random_graph(n, norm, loops)
+        ranks = distributed.ShardedRanks(n)
+        graph = ranks.graph(whole)
+        for activation in ("none", "relu"):
+            h, residual = normal(n, 6, seed=1), normal(n, 6, seed=2)
+            leaves = [x.clone().requires_grad_() for x in (h, residual)]
+            want = ops.propagate(whole, leaves[0], residual=leaves[1], activation=activation)
+            weight = normal(n, 6, seed=3)
+            expected = torch.autograd.grad((want * weight).sum(), leaves)
+            mine = [ranks.rows(x).requires_grad_() for x in (h, residual)]
+            got = ranks.propagate(graph, mine[0], residual=mine[1], activation=activation)
+            grads = torch.autograd.grad((got * ranks.rows(weight)).sum(), mine)
+            torch.testing.assert_close(got, ranks.rows(want))
+            for g, x in zip(grads, expected, strict=True):
+                torch.testing.assert_close(g, ranks.rows(x))
+
+
+def check_kmeans(size: int) -> None:
+    n, k = 203, 5
+    x = (
+        normal(n, 7, seed=4, dtype=torch.float32)
+        + 4 * normal(k, 7, seed=5).float()[torch.arange(n) % k]
+    )
+    ranks = distributed.ShardedRanks(n)
+    for init in (None, "paper-code"):
+        want = ops.kmeans(x, k, seed=3, init=init)
+        got = ranks.kmeans(ranks.rows(x), k, seed=3, init=init)
+        assert torch.equal(ranks.gather(got.labels), want.labels)
+        torch.testing.assert_close(got.centers, want.centers)
+        assert got.inertia == pytest.approx(want.inertia, rel=1e-6)
+        # every rank has the same bits
+        assert torch.equal(
+            ranks.gather(got.centers[:1].expand(len(ranks.rows(x)), -1)).std(0), torch.zeros(7)
+        )
+    # empty clusters are mended, from whichever rank holds the farthest point
+    for far in (0, n - 1):
+        x = torch.zeros(n, 3)
+        x[far], x[n // 2] = 9.0, 5.0
+        got = ranks.kmeans(ranks.rows(x), 3, seed=0, n_init=2)
+        assert got.inertia == 0.0
+        assert ranks.gather(got.labels).unique().numel() == 3
+    # fewer distinct points than clusters
+    got = ranks.kmeans(ranks.rows(torch.ones(n, 3)), 4)
+    assert got.inertia == 0.0
+
+
+def check_exchange(size: int) -> None:
+    n = 11
+    ranks = distributed.ShardedRanks(n)
+    x = normal(n, 3)
+    assert torch.equal(ranks.gather(ranks.rows(x)), x)
+    assert torch.equal(ranks.gather_views(own_views(ranks, views(n, 2))), views(n, 2))
+    summed = ranks.scatter_views(torch.ones(2 * n, 2) * (ranks.rank + 1))
+    assert torch.equal(summed, torch.full_like(summed, size * (size + 1) / 2))
+    assert ranks.most(ranks.rank, -ranks.rank) == (size - 1, 0)
+    assert ranks.from_first(lambda: ranks.rank) == 0
+    with pytest.raises(KeyError, match="only here"):
+        ranks.from_first(lambda: {}["only here"])
+    # bands cover the triangle once
+    for n in (7, 800, 20_000):
+        shares = distributed.ShardedRanks(n)
+        rows = 2 * n
+        ends = []
+        for r in range(size):
+            shares.rank = r
+            window = shares.window()
+            if window is not None:
+                assert window[0] == (ends[-1] if ends else 0) == window[2]
+                ends.append(window[1])
+        assert ends[-1] == rows
+
+
+CHECKS = (check_exchange, check_loss, check_propagation, check_kmeans)
+
+
+def child(rank: int, size: int, port: int, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    try:
+        for name in names:
+            globals()[name](size)
+    finally:
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_ranks_agree_with_one_process(size: int) -> None:
+    """Loss, gradients, weights, propagation and k-means; processes are started once per size."""
+    names = [check.__name__ for check in CHECKS]
+    mp.spawn(child, (size, free_port(), names), nprocs=size)
