@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from datetime import timedelta
 
 import numpy as np
@@ -16,7 +14,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fastclust import Graph, distributed, ops, reference
-from fastclust.ops import infonce
 
 SIZES = (1, 2, 3, 4)
 
