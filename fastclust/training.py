@@ -572,7 +572,7 @@ class _Checkpoints:
     def _newest(
         self, wanted: Mapping[str, Any], tensors: dict[str, Tensor]
     ) -> dict[str, Any] | None:
-        """Record of the newest checkpoint that is whole, None where there is none; fills tensors."""
+        """Record of the newest checkpoint that is whole, or None; its tensors go to ``tensors``."""
         damaged: list[str] = []
         for path in (self.path, self.previous):
             if not path.exists():
