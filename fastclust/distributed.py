@@ -13,13 +13,13 @@ pass where weights come from a snapshot), and forward and backward agree on who 
 
 - *gather* (R <= 4): every rank gathers all rows and takes a band of the triangle's rows of equal
   area; row sums are all-reduced, gradients reduce-scattered. A rank receives M D (R - 1) / R
-  elements forward and as many backward, and holds 4 M D of them (rows, gradients, both packed),
-  with a snapshot 6 M D.
+  elements forward and as many backward, and holds 5 M D of them (rows, packed twice, gradients
+  twice), with a snapshot 7 M D.
 - *half-ring* (R > 4): at step s <= R / 2, rank r has the block of rank r + s and computes the pair
   of blocks, for both; the row sums and gradients of the visitor travel back. With R even the last
   step meets every pair twice and each side does one half. A rank receives M D / 2 elements forward,
   M D backward (blocks again, and gradients), half as much more per pass for a snapshot, but holds
-  about 9 M D / R. The next block travels while a pair is computed.
+  about 13 M D / R, with a snapshot 19. The next block travels while a pair is computed.
 
 Blocks of a pair are stacked as one small problem, the first padded with zero nodes to whole tiles:
 such a row adds exp(0) = 1 to every row sum, which is taken off again, and nothing to a gradient. A
@@ -188,7 +188,7 @@ def session() -> Iterator[Ranks]:
     if not launched():
         yield ONE
         return
-    rank, size, local = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    size, rank, local = (_number(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise LaunchError(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import fastclust as fc
 from fastclust import Graph, distributed, ops, reference
 
 SIZES = (1, 2, 3, 4)
@@ -164,7 +169,48 @@ def check_exchange(size: int) -> None:
         assert ends[-1] == rows
 
 
-CHECKS = (check_exchange, check_loss, check_propagation, check_kmeans)
+def small_problem() -> tuple[np.ndarray, sp.csr_array]:
+    """Attributes [101, 12] and a graph of four noisy communities."""
+    rng = np.random.default_rng(0)
+    n, k = 101, 4
+    group = np.arange(n) % k
+    x = rng.normal(size=(k, 12))[group] + 0.7 * rng.normal(size=(n, 12))
+    same = group[:, None] == group[None, :]
+    a = np.triu(rng.random((n, n)) < np.where(same, 0.2, 0.02), 1)
+    return x.astype(np.float32), sp.csr_array((a | a.T).astype(np.float32))
+
+
+TRAINED = (
+    lambda: fc.HSAN(n_clusters=4, epochs=6, width=16, weights="hard", refresh_every=2),
+    lambda: fc.HSAN(n_clusters=4, epochs=6, width=16, weights="hard", protocol="paper-code"),
+    lambda: fc.ECNMF(n_clusters=4, epochs=6, width=16, rank=3),
+    lambda: fc.ECNMF(n_clusters=4, epochs=6, width=16, rank=3, n_layers=3, activation="relu",
+                     head="random", kl="literal", bce="positive", selection="loss"),
+)  # fmt: skip
+
+
+def check_training(size: int) -> None:
+    """The estimators on all ranks against one process; attributes dense, then sparse."""
+    x, a = small_problem()
+    for ring in (False, True):
+        distributed.GATHER_UP_TO = 0 if ring else 4
+        for make in TRAINED:
+            for features in (x, sp.csr_array(np.where(np.abs(x) > 2.2, x, 0))):
+                distributed._active = False
+                alone = make().fit(features, adjacency=a)
+                distributed._active = True
+                shared = make().fit(features, adjacency=a)
+                losses = [[h["loss"] for h in m.history_] for m in (alone, shared)]
+                np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+                np.testing.assert_allclose(shared.embedding_, alone.embedding_, atol=1e-3)
+                assert np.mean(shared.labels_ == alone.labels_) > 0.97
+                assert shared.parameters_.keys() == alone.parameters_.keys()
+                for name, value in shared.parameters_.items():
+                    assert value.shape == alone.parameters_[name].shape
+    distributed._active = False
+
+
+CHECKS = (check_exchange, check_loss, check_propagation, check_kmeans, check_training)
 
 
 def child(rank: int, size: int, port: int, names: list[str]) -> None:
@@ -190,3 +236,125 @@ def test_ranks_agree_with_one_process(size: int) -> None:
     """Loss, gradients, weights, propagation and k-means; processes are started once per size."""
     names = [check.__name__ for check in CHECKS]
     mp.spawn(child, (size, free_port(), names), nprocs=size)
+
+
+# --- through torchrun -----------------------------------------------------------------------------
+
+# fastclust.train, but rank 1 is killed after some epoch: as by a machine that fails.
+DYING = """
+import os, signal
+from fastclust import cli, train
+from fastclust.models.{module} import {model}
+after_step = {model}.after_step
+def dying(self, epoch):
+    if os.environ["RANK"] == "1" and epoch == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    after_step(self, epoch)
+{model}.after_step = dying
+cli.run(train.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    x, a = small_problem()
+    path = tmp_path_factory.mktemp("data") / "small.npz"
+    features = sp.csr_array(x)
+    np.savez(
+        path, adj_indptr=a.indptr, adj_indices=a.indices, x_indptr=features.indptr,
+        x_indices=features.indices, x_data=features.data, shape_x=np.array(x.shape),
+        labels=np.arange(len(x)) % 4,
+    )  # fmt: skip
+    return path
+
+
+def torchrun(size: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}"]
+    launcher += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "FASTCLUST_TIMEOUT": "60"}
+    root = str(Path(fc.__file__).parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [*launcher, *map(str, arguments)], capture_output=True, text=True, timeout=180,
+        env=environment, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "module", "name"), [("hsan", "hsan", "HSANModel"), ("ecnmf", "ecnmf", "ECNMFModel")]
+)
+def test_a_lost_rank_and_going_on_with_another_number(
+    tmp_path: Path, data_file: Path, model: str, module: str, name: str
+) -> None:
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(module=module, model=name))
+    settings = ["--dataset", data_file, "--model", model, "--epochs", "12", "--n-clusters", "4"]
+    settings += ["--set", "width=16", "--set", "checkpoint_every=3", "--set", "n_init=2"]
+    out = tmp_path / "run"
+    lost = torchrun(2, script, *settings, "--out", out)
+    assert lost.returncode != 0
+    assert "rank 0 of 2: another process of this run has died" in lost.stderr, lost.stderr
+    assert "--resume goes on" in lost.stderr
+    assert (out / "checkpoint" / "checkpoint.safetensors").exists()
+
+    resumed = torchrun(3, "-m", "fastclust.train", *settings, "--out", out, "--resume", "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    result = json.loads(resumed.stdout)  # printed once
+    assert [run["epochs"] for run in result["runs"]] == [12]
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in history] == list(range(1, 13))
+
+    whole = tmp_path / "alone"
+    alone = subprocess.run(
+        [sys.executable, "-m", "fastclust.train", *map(str, settings), "--out", str(whole)],
+        capture_output=True, text=True, check=False, cwd=Path(fc.__file__).parent.parent,
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    np.testing.assert_allclose(
+        np.load(out / "embedding.npy"), np.load(whole / "embedding.npy"), atol=5e-3
+    )
+    names = {path.name for path in whole.iterdir()}
+    assert {path.name for path in out.iterdir()} == names
+
+
+def test_what_several_processes_cannot_do(data_file: Path) -> None:
+    run = torchrun(2, "-m", "fastclust.train", "--dataset", data_file, "--model", "ssgc")
+    assert run.returncode != 0
+    assert "ssgc has no training that several processes could share" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK must be a whole number, as torchrun sets it, got ''"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR is not set"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
+             "MASTER_PORT": "1"},
+            "RANK must be from 0 to WORLD_SIZE - 1 = 1, got 2",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
+             "MASTER_PORT": "1", "FASTCLUST_TIMEOUT": "soon"},
+            "FASTCLUST_TIMEOUT must be a number of seconds, got 'soon'",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_launches(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(distributed.LaunchError, match=message), distributed.session():
+        pass
+
+
+def test_one_process_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with distributed.session() as ranks:
+        assert ranks is distributed.ONE
+        assert distributed.current(5) is distributed.ONE
+    assert not dist.is_initialized()
