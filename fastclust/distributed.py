@@ -491,35 +491,28 @@ class _GraphRows:
     def __init__(self, graph: Graph, ranks: ShardedRanks) -> None:
         begin, end = ranks.bounds[ranks.rank : ranks.rank + 2]
         indptr = graph.indptr.cpu()
-        indices = graph.indices.cpu().long()
+        own = indptr[begin : end + 1] - indptr[begin]
+        edges = slice(int(indptr[begin]), int(indptr[end]))
+        nodes, neighbours = torch.arange(begin, end), graph.indices[edges].cpu().long()
+        row = torch.repeat_interleave(nodes, own.diff())
         bounds = torch.tensor(ranks.bounds)
-        # node -> the ranks whose rows touch it, found from the whole graph by everyone alike
-        row = torch.repeat_interleave(torch.arange(graph.n_nodes), indptr.diff())
-        owner = torch.bucketize(indices, bounds, right=True) - 1
-        toucher = torch.bucketize(row, bounds, right=True) - 1
-        pairs = torch.unique(
-            (toucher * graph.n_nodes + indices)[toucher != owner]
-        )  # sorted by toucher, then by node
-        by, node = pairs // max(graph.n_nodes, 1), pairs % max(graph.n_nodes, 1)
-        halo = node[by == ranks.rank]
-        mine = (node >= begin) & (node < end)
-        wanted = torch.arange(ranks.size)
-        self.receive = [
-            int(((halo >= bounds[r]) & (halo < bounds[r + 1])).sum()) for r in wanted.tolist()
-        ]
-        self.send = [int((mine & (by == r)).sum()) for r in wanted.tolist()]
+        owner = torch.bucketize(neighbours, bounds, right=True) - 1
+        away = owner != ranks.rank
+        # A is symmetric: who is touched by a row of this rank touches it.
+        halo, owners = torch.unique(torch.stack([neighbours, owner])[:, away], dim=1)
+        takers, touched = torch.unique(torch.stack([owner, row])[:, away], dim=1)
+        self.receive = torch.bincount(owners, minlength=ranks.size).tolist()
+        self.send = torch.bincount(takers, minlength=ranks.size).tolist()
         device = graph.device
-        self.sent_rows = (node[mine] - begin).to(device)
+        self.sent_rows = (touched - begin).to(device)
 
-        first, last = int(indptr[begin]), int(indptr[end])
         position = torch.full((graph.n_nodes,), -1)
-        position[begin:end] = torch.arange(end - begin)
+        position[nodes] = nodes - begin
         position[halo] = torch.arange(len(halo)) + (end - begin)
-        own = indptr[begin : end + 1] - first
-        nodes = torch.cat([torch.arange(begin, end), halo])  # of the columns
+        nodes = torch.cat([nodes, halo])  # of the columns
         self.indptr = own.to(device)
-        self.indices = position[indices[first:last]].to(torch.int32).to(device)
-        self.values = None if graph.values is None else graph.values[first:last].clone()
+        self.indices = position[neighbours].to(torch.int32).to(device)
+        self.values = None if graph.values is None else graph.values[edges].clone()
         # The transpose, for gradients, has the scales swapped.
         self.row_scales = [_pick(s, nodes) for s in (graph.row_scale, graph._row_scale64)]
         self.col_scales = [_pick(s, nodes) for s in (graph.col_scale, graph._col_scale64)]

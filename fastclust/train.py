@@ -671,14 +671,15 @@ def train_all(arguments: argparse.Namespace, ranks: distributed.Ranks) -> int:
             "ssgc has no training that several processes could share: start it with python -m "
             "fastclust.train, without torchrun"
         )
-    if directory is not None and first:
+    if directory is not None:
         if saved is not None:
             check_same_run(plan, saved, directory.root)
         elif arguments.resume:
-            note(f"{directory.root} holds no run yet: starting from the beginning")
+            if first:
+                note(f"{directory.root} holds no run yet: starting from the beginning")
         else:
-            moved = directory.set_aside()
-            if moved is not None:
+            moved = ranks.from_first(directory.set_aside)
+            if moved is not None and first:
                 note(f"moved the earlier run in {directory.root} to {moved}")
     if not quiet:
         k, where = plan.parameters["n_clusters"], place(plan.parameters["device"])
