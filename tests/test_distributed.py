@@ -19,6 +19,7 @@ import torch.multiprocessing as mp
 
 import fastclust as fc
 from fastclust import Graph, distributed, ops, reference
+from fastclust.metrics import clustering_scores
 
 SIZES = (1, 2, 3, 4)
 
@@ -203,7 +204,8 @@ def check_training(size: int) -> None:
                 losses = [[h["loss"] for h in m.history_] for m in (alone, shared)]
                 np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
                 np.testing.assert_allclose(shared.embedding_, alone.embedding_, atol=1e-3)
-                assert np.mean(shared.labels_ == alone.labels_) > 0.97
+                # clusters may be numbered otherwise: restarts of k-means tie
+                assert clustering_scores(alone.labels_, shared.labels_)["ari"] > 0.97
                 assert shared.parameters_.keys() == alone.parameters_.keys()
                 for name, value in shared.parameters_.items():
                     assert value.shape == alone.parameters_[name].shape
