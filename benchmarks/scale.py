@@ -74,9 +74,7 @@ def cluster(method: str, ds: Any) -> np.ndarray:
         model: Any = fc.SSGC(k)
     elif method == "ecnmf":
         steps = STEPS[method]
-        model = fc.ECNMF(
-            k, epochs=steps, eval_every=steps, width=256, lr=1e-3, train_batch_size=4096
-        )
+        model = fc.ECNMF(k, epochs=steps, eval_every=steps, width=256, train_batch_size=4096)
     elif method == "hsan":
         steps = STEPS[method]
         model = fc.HSAN(k, epochs=steps, eval_every=steps, width=256, batch_size=1024)
