@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "scale.json"
@@ -85,9 +86,8 @@ def cluster(method: str, ds: Any) -> np.ndarray:
     else:
         from sknetwork.clustering import Leiden, Louvain
 
-        return {"louvain": Louvain, "leiden": Leiden}[method](random_state=0).fit_predict(
-            ds.adjacency
-        )
+        peer = {"louvain": Louvain, "leiden": Leiden}[method](random_state=0)
+        return peer.fit_predict(sp.csr_matrix(ds.adjacency))  # it takes no array
     return model.fit(ds.features, adjacency=ds.adjacency).labels_
 
 
