@@ -42,7 +42,7 @@ class Params(ctypes.Structure):
     """Mirror of PropagateParams."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("n_nodes", "n_cols", "n_edges")),
+        *((name, ctypes.c_int64) for name in ("n_nodes", "n_halo", "n_cols", "n_edges")),
         *(
             (name, ctypes.c_void_p)
             for name in ("indptr", "indices", "values", "row_scale", "col_scale")
@@ -90,9 +90,9 @@ def pointer(t: torch.Tensor | None) -> int | None:
 
 
 def run(lib, graph, h, *, transposed=False, mask=None, residual=None, add_input=False, relu=False,
-        want_masked=False):  # fmt: skip
+        want_masked=False, n_halo=0):  # fmt: skip
     """(out, mask of the activation, masked h) of one launch; what is not written stays NaN."""
-    n, d = h.shape
+    n, d = h.shape[0] - n_halo, h.shape[1]
     words = (d + 31) // 32
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
     row, col = graph.scales(h.dtype)
@@ -102,7 +102,8 @@ def run(lib, graph, h, *, transposed=False, mask=None, residual=None, add_input=
     bits = torch.full((n, words), -1, dtype=torch.int32) if relu else None
     scratch = torch.full((len(graph._segments), d), torch.nan, dtype=wide)
     params = Params(
-        n, d, graph.n_edges, *map(pointer, (graph.indptr, graph.indices, graph.values, row, col)),
+        n, n_halo, d, graph.n_edges,
+        *map(pointer, (graph.indptr, graph.indices, graph.values, row, col)),
         graph.self_loops, 0, None,
         HubTables(
             graph._hub_edges, len(graph._segments), pointer(graph._segments), len(graph._hubs),
@@ -195,6 +196,13 @@ def test_isolated_nodes_and_no_edges(emulated):
         graph = Graph(torch.zeros(n, n).numpy(), "sym")
         check(emulated, graph, randn(n, 7), add_input=True, relu=True)
         check(emulated, Graph(torch.zeros(n, n).numpy(), "rw", False), randn(n, 7))
+
+
+def test_rows_of_other_processes_are_read_and_not_written(emulated):
+    graph, h = Graph(random_adjacency(70, 18), "sym"), randn(70, 36)
+    whole, _, _ = run(emulated, graph, h)
+    part, _, _ = run(emulated, graph, h, n_halo=30)
+    torch.testing.assert_close(part, whole[:40], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", NAMES)

@@ -272,12 +272,17 @@ def test_a_signal_ends_the_epoch_and_leaves_a_checkpoint(number, two_blocks, tmp
 
 def test_without_checkpoints_a_signal_acts_at_once(two_blocks):
     adjacency, x, _ = two_blocks
+    # A shell that starts the tests in the background has it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt(event: Event) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt) as caught:
-        RUNS["ecnmf"](callbacks=interrupt).fit(x, adjacency=adjacency)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            RUNS["ecnmf"](callbacks=interrupt).fit(x, adjacency=adjacency)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not isinstance(caught.value, TrainingInterrupted)
 
 

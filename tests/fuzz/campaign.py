@@ -31,8 +31,10 @@ if "--atheris" in sys.argv:
 else:
     from targets import TARGETS
 
+from fastclust.train import begin_peak_memory, peak_memory  # once it may be instrumented
+
 SECONDS = 10  # of one case
-GROWTH = 256 << 10  # KiB that one case may add to the process's greatest memory
+GROWTH = 256 << 20  # bytes that one case may add to the process's greatest memory
 ROOM = 4 << 30  # bytes of address space, so that a finding does not take the machine down
 
 _WORDS = [0, 1, -1, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, -(2**31), 2**32, 2**63 - 1]
@@ -107,7 +109,8 @@ def fuzz(name: str, cases: int, *, seed: int = 0, first: int = 0) -> Report:
             data = corpus[i] if i < len(corpus) else mutate(rng.choice(corpus), corpus, rng)
             if cases == 1:
                 print(data)
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            begin_peak_memory()  # a case must not hide behind an earlier one's peak
+            before = peak_memory()["peak_memory_bytes"]
             began = time.perf_counter()
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
             problem = ""
@@ -117,9 +120,9 @@ def fuzz(name: str, cases: int, *, seed: int = 0, first: int = 0) -> Report:
                 problem = traceback.format_exc()
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            grown = peak_memory()["peak_memory_bytes"] - before
             if grown > GROWTH:
-                problem += f"memory grew by {grown >> 10} MiB\n"
+                problem += f"memory grew by {grown >> 20} MiB\n"
             if problem:
                 report.findings.append(f"{name} --seed {seed} --first {i}\n{problem}")
             report.cases += 1
