@@ -88,6 +88,10 @@ class Ranks:
         """Of x [N, ...] the rows of this rank's nodes, [n, ...]."""
         return x
 
+    def n_rows(self, own: int) -> int:
+        """Rows of all ranks, where this one has ``own``."""
+        return own
+
     def own_nodes(self, nodes: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         """Of nodes, numbered in the whole graph, those of this rank by row, and their values."""
         return nodes, *values
@@ -312,6 +316,9 @@ class ShardedRanks(Ranks):
             indptr[begin : end + 1] - indptr[begin], x.col_indices()[entries].clone(),
             x.values()[entries].clone(), size=(end - begin, x.shape[1]), check_invariants=False,
         )  # fmt: skip
+
+    def n_rows(self, own: int) -> int:
+        return self.n_nodes
 
     def own_nodes(self, nodes: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         begin, end = self.bounds[self.rank : self.rank + 2]
@@ -568,11 +575,6 @@ class _Propagate(torch.autograd.Function):
 # --- the loss, gathered -------------------------------------------------------------------------
 
 
-def _snapshot(weights: ops.Hardness | None) -> tuple[Any, ...]:
-    """The weight arguments of the operators."""
-    return infonce._snapshot_arguments(weights)
-
-
 class _GatherLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -580,7 +582,7 @@ class _GatherLoss(torch.autograd.Function):
         weights: ops.Hardness | None, code: int,
     ) -> Tensor:  # fmt: skip
         z, e = ranks.gather_views(z), ranks.gather_views(e)
-        window, snapshot = ranks.window(), _snapshot(weights)
+        window, snapshot = ranks.window(), infonce._snapshot_arguments(weights)
         # row sums, then minus the mean of the positive pairs
         sums = z.new_zeros(len(z) + 1, dtype=torch.float64)
         if window is not None:
@@ -714,7 +716,7 @@ class _Ring:
         """The weight arguments of the operators, for this block alone or stacked with another."""
         w = self.weights
         if w is None:
-            return _snapshot(None)
+            return infonce._snapshot_arguments(None)
         ranks, count = self.ranks, len(w.z)
         nodes = [slice(ranks.bounds[ranks.rank], ranks.bounds[ranks.rank + 1])]
         orders, old, pad = [self._order(ranks.rank)], own[-2 * count :], 0

@@ -14,6 +14,7 @@ import fastclust as fc
 from fastclust import ops
 from fastclust.metrics import clustering_scores
 from fastclust.models import inputs
+from fastclust.models.ecnmf import EPSILON, target_distribution
 from fastclust.models.inputs import sampled_kmeans
 from fastclust.models.minibatch import (
     Batches,
@@ -134,7 +135,7 @@ def test_all_columns_sampled_is_the_exact_loss_and_gradient() -> None:
         exact = ops.hard_infonce(z, e, alpha, weights=snapshot)
         own = torch.eye(n, dtype=torch.bool)
         loss = sampled_infonce(z, e, z, e, alpha, own, n, given)
-        assert float(loss) == pytest.approx(float(exact), abs=1e-12)
+        assert loss.item() == pytest.approx(float(exact), abs=1e-12)
         for a, b in zip(
             *(torch.autograd.grad(x, [z, e, alpha]) for x in (loss, exact)), strict=True
         ):
@@ -195,6 +196,29 @@ def test_ecnmf_rows(activation: Any, n_layers: int) -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     labels, z = model.assign(0)
     assert labels.shape == (600,) and z.shape == (600, 16)
+
+
+@pytest.mark.parametrize("kl", ["batchmean", "literal"])
+def test_parts_of_ecnmf_are_means_over_the_batch(kl: Any) -> None:
+    """Not over all nodes: a small batch would else make light of them beside the pseudo labels."""
+    x = torch.from_numpy(DS.features)
+    model = SampledECNMF(
+        x, ops.low_rank(x, 5), fc.Graph(DS.adjacency), n_clusters=4, width=16, batch_size=200,
+        activation="identity", kl=kl,
+    )  # fmt: skip
+    model.begin()
+    for model.epoch in range(3):
+        model._nodes = model.batches(model.epoch)
+        with torch.no_grad():
+            first, second = model.views()
+            log_q = model.assignment(model.head_input(first, second))
+        p = target_distribution(log_q.exp())
+        ratio = p.clamp_min(EPSILON).log() - log_q.clamp_min(math.log(EPSILON))
+        model.loss()
+        parts = model.diagnostics()
+        assert parts["mse"] == pytest.approx(float((first - second).square().mean()), rel=1e-4)
+        mean = ratio.mean() if kl == "literal" else (p * ratio).sum(1).mean()
+        assert parts["kl"] == pytest.approx(float(mean), rel=1e-3)
 
 
 @pytest.mark.parametrize(

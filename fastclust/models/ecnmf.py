@@ -335,8 +335,7 @@ class ECNMFModel(nn.Module):
         ranks: Ranks = ONE,
     ) -> None:
         super().__init__()
-        self.ranks, self.n_nodes = ranks, graph.n_nodes
-        self.graph, self.n_clusters = graph, n_clusters
+        self.ranks, self.graph, self.n_clusters = ranks, graph, n_clusters
         self.activation: Literal["none", "relu"] = "relu" if activation == "relu" else "none"
         self.row_normalise, self.head, self.n_init = row_normalise, head, n_init
         self.view_loss, self.kl, self.bce, self.members = view_loss, kl, bce, members
@@ -428,7 +427,8 @@ class ECNMFModel(nn.Module):
         z = self.head_embedding()
         kmeans = self.ranks.kmeans if self.ranks.size > 1 else sampled_kmeans
         result = kmeans(z, self.n_clusters, n_init=self.n_init, seed=derive_seed(self.seed, _HEAD))
-        sharpness = self.n_nodes / max(float(result.inertia), EPSILON * self.n_nodes)
+        n = self.ranks.n_rows(len(z))
+        sharpness = n / max(float(result.inertia), EPSILON * n)
         centers = result.centers.to(z)  # [K, d]
         self.head_w.copy_(2.0 * sharpness * centers.T)
         self.head_b.copy_(-sharpness * centers.square().sum(1))
@@ -438,7 +438,7 @@ class ECNMFModel(nn.Module):
         first, second = self._encode(0, reuse_memory=True), self._encode(1, reuse_memory=True)
         if self.activation == "relu" and self.n_layers == 1:
             first, second = first.clone(), second.clone()  # the gradient of relu needs its result
-        n, d = self.n_nodes, first.shape[1]
+        n, d = self.ranks.n_rows(len(first)), first.shape[1]
         squared, scores = _Agreement.apply(first, second, self.head_w, self.row_normalise)
         log_q = torch.log_softmax(scores + self.head_b, dim=1)
         q = log_q.exp()
@@ -494,10 +494,11 @@ class ECNMFModel(nn.Module):
     def _divergence(self, p: Tensor, log_q: Tensor) -> Tensor:
         """KL(P || Q) (Eq. 16) in the chosen reading; p and log_q [N, K]."""
         log_ratio = p.clamp_min(EPSILON).log() - log_q.clamp_min(_log(EPSILON))
+        n = self.ranks.n_rows(len(p))
         if self.kl == "literal":
-            return self.ranks.total(log_ratio.mean() * (p.shape[0] / self.n_nodes))
+            return self.ranks.total(log_ratio.mean() * (len(p) / n))
         divergence = self.ranks.total((p * log_ratio).sum())
-        return divergence if self.kl == "sum" else divergence / self.n_nodes
+        return divergence if self.kl == "sum" else divergence / n
 
     def _pseudo_labels(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 17: the most probable nodes of each cluster and their cluster, both int64 [n]."""
