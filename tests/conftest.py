@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +33,28 @@ def data_root(pytestconfig: pytest.Config) -> Path:
     if not (Path(root) / "cora.npz").is_file():
         absent(f"FASTCLUST_DATA={root} holds no cora.npz")
     return Path(root)
+
+
+ROOT = Path(__file__).parent.parent
+CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+@pytest.fixture(scope="session")
+def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
+    """Compiles tests/device/NAME_emulated.cpp, CUDA kernels over an emulated block; skips without
+    a C++ compiler."""
+
+    def compiled(name: str) -> ctypes.CDLL:
+        if CXX is None:
+            pytest.skip("needs a C++ compiler: none was found on PATH")
+        library = tmp_path_factory.mktemp("device") / f"{name}_emulated.so"
+        source = ROOT / "tests" / "device" / f"{name}_emulated.cpp"
+        flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-U_FORTIFY_SOURCE"]
+        flags += ["-Wno-unknown-pragmas", "-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests")]
+        subprocess.run([CXX, *flags, "-x", "c++", str(source), "-o", str(library)], check=True)
+        return ctypes.CDLL(str(library))
+
+    return compiled
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

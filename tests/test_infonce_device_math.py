@@ -13,10 +13,8 @@ Faults seeded once into the sources, and the test that turned red:
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,26 +22,14 @@ import torch
 
 from fastclust import reference
 
-ROOT = Path(__file__).resolve().parent.parent
-CXX = shutil.which("g++") or shutil.which("c++")
-
-pytestmark = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
-
 FP32, TF32, BF16X3, BF16 = 0, 1, 2, 3
 FORWARD, BACKWARD, RANGE = 0, 1, 2
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def emulated(emulate: Callable[[str], ctypes.CDLL]) -> ctypes.CDLL:
     """The kernels over the emulator, as a shared library."""
-    library = tmp_path_factory.mktemp("device") / "infonce_emulated.so"
-    command = [
-        CXX, "-std=c++20", "-O2", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas",
-        "-I", ROOT / "csrc", "-I", ROOT / "tests",
-        ROOT / "tests" / "device" / "infonce_emulated.cpp", "-o", library,
-    ]  # fmt: skip
-    subprocess.run([str(c) for c in command], check=True)
-    lib = ctypes.CDLL(str(library))
+    lib = emulate("infonce")
     lib.infonce_float.restype = lib.infonce_double.restype = ctypes.c_int64
     lib.patches_of.restype = lib.packed_byte.restype = ctypes.c_int64
     return lib

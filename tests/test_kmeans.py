@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import shutil
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -437,21 +435,11 @@ def test_errors(error, match, arguments):
 
 # --- the CUDA kernels, executed on the CPU over an emulated block ---------------------------------
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def device(emulate: Callable[[str], ctypes.CDLL]) -> ctypes.CDLL:
     """The CUDA kernels and launchers compiled as ordinary C++."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    library = tmp_path_factory.mktemp("device") / "kmeans_emulated.so"
-    source = ROOT / "tests" / "device" / "kmeans_emulated.cpp"
-    command = [compiler, "-std=c++20", "-O2", "-fPIC", "-shared"]
-    command += ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests"), "-x", "c++", str(source)]
-    subprocess.run([*command, "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    return emulate("kmeans")
 
 
 def run_on_device(device, x, k, *, restarts=1, init=-1, seed=0, starts=None, tol=1e-4, max_iter=50):

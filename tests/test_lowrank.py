@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import shutil
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -611,8 +609,6 @@ def test_products_of_the_centred_rows(n, d, batch, center, layout):
 
 # --- the CUDA kernels, executed on the CPU over an emulated block ---------------------------------
 
-ROOT = Path(__file__).parent.parent
-
 
 class Device:
     """The CUDA kernels and launchers compiled as ordinary C++, under the names of the operators."""
@@ -674,16 +670,8 @@ class Device:
 
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    library = tmp_path_factory.mktemp("device") / "lowrank_emulated.so"
-    source = ROOT / "tests" / "device" / "lowrank_emulated.cpp"
-    command = [compiler, "-std=c++20", "-O2", "-fPIC", "-shared"]
-    command += ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests"), "-x", "c++", str(source)]
-    subprocess.run([*command, "-o", str(library)], check=True)
-    return Device(ctypes.CDLL(str(library)))
+def device(emulate: Callable[[str], ctypes.CDLL]) -> Device:
+    return Device(emulate("lowrank"))
 
 
 def rows_of(source: torch.Tensor) -> tuple:

@@ -7,9 +7,7 @@ every width of load, hub rows, masks, all options, bf16 storage.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,8 +16,6 @@ from test_propagate import randn, star
 
 import fastclust.graph as graph_module
 from fastclust import Graph, reference
-
-ROOT = Path(__file__).resolve().parent.parent
 
 NAMES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "Bf16"}
 # Of the largest entry: rounding of the sums; for bf16 of what is stored, once.
@@ -63,17 +59,9 @@ class Params(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def emulated(emulate: Callable[[str], ctypes.CDLL]) -> ctypes.CDLL:
     """The kernels and launchers as ordinary C++."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    library = tmp_path_factory.mktemp("device") / "propagate_emulated.so"
-    source = ROOT / "tests" / "device" / "propagate_emulated.cpp"
-    command = [compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
-    command += ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests"), "-x", "c++", str(source)]
-    subprocess.run([*command, "-o", str(library)], check=True)
-    lib = ctypes.CDLL(str(library))
+    lib = emulate("propagate")
     lib.params_bytes.restype = lib.bf16_changes.restype = ctypes.c_int64
     assert lib.params_bytes() == ctypes.sizeof(Params)
     return lib
