@@ -268,10 +268,14 @@ class SampledHSAN(HSANModel):
         if not self.structure:
             return z, None
         pointers, neighbors, values = _edges_of(self.graph, nodes.numpy())
-        rows = sp.csr_array((values, neighbors, pointers), shape=(len(nodes), self.graph.n_nodes))
+        # Of the N rows of V only those of neighbours take part, in the gradient's product as well.
+        used, column = np.unique(neighbors, return_inverse=True)
+        rows = sp.csr_array((values, column, pointers), shape=(len(nodes), len(used)))
         a, transposed = (as_tensor(m, self.x.device) for m in (rows, sp.csr_array(rows.T)))
+        at = torch.from_numpy(used.astype(np.int64)).to(self.x.device)
         first, second = (
-            _SparseProduct.apply(a, transposed, v) + c for v, c in zip(self.v, self.c, strict=True)
+            _SparseProduct.apply(a, transposed, v.index_select(0, at)) + c
+            for v, c in zip(self.v, self.c, strict=True)
         )
         return z, stacked_unit_rows(first, second)
 
