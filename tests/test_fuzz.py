@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,23 @@ def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(campaign, "SECONDS", 0.05)
     findings = "".join(campaign.fuzz("faulty", 300).findings)
     assert "KeyError" in findings and "Hang" in findings and "memory grew by" in findings
+
+
+def test_telling_a_fault_is_nobodys_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FUZZ))
+    import campaign
+    from targets import Target
+
+    class SlowToTell(Exception):
+        def __str__(self) -> str:
+            time.sleep(0.1)
+            return "told"
+
+    def faulty(data: bytes) -> None:
+        if data != b"0123":
+            raise SlowToTell
+
+    monkeypatch.setitem(campaign.TARGETS, "faulty", Target(faulty, lambda: [b"0123"]))
+    monkeypatch.setattr(campaign, "SECONDS", 0.05)
+    findings = campaign.fuzz("faulty", 6).findings
+    assert findings and all("SlowToTell: told" in finding for finding in findings)

@@ -27,9 +27,9 @@ if "--atheris" in sys.argv:
     import atheris
 
     with atheris.instrument_imports(include=["fastclust"]):
-        from targets import TARGETS
+        from targets import TARGETS, Target
 else:
-    from targets import TARGETS
+    from targets import TARGETS, Target
 
 from fastclust.train import begin_peak_memory, peak_memory  # once it may be instrumented
 
@@ -93,6 +93,19 @@ class Report:
     findings: list[str] = field(default_factory=list)
 
 
+def _problem(target: Target, data: bytes) -> str:
+    """What an undocumented exception or a hang has to tell; empty where there was none."""
+    try:
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            target.run(data)
+        finally:  # before the exception is told, which takes its own time
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
 def fuzz(name: str, cases: int, *, seed: int = 0, first: int = 0) -> Report:
     """Run cases first .. first + cases - 1 of a target; the first of them are the corpus itself."""
     target, report = TARGETS[name], Report()
@@ -112,14 +125,7 @@ def fuzz(name: str, cases: int, *, seed: int = 0, first: int = 0) -> Report:
             begin_peak_memory()  # a case must not hide behind an earlier one's peak
             before = peak_memory()["peak_memory_bytes"]
             began = time.perf_counter()
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
-            problem = ""
-            try:
-                target.run(data)
-            except Exception:
-                problem = traceback.format_exc()
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            problem = _problem(target, data)
             grown = peak_memory()["peak_memory_bytes"] - before
             if grown > GROWTH:
                 problem += f"memory grew by {grown >> 20} MiB\n"
