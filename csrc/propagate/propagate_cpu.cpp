@@ -32,9 +32,13 @@
 //                                             d 600 in place 52 to 57: nothing gained
 //   panels of 16 columns, copied, d 64        4.4 to 5.2, and of 32 3.4 to 4.5, where 64 in place took
 //                                             2.7 to 3.2 (before the prefetch)
-// Tried and left out: other orders of nodes (see fastclust/graph.py); two matrices side by side in one
-// call, d 128 5.7 to 6.1 ms where two calls of 64 take 3.6 to 5.1, d 1200 83 to 94 where two of 600 take
-// 99 to 104: 10 to 15 % at best, and only for wide matrices that already stand side by side.
+// Tried and left out: passes over the rows that take the edges from one range of nodes each, so that
+// its part of a panel stays near (C, one thread: ranges of 1, 2, 4 and 6.5 MB take 1435, 921, 880 and
+// 894 ms, no ranges 521 and 553: sums that wait in the output, and no prefetch over rows, cost more
+// than is saved); huge pages for the output (no difference); other orders of nodes (see
+// fastclust/graph.py); two matrices side by side in one call, d 128 5.7 to 6.1 ms where two calls of
+// 64 take 3.6 to 5.1, d 1200 83 to 94 where two of 600 take 99 to 104: 10 to 15 % at best, and only
+// for wide matrices that already stand side by side.
 #include <sys/mman.h>
 
 #include <cstdint>
