@@ -370,31 +370,30 @@ def _first_no_number(text: bytes) -> int:
 
 def _array_blocks(path: Path, memory: int, report: Progress) -> Iterator[_Block]:
     """Edges [E, 2] or [2, E] of a ``.npy`` file, or of an array in a ``.npz`` archive."""
-    if path.name.lower().endswith(".npy"):
-        opened: Callable[[], Any] = functools.partial(open, path, "rb")
-        what = str(path)
-    else:
-        archive = zipfile.ZipFile(path)
-        names = [name.removesuffix(".npy") for name in archive.namelist()]
-        member = next((name for name in names if name in ("edges", "edge_index")), None)
-        if member is None and len(names) == 1:
-            member = names[0]
-        if member is None:
+    with contextlib.ExitStack() as files:
+        if path.name.lower().endswith(".npy"):
+            opened: Callable[[], Any] = functools.partial(open, path, "rb")
+            what = str(path)
+        else:
+            archive = files.enter_context(zipfile.ZipFile(path))
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            member = next((name for name in names if name in ("edges", "edge_index")), None)
+            if member is None and len(names) == 1:
+                member = names[0]
+            if member is None:
+                raise DatasetFormatError(
+                    f"{path} must hold an array named edges or edge_index, got {', '.join(names)}"
+                )
+            opened, what = functools.partial(archive.open, f"{member}.npy"), f"{path}[{member}]"
+        first, second = files.enter_context(opened()), files.enter_context(opened())
+        shape, dtype, start = _npy_header(first, what)
+        if len(shape) != 2 or 2 not in shape or dtype.kind not in "iu":
             raise DatasetFormatError(
-                f"{path} must hold an array named edges or edge_index, got {', '.join(names)}"
+                f"{what} must hold integers [E, 2] or [2, E], got {dtype} of shape {list(shape)}"
             )
-        opened, what = functools.partial(archive.open, f"{member}.npy"), f"{path}[{member}]"
-    with opened() as head:
-        shape, dtype, start = _npy_header(head, what)
-    if len(shape) != 2 or 2 not in shape or dtype.kind not in "iu":
-        raise DatasetFormatError(
-            f"{what} must hold integers [E, 2] or [2, E], got {dtype} of shape {list(shape)}"
-        )
-    rows_of_pairs = shape[1] == 2 and shape[0] != 2
-    count = shape[0] if rows_of_pairs else shape[1]
-    step = max(1, memory // 128)
-    with opened() as first, opened() as second:
-        _skip(first, start)
+        rows_of_pairs = shape[1] == 2 and shape[0] != 2
+        count = shape[0] if rows_of_pairs else shape[1]
+        step = max(1, memory // 128)
         _skip(second, start if rows_of_pairs else start + count * dtype.itemsize)
         for begin in range(0, count, step):
             length = min(step, count - begin)
@@ -535,11 +534,12 @@ def _collect(
 ) -> int:
     """Pass 2: bucket by bucket sorted, without repetitions, appended to the arrays."""
     n_buckets = ((n - 1) >> _ROW_BITS) + 1
-    with (
-        _Appended(folder / "adj_indptr.npy", "<i8") as indptr,
-        _Appended(folder / "adj_indices.npy", "<i4") as indices,
-    ):
-        data = _Appended(folder / "adj_data.npy", "<f4") if weighted else None
+    with contextlib.ExitStack() as files:
+        indptr = files.enter_context(_Appended(folder / "adj_indptr.npy", "<i8"))
+        indices = files.enter_context(_Appended(folder / "adj_indices.npy", "<i4"))
+        data = None
+        if weighted:
+            data = files.enter_context(_Appended(folder / "adj_data.npy", "<f4"))
         indptr.append(np.zeros(1, np.int64))
         total = 0
         for b in range(n_buckets):
@@ -553,8 +553,6 @@ def _collect(
             indptr.append(total + np.cumsum(degree))
             total += int(degree.sum())
             report("sorting", b + 1, n_buckets)
-        if data is not None:
-            data.close()
     return total
 
 
