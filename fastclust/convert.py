@@ -59,6 +59,8 @@ _ROW_BITS = 16  # rows of a bucket file: 2^16
 _SPLIT_BITS = 4  # a bucket that is too large is split in 2^4
 _MAX_NODES = 2**31 - 1  # neighbours are int32
 _MAX_DIGITS = 18
+# From this many nodes on, so many for each edge are taken for names that are no numbers from 0 on.
+_FEW_NODES, _NODES_PER_EDGE = 2**20, 64
 _HEADER = 128  # bytes of a .npy header for one axis
 
 PathLike = str | os.PathLike[str]
@@ -117,8 +119,8 @@ def convert(
     Raises
     ------
     DatasetFormatError
-        A malformed line (the message names file and line), a node number out of range, a file of
-        another kind.
+        A malformed line (the message names file and line), a node number out of range or, without
+        ``n_nodes``, out of proportion, a file of another kind.
     DatasetNotFoundError
         A file does not exist.
     ValueError
@@ -151,9 +153,14 @@ def convert(
             )
         buckets = folder / "buckets"
         buckets.mkdir()
-        largest, weighted = _distribute(sources, buckets, n, memory, report)
+        largest, n_read, weighted = _distribute(sources, buckets, n, memory, report)
         if n is None:
             n = largest + 1
+            if n > max(_FEW_NODES, _NODES_PER_EDGE * n_read):
+                raise DatasetFormatError(
+                    f"{paths[0]} must number nodes from 0 on: the largest number is {largest}, "
+                    f"with only {n_read} edges; if there are that many nodes, give --n-nodes"
+                )
         if n == 0:
             raise DatasetFormatError(f"{paths[0]} holds no edge; give --n-nodes for such a graph")
         n_edges = _collect(folder, buckets, n, weighted, memory, report)
@@ -481,13 +488,14 @@ def _entry_type(weighted: bool) -> np.dtype[Any]:
 
 def _distribute(
     sources: Sequence[Path], buckets: Path, n_nodes: int | None, memory: int, report: Progress
-) -> tuple[int, bool]:
+) -> tuple[int, int, bool]:
     """Pass 1: both directions of every edge into a file per 2^16 rows.
 
-    Returns the largest node number (-1: no edge) and whether edges have weights.
+    Returns the largest node number (-1: no edge), how many edges were read and whether they have
+    weights.
     """
     limit = _MAX_NODES if n_nodes is None else n_nodes
-    largest = -1
+    largest, n_read = -1, 0
     weighted: bool | None = None
     for path in sources:
         for u, v, w in _edge_blocks(path, memory, report):
@@ -503,7 +511,7 @@ def _distribute(
                 raise DatasetFormatError(
                     f"{path} must hold node numbers from 0 to {limit - 1}, got {number}"
                 )
-            largest = max(largest, high)
+            largest, n_read = max(largest, high), n_read + u.size
             keep = u != v
             u, v = u[keep], v[keep]
             entries = np.empty(2 * u.size, _entry_type(weighted))
@@ -512,7 +520,7 @@ def _distribute(
             if w is not None:
                 entries["weight"] = np.tile(w[keep], 2)
             _append(entries, rows >> _ROW_BITS, lambda b: buckets / f"{b}")
-    return largest, bool(weighted)
+    return largest, n_read, bool(weighted)
 
 
 def _append(

@@ -680,7 +680,7 @@ def _load_directory(folder: Path) -> Dataset:
         if meta["format"] != DIRECTORY_FORMAT or meta["version"] != DIRECTORY_VERSION:
             raise ValueError(f"it says {meta['format']!r}, version {meta['version']!r}")
         n, n_edges, n_features = (int(meta[k]) for k in ("n_nodes", "n_edges", "n_features"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DatasetFormatError(
             f"{folder} must hold the {DIRECTORY_META} of fastclust.convert: {error}"
         ) from None

@@ -201,6 +201,9 @@ def test_other_faults(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.full((3, 2), np.nan))
     with pytest.raises(DatasetFormatError, match="row 0"):
         convert(tmp_path / "g", path, features=tmp_path / "x.npy")
+    (tmp_path / "names.txt").write_text("0 1\n1 2000000000\n")  # no numbers from 0 on
+    with pytest.raises(DatasetFormatError, match="only 2 edges"):
+        convert(tmp_path / "g", tmp_path / "names.txt")
     (tmp_path / "half.txt.gz").write_bytes(gzip.compress(b"0 1\n" * 5000)[:40])
     with pytest.raises(DatasetFormatError, match="truncated or corrupt"):
         convert(tmp_path / "g", tmp_path / "half.txt.gz")
@@ -227,6 +230,19 @@ def test_damaged_folder_is_refused(tmp_path: Path, name: str, array: Any) -> Non
         (folder / f"{name}.npy").unlink()
     else:
         np.save(folder / f"{name}.npy", array)
+    with pytest.raises(DatasetFormatError, match=str(folder)):
+        fc.load_dataset(folder)
+
+
+@pytest.mark.parametrize("text", ['{"n_nodes": 1e999}', "[" * 100_000, "[]", "{}", "\udcff", ""])
+def test_damaged_sizes_are_refused(tmp_path: Path, text: str) -> None:
+    a = sp.csr_array(np.array([[0, 1], [1, 0]], np.float32))
+    ds = fc.datasets.Dataset("x", a, np.ones((2, 3), np.float32), np.array([0, 1]), 2)
+    folder = write_directory(ds, tmp_path / "g")
+    whole = (folder / "dataset.json").read_text()
+    if text.startswith("{") and "n_nodes" in text:
+        text = whole.replace('"n_nodes": 2', '"n_nodes": 1e999')
+    (folder / "dataset.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(DatasetFormatError, match=str(folder)):
         fc.load_dataset(folder)
 
