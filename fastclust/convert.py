@@ -50,6 +50,7 @@ from fastclust.datasets import (
     Dataset,
     DatasetFormatError,
     DatasetNotFoundError,
+    load_array,
 )
 from fastclust.validation import check_features
 
@@ -658,7 +659,7 @@ def _write_features(path: Path, folder: Path, memory: int, report: Progress) -> 
         return int(matrix.shape[0]), int(matrix.shape[1])
     if name.endswith(".npy"):
         with _damage_told(path, "array of NumPy"):
-            source = np.load(path, mmap_mode="r", allow_pickle=False)
+            source = load_array(path, "r")
         if source.ndim != 2 or source.dtype.kind not in "biuf" or 0 in source.shape:
             raise DatasetFormatError(
                 f"{path} must hold numbers [N, D], got {source.dtype} of shape {source.shape}"
@@ -697,7 +698,7 @@ def _require_finite(values: Any, path: Path, first_row: int = 0) -> None:
 def _read_labels(path: Path, n: int) -> npt.NDArray[np.int64]:
     try:
         if path.name.lower().endswith(".npy"):
-            labels = np.load(path, allow_pickle=False)
+            labels = load_array(path)
         else:
             labels = np.loadtxt(path, dtype=np.int64, ndmin=1)
     except Exception as error:  # of a damaged file it can be nearly anything

@@ -29,7 +29,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -669,6 +669,15 @@ def _without_diagonal(matrix: sp.csr_array) -> sp.csr_array:
 # --- folders of arrays ---------------------------------------------------------------------------
 
 
+def load_array(path: Path, mmap_mode: Literal["r", "c"] | None = None) -> npt.NDArray[Any]:
+    """The array of a ``.npy`` file; np.load opens an archive of that name as well."""
+    array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise ValueError("it is an archive of arrays, no array")
+    return array
+
+
 def _load_directory(folder: Path) -> Dataset:
     """What :mod:`fastclust.convert` wrote, mapped copy-on-write: the files are never changed.
 
@@ -689,7 +698,7 @@ def _load_directory(folder: Path) -> Dataset:
         path = folder / f"{name}.npy"
         try:
             # Nothing can be mapped of a file without numbers.
-            array = np.load(path, mmap_mode="c" if 0 not in shape else None, allow_pickle=False)
+            array = load_array(path, "c" if 0 not in shape else None)
         except Exception as error:  # NumPy's header parser raises nearly anything
             raise DatasetFormatError(f"{path} is missing or damaged: {error}") from None
         wrong = array.ndim != len(shape) or any(

@@ -36,6 +36,7 @@ from fastclust.datasets import (
     Dataset,
     DatasetFormatError,
     DatasetNotFoundError,
+    load_array,
     nearest_neighbor_graph,
 )
 from fastclust.validation import check_adjacency, check_features, check_labels
@@ -257,7 +258,7 @@ def _matrix(path: Path) -> Any:
         if path.suffix == ".npz":
             return sp.load_npz(path)  # as it is: conversions trust indices that nobody checked
         if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)
+            return load_array(path)
         return _matrix_market(path)
     except Exception as error:  # a damaged file can raise nearly anything
         text = " ".join(str(error).split())[:160]

@@ -201,6 +201,11 @@ def test_other_faults(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.full((3, 2), np.nan))
     with pytest.raises(DatasetFormatError, match="row 0"):
         convert(tmp_path / "g", path, features=tmp_path / "x.npy")
+    np.savez(tmp_path / "archive.npz", x=np.zeros((3, 2)))
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
+    for what in ("features", "labels"):
+        with pytest.raises(DatasetFormatError, match="archive of arrays"):
+            convert(tmp_path / "g", path, **{what: tmp_path / "archive.npy"})
     (tmp_path / "names.txt").write_text("0 1\n1 2000000000\n")  # no numbers from 0 on
     with pytest.raises(DatasetFormatError, match="only 2 edges"):
         convert(tmp_path / "g", tmp_path / "names.txt")
@@ -208,6 +213,17 @@ def test_other_faults(tmp_path: Path) -> None:
     with pytest.raises(DatasetFormatError, match="truncated or corrupt"):
         convert(tmp_path / "g", tmp_path / "half.txt.gz")
     assert not (tmp_path / "g").exists()
+
+
+def test_archive_in_a_folder_is_refused(tmp_path: Path) -> None:
+    a = sp.csr_array(np.array([[0, 1], [1, 0]], np.float32))
+    folder = write_directory(
+        fc.datasets.Dataset("x", a, np.ones((2, 3), np.float32), None, None), tmp_path / "g"
+    )
+    np.savez(tmp_path / "features.npz", x=np.ones((2, 3), np.float32))
+    (tmp_path / "features.npz").replace(folder / "features.npy")
+    with pytest.raises(DatasetFormatError, match="archive of arrays"):
+        fc.load_dataset(folder)
 
 
 @pytest.mark.parametrize(
