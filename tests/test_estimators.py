@@ -351,21 +351,30 @@ def test_ecnmf_takes_every_recombination(recombine, add_mean, two_blocks):
     assert np.isfinite(estimator.fit(x, adjacency=adjacency).embedding_).all()
 
 
-def test_callbacks(two_blocks, tmp_path, monkeypatch):
+def test_callbacks(two_blocks):
+    adjacency, x, _ = two_blocks
+    first: list[int] = []
+    second: list[int] = []
+    both = [lambda event: first.append(event.epoch), lambda event: second.append(event.epoch)]
+    QUICK["hsan"](callbacks=both).fit(x, adjacency=adjacency)
+    assert first == second == [1, 2, 3]
+    assert QUICK["hsan"](callbacks=first.append).fit(x, adjacency=adjacency)  # one callable
+    assert len(first) == 6
+
+
+def test_tensorboard_holds_the_history(two_blocks, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     adjacency, x, _ = two_blocks
-    epochs: list[int] = []
-    board = TensorBoard(tmp_path)
-    watched = QUICK["hsan"](callbacks=[board, lambda event: epochs.append(event.epoch)])
-    watched.fit(x, adjacency=adjacency)
-    assert epochs == [1, 2, 3]
+    watched = QUICK["hsan"](callbacks=TensorBoard(tmp_path)).fit(x, adjacency=adjacency)
     events = EventAccumulator(str(tmp_path)).Reload()
     losses = [scalar.value for scalar in events.Scalars("loss")]
     np.testing.assert_allclose(losses, [row["loss"] for row in watched.history_], rtol=1e-6)
     assert len(events.Scalars("modularity")) == 2  # evaluated epochs
-    assert QUICK["hsan"](callbacks=epochs.append).fit(x, adjacency=adjacency)  # one callable
+
+
+def test_missing_tensorboard_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install 'fastclust\[tensorboard\]'"):
         TensorBoard(tmp_path)
