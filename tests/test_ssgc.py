@@ -233,7 +233,12 @@ def test_many_nodes_in_blocks_are_as_few_nodes_at_once(monkeypatch, tmp_path):
     np.save(tmp_path / "x.npy", ds.features)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     whole, info = ssgc_embedding(ds.features, ds.adjacency, 3)
-    for name, value in (("SAMPLE_ROWS", 64), ("_COLUMNS", 8), ("_EDGES", 500)):
+    for name, value in (
+        ("SAMPLE_ROWS", 64),
+        ("_SAMPLED_FROM", 64),
+        ("_COLUMNS", 8),
+        ("_EDGES", 500),
+    ):
         monkeypatch.setattr(ssgc, name, value)
     monkeypatch.setattr(ssgc, "_AGREEMENT_ROWS", 200)
     blocks, again = ssgc_embedding(mapped, ds.adjacency, 3)
