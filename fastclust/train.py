@@ -240,6 +240,8 @@ def resolve(settings: dict[str, Any]) -> tuple[Plan, Dataset]:
         )
     dataset_name = _text(settings.pop("dataset", "digits"), "dataset")
     data_root = settings.pop("data_root", None)
+    if data_root is not None:
+        data_root = os.path.abspath(_text(data_root, "data_root"))
     model = _text(settings.pop("model", "ecnmf"), "model")
     seeds = _seeds(settings.pop("seeds", [0]))
     if model not in MODELS:
@@ -284,7 +286,7 @@ def resolve(settings: dict[str, Any]) -> tuple[Plan, Dataset]:
     plan = Plan(
         dataset=dataset_name,
         files=files,
-        data_root=None if data_root is None else os.path.abspath(_text(data_root, "data_root")),
+        data_root=data_root,
         model=model,
         seeds=seeds,
         parameters=parameters,
