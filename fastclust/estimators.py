@@ -45,7 +45,7 @@ from fastclust._version import __version__
 from fastclust.datasets import nearest_neighbor_graph
 from fastclust.graph import Graph
 from fastclust.memory import require_memory
-from fastclust.models.ecnmf import ECNMFModel
+from fastclust.models.ecnmf import ECNMFModel, choose_propagation
 from fastclust.models.hsan import HSANModel, filtered_attributes, principal_axes
 from fastclust.models.inputs import (
     as_tensor,
@@ -742,10 +742,10 @@ class ECNMF(_TrainedClusterer):
     n_layers : int, default 2
         L; layers after the first are residual.
     norm : {"auto", "rw", "sym", "none"}, default "auto"
-        Propagation D^-1 (A + I), D^-1/2 (A + I) D^-1/2 or A + I. ``"auto"`` takes A + I, and no row
-        normalisation, where the attributes encode nothing but degrees (one attribute per node that
-        explains 90 % of the variance of log(1 + degree)): any normalisation divides by what little
-        they say. Otherwise, and with ``"paper-code"``, D^-1 (A + I) as published.
+        Propagation D^-1 (A + I), D^-1/2 (A + I) D^-1/2 or A + I. ``"auto"`` takes D^-1 (A + I), as
+        published, unless the attributes encode nothing but degrees (one attribute per node that
+        explains 90 % of the variance of log(1 + degree)) and A + I clusters them more evenly, see
+        :func:`fastclust.models.ecnmf.choose_propagation`.
     row_normalise : bool, optional
         Whether the head sees unit rows; by default where ``"auto"`` would take D^-1 (A + I).
     activation, bias, head, view_loss, kl, bce, members, alpha, beta, tau, \
@@ -825,8 +825,11 @@ checkpoint_dir, checkpoint_every, resume, verbose
         self, features: Features, graph: sp.csr_array, device: torch.device
     ) -> tuple[Trainable, dict[str, torch.Tensor]]:
         literal = self.protocol == "paper-code"
-        by_degree = not literal and encodes_degree(features, graph)
-        unit = not literal and not by_degree
+        x = as_tensor(_dense_unless_sparse(features), device)
+        norm, unit = "rw", not literal
+        if not literal and encodes_degree(features, graph):
+            norm = choose_propagation(x, graph, self.n_clusters_)
+            unit = norm == "rw"
         self.resolved_ = {
             "n_clusters": self.n_clusters_,
             "epochs": self.epochs,
@@ -834,7 +837,7 @@ checkpoint_dir, checkpoint_every, resume, verbose
             "optimizer": self.optimizer or "adam",
             "rank": self._rank(*features.shape),
             "activation": self.activation or ("relu" if literal else "identity"),
-            "norm": ("none" if by_degree else "rw") if self.norm == "auto" else self.norm,
+            "norm": norm if self.norm == "auto" else self.norm,
             "row_normalise": unit if self.row_normalise is None else self.row_normalise,
             "head": self.head or ("random" if literal else "kmeans"),
         }
@@ -846,8 +849,7 @@ checkpoint_dir, checkpoint_every, resume, verbose
             advice = "reduce the features first, or train on all nodes at once"
             require_memory(needed, f"the propagated attributes [{n}, {d}]", advice, device)
             if not isinstance(features, np.ndarray):
-                features = features.toarray()
-        x = as_tensor(_dense_unless_sparse(features), device)
+                x = as_tensor(features.toarray(), device)
         x_low_rank = ops.low_rank(
             x,
             self.resolved_["rank"],

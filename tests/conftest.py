@@ -81,3 +81,14 @@ def two_blocks() -> tuple[sp.csr_array, np.ndarray, np.ndarray]:
     features = rng.normal(size=(60, 8)).astype(np.float32) + 2.0 * labels[:, None]
     adjacency = sp.csr_array((upper | upper.T).astype(np.float32))
     return adjacency, features.astype(np.float32), labels
+
+
+@pytest.fixture
+def degrees_only() -> tuple[sp.csr_array, np.ndarray]:
+    """150 nodes whose degrees differ much, and nothing else: adjacency and one-hot degrees."""
+    n = 150
+    expected = np.linspace(1, 8, n)  # Chung and Lu's model: degrees in proportion to these
+    chance = np.clip(np.outer(expected, expected) / expected.sum() * 20 / expected.mean(), 0, 1)
+    upper = np.triu(np.random.default_rng(0).random((n, n)) < chance, 1).astype(np.float32)
+    degree = (upper + upper.T).sum(axis=1).astype(int)
+    return sp.csr_array(upper + upper.T), np.eye(degree.max() + 1, dtype=np.float32)[degree]

@@ -520,22 +520,23 @@ def test_few_epochs_on_digits(model):
     assert fc.metrics.clustering_scores(ds.labels, estimator.labels_)["acc"] > 0.5
 
 
-def test_open_settings_follow_the_attributes_and_the_protocol(two_blocks) -> None:
-    """ECN-MF normalises unless attributes encode degrees; HSAN weights with paper-code only."""
+def test_open_settings_follow_the_attributes_and_the_protocol(two_blocks, degrees_only) -> None:
+    """The data settle ECN-MF's propagation; the protocol HSAN's weights and epochs."""
     adjacency, x, _ = two_blocks
-    degree = np.asarray(adjacency.sum(axis=1)).reshape(-1).astype(int)
-    one_hot = np.eye(degree.max() + 1, dtype=np.float32)[degree]
     quick: Any = {"epochs": 1, "width": 8, "n_init": 2}
 
-    def resolved(model: Any, features: Any, **keywords: Any) -> dict[str, Any]:
-        return model(2, **quick, **keywords).fit(features, adjacency=adjacency).resolved_
+    def resolved(model: Any, graph: Any = adjacency, features: Any = x, **kw: Any) -> Any:
+        return model(4, **quick | kw).fit(features, adjacency=graph).resolved_
 
-    text, airport = resolved(fc.ECNMF, x), resolved(fc.ECNMF, one_hot)
+    text, airport = resolved(fc.ECNMF), resolved(fc.ECNMF, *degrees_only)
     assert (text["norm"], text["row_normalise"]) == ("rw", True)
     assert (airport["norm"], airport["row_normalise"]) == ("none", False)
-    literal = resolved(fc.ECNMF, one_hot, protocol="paper-code")
+    literal = resolved(fc.ECNMF, *degrees_only, protocol="paper-code")
     assert (literal["norm"], literal["row_normalise"]) == ("rw", False)
-    assert resolved(fc.ECNMF, one_hot, norm="sym")["norm"] == "sym"
-    assert resolved(fc.HSAN, x)["weights"] == "none"
-    assert resolved(fc.HSAN, x, protocol="paper-code")["weights"] == "hard"
-    assert resolved(fc.HSAN, x, weights="hard")["weights"] == "hard"
+    assert resolved(fc.ECNMF, *degrees_only, norm="sym")["norm"] == "sym"
+    assert resolved(fc.ECNMF, *degrees_only, row_normalise=True)["row_normalise"] is True
+    assert resolved(fc.HSAN)["weights"] == "none"
+    assert resolved(fc.HSAN, protocol="paper-code")["weights"] == "hard"
+    assert resolved(fc.HSAN, weights="hard")["weights"] == "hard"
+    assert resolved(fc.HSAN, epochs=None)["epochs"] == 150
+    assert resolved(fc.HSAN, epochs=None, optimizer="adam")["epochs"] == 400

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from fastclust import ops
 from fastclust.graph import Graph
-from fastclust.models.ecnmf import ECNMFModel, target_distribution
+from fastclust.models.ecnmf import ECNMFModel, choose_propagation, target_distribution
 from fastclust.models.hsan import (
     HSANModel,
     confident_nodes,
     filtered_attributes,
 )
 from fastclust.models.inputs import as_tensor, derive_seed
+from fastclust.synthetic import make_attributed_sbm
 from fastclust.training import train
 
 N, D, K = 37, 11, 3
@@ -390,6 +391,18 @@ def test_ecnmf_loss_equals_the_formula(graph_data, keywords, sparse):
     for h, w in zip(have, want, strict=True):
         torch.testing.assert_close(h, w.to(h), rtol=5e-3, atol=2e-4 * scale)
     assert not keywords.get("bias", True) or len(parameters) == len(list(model.parameters()))
+
+
+def test_propagation_is_chosen_by_the_evenness_of_clusters(degrees_only):
+    """Where attributes only say the degree, dividing by it leaves little to cluster."""
+    adjacency, one_hot = degrees_only
+    for features in (one_hot, sp.csr_array(one_hot)):
+        assert choose_propagation(as_tensor(features), adjacency, 4) == "none"
+        assert choose_propagation(as_tensor(features), adjacency, 1) == "rw"
+
+    blocks = make_attributed_sbm(150, 600, 300, 4, homophily=0.9, feature_noise=0.3)
+    x = as_tensor(np.asarray(blocks.features))  # more columns than are looked at
+    assert choose_propagation(x, blocks.adjacency, 4) == "rw"
 
 
 @pytest.mark.parametrize("norm", ["rw", "sym", "none"])

@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
@@ -26,15 +27,21 @@ from fastclust.distributed import ONE, Ranks
 from fastclust.graph import Graph
 from fastclust.models.inputs import (
     NORM_FLOOR,
+    as_tensor,
     derive_seed,
+    sample_rows,
     sampled_kmeans,
     uniform_parameter,
     unit_rows,
 )
 
-__all__ = ["ECNMFModel", "target_distribution"]
+__all__ = ["ECNMFModel", "choose_propagation", "target_distribution"]
 
 _INITIALISE, _HEAD = range(2)  # what a derived seed is for
+
+# :func:`choose_propagation` looks at so many columns and rows, and takes the mean of so many runs
+# of k-means, of so many starts each: a single run may go either way (bat).
+_PROBE_COLUMNS, _PROBE_ROWS, _PROBE_RUNS, _PROBE_STARTS = 256, 1 << 13, 5, 3
 
 # Probabilities and cluster sizes are kept above this in logarithms and quotients.
 EPSILON = 1e-8
@@ -58,6 +65,52 @@ def target_distribution(q: Tensor, ranks: Ranks = ONE) -> Tensor:
     q = q.detach()
     weight = q.square() / ranks.total(q.sum(0)).clamp_min(EPSILON)  # [N, K]
     return weight / weight.sum(1, keepdim=True).clamp_min(EPSILON)
+
+
+def choose_propagation(x: Tensor, adjacency: sp.csr_array, n_clusters: int) -> str:
+    """Whether attributes that encode degrees cluster more evenly under D^-1 (A + I) or A + I.
+
+    The published D^-1 (A + I), and unit rows, divide by the degree, which is all that such
+    attributes say: what is left may be a few small clusters and a large rest (bat, eat). A + I on
+    the other hand may let the nodes of highest degree stand alone (uat). Either failure shows as
+    uneven clusters, so the reading is taken whose k-means of Abar^2 X + Abar X, which is two linear
+    layers with a residual, has the greater entropy of cluster sizes. No label is involved.
+
+    Parameters
+    ----------
+    x : Tensor [N, D]
+        Attributes, dense or sparse CSR; of many columns random combinations are looked at, of many
+        rows a sample.
+    adjacency : CSR matrix [N, N]
+        Symmetric, no self loops.
+    n_clusters : int
+        K.
+
+    Returns
+    -------
+    str
+        ``"rw"`` or ``"none"``, the ``norm`` of a :class:`fastclust.Graph`; the head sees unit rows
+        with ``"rw"``.
+    """
+    n, d = x.shape
+    if d > _PROBE_COLUMNS:
+        draws = np.random.default_rng(0).standard_normal((d, _PROBE_COLUMNS))
+        x = x @ as_tensor(draws.astype(np.float32), x.device)
+    elif x.layout == torch.sparse_csr:
+        x = x.to_dense()
+    rows = sample_rows(n, _PROBE_ROWS, 0).to(x.device)
+    entropy = {}
+    for norm in ("rw", "none"):
+        graph = Graph(adjacency, norm=norm).to(x.device)
+        first = ops.propagate(graph, x)
+        z = ops.propagate(graph, first, residual=first)[rows]
+        z = unit_rows(z) if norm == "rw" else z
+        entropy[norm] = 0.0
+        for run in range(_PROBE_RUNS):
+            found = ops.kmeans(z, n_clusters, n_init=_PROBE_STARTS, seed=run).labels
+            shares = torch.bincount(found, minlength=n_clusters).double() / len(z)
+            entropy[norm] += float(torch.special.entr(shares).sum())
+    return "rw" if entropy["rw"] >= entropy["none"] else "none"
 
 
 class _SparseProduct(torch.autograd.Function):
