@@ -26,6 +26,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -71,8 +72,9 @@ ABLATIONS: dict[str, dict[str, dict[str, str]]] = {
     },
     "ecnmf": {
         "random head": {"head": "random"},
+        "no SVD": {"second_view": "attributes"},
         "pseudo labels once": {"update_every": "1000000"},
-        "rank 5": {"rank": "5"},
+        "adaptive rank": {"rank": "gavish-donoho"},
         "block, B 1024": {"recombine": "block", "batch_size": "1024"},
         "literal, B 1024": {"recombine": "literal", "batch_size": "1024"},
         "merge, B 1024": {"recombine": "merge", "batch_size": "1024"},
@@ -135,13 +137,15 @@ examples:
   python -m fastclust.compare --datasets bat,eat,uat --seeds 0-9 --out compare
   python -m fastclust.compare --datasets cora --models hsan --protocol standard,paper-code \\
       --ablation --seeds 0-2 --out ablation
+  python -m fastclust.compare --datasets cora --models ecnmf --sweep rank=10,40,160 \\
+      --sweep alpha=0.1,0.5,1 --seeds 0-2 --out sweep
   python -m fastclust.compare --collect compare ablation --out docs/results --page docs/results.md
       one document of what earlier comparisons finished; nothing is run
 
 what comes out:
   DIR/results.csv   one row per run and selection; scores in [0, 1]
   DIR/results.md    the tables
-  DIR/*.svg, *.png  accuracy by epoch and by method, t-SNE of embeddings (needs matplotlib)
+  DIR/*.svg, *.png  accuracy by epoch, by method and by what was swept, t-SNE of embeddings
   DIR/commands.txt  every command that added runs, with its commit
   DIR/runs/         the run directories of fastclust.train, one per method and graph"""
 
@@ -172,9 +176,16 @@ class Method:
 
 
 def methods(
-    models: Sequence[str], protocols: Sequence[str], ablation: bool, settings: Mapping[str, str]
+    models: Sequence[str],
+    protocols: Sequence[str],
+    ablation: bool,
+    settings: Mapping[str, str],
+    sweeps: Sequence[tuple[str, str]] = (),
 ) -> list[Method]:
-    """What is to be run; SSGC has one protocol only, and ablations start from the standard one."""
+    """What is to be run; SSGC has one protocol only, and variants start from the standard one.
+
+    ``sweeps`` are single settings, each of which makes a variant of every model that has it.
+    """
     common = tuple(settings.items())
     found: dict[Method, None] = {}
     for model in models:
@@ -185,6 +196,9 @@ def methods(
             for variant, changes in ABLATIONS[model].items():
                 merged = _accepted(model, common) + tuple(changes.items())
                 found[Method(model, variant=variant, settings=merged)] = None
+        for key, value in _accepted(model, sweeps):
+            merged = (*_accepted(model, common), (key, value))
+            found[Method(model, variant=f"{key} {value}", settings=merged)] = None
     return list(found)
 
 
@@ -256,8 +270,11 @@ def finished_runs(root: Path) -> Iterator[tuple[str, Method, Path]]:
     asked for them.
     """
     named = {m.folder: m for m in methods(list(MODELS), ("standard", "paper-code"), True, {})}
+    plain = {m.folder: m for m in methods(list(MODELS), ("standard", "paper-code"), False, {})}
     for folder in sorted((root / "runs").glob("*/*")):
         method = named.get(folder.name)
+        if method is None:  # of a sweep: told by its settings
+            method = next((m for f, m in plain.items() if folder.name.startswith(f + "-")), None)
         if method is None or not (folder / "result.json").exists():
             continue
         config = read_toml(folder / "config.toml")
@@ -579,6 +596,41 @@ def plot_bars(rows: Sequence[Mapping[str, Any]], dataset: str, path: Path) -> No
     figure.savefig(path)
 
 
+def plot_sweep(rows: Sequence[Mapping[str, Any]], title: str, key: str, path: Path) -> None:
+    """ACC and NMI at the last epoch over the values of one setting, with one standard deviation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    groups = _grouped(rows, "variant")
+    points = sorted((float(variant.split()[1]), members) for (variant,), members in groups.items())
+    for score in ("acc", "nmi"):
+        values = [100 * np.array([row[score] for row in members]) for _, members in points]
+        axes.errorbar(
+            [x for x, _ in points],
+            [float(v.mean()) for v in values],
+            [float(v.std(ddof=1)) if v.size > 1 else 0.0 for v in values],
+            marker="o",
+            capsize=3,
+            label=score.upper(),
+        )
+    axes.set(title=title, xlabel=key, ylabel="%")
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def swept(
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[tuple[str, str, str], list[Mapping[str, Any]]]:
+    """Rows at the last epoch by graph, model and setting, of settings with two numbers or more."""
+    found: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        key, _, value = row["variant"].partition(" ")
+        if row["selection"] == "last" and re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", value):
+            found.setdefault((row["dataset"], row["model"], key), []).append(row)
+    return {k: v for k, v in found.items() if len({row["variant"] for row in v}) > 1}
+
+
 def plot_embeddings(dataset: Dataset, folders: Mapping[str, Path], path: Path) -> None:
     """The embedding of every method's first seed in the plane, coloured by the true classes."""
     from matplotlib.figure import Figure
@@ -616,6 +668,10 @@ def draw(
         if any(row["dataset"] == name for row in rows):
             paths.append(out / f"methods-{name}.svg")
             plot_bars(rows, name, paths[-1])
+        for (graph, model, key), members in swept(rows).items():
+            if graph == name:
+                paths.append(out / f"sweep-{name}-{model}-{key}.svg")
+                plot_sweep(members, f"{name}, {model}", key, paths[-1])
         if embeddings[name]:
             paths.append(out / f"t-sne-{name}.png")
             plot_embeddings(dataset, embeddings[name], paths[-1])
@@ -653,6 +709,8 @@ def build_parser() -> cli.Parser:
         help="standard, paper-code or both (default: standard)")  # fmt: skip
     add("--seeds", type=cli.parse_seeds, default=[*range(10)], metavar="0-9", help="default: 0-9")
     add("--ablation", action="store_true", help="also the variants that leave something out")
+    add("--sweep", action="append", default=[], metavar="KEY=A,B", dest="sweeps",
+        help="also variants with each of these values, from the standard protocol")  # fmt: skip
     add("--label-free", choices=LABEL_FREE, default="inertia", metavar="RULE",
         help=f"the rule of the tables' middle column: {', '.join(LABEL_FREE)} (default: inertia); "
         "results.csv has them all")  # fmt: skip
@@ -696,17 +754,28 @@ def run_all(
     return failures
 
 
+def _settings(
+    option: str, texts: Iterable[str], models: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Hyper-parameters and values from the texts of an option."""
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not any(key in MODELS[m]().get_params() for m in models):
+            raise UsageError(f"{option} must be KEY=VALUE with a hyper-parameter, got {text!r}")
+        yield key, value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison as the arguments say; returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser().parse_args(given)
-    settings = {}
-    for text in arguments.settings:
-        key, equals, value = text.partition("=")
-        if not equals or not any(key in MODELS[m]().get_params() for m in arguments.models):
-            raise UsageError(f"--set must be KEY=VALUE with a hyper-parameter, got {text!r}")
-        settings[key] = value
-    wanted = methods(arguments.models, arguments.protocol, arguments.ablation, settings)
+    settings = dict(_settings("--set", arguments.settings, arguments.models))
+    sweeps = [
+        (key, value)
+        for key, values in _settings("--sweep", arguments.sweeps, arguments.models)
+        for value in values.split(",")
+    ]
+    wanted = methods(arguments.models, arguments.protocol, arguments.ablation, settings, sweeps)
     datasets = [load_dataset(name, root=arguments.data_root) for name in arguments.datasets]
     out = Path(arguments.out)
     try:

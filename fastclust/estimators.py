@@ -49,11 +49,13 @@ from fastclust.models.ecnmf import ECNMFModel, choose_propagation
 from fastclust.models.hsan import HSANModel, filtered_attributes, principal_axes
 from fastclust.models.inputs import (
     as_tensor,
+    inverse_document_frequency,
     kmeans_labels,
     nearest_center,
     project,
     sampled_kmeans,
     unit_rows,
+    weighted_rows,
 )
 from fastclust.models.minibatch import Batching, SampledECNMF, SampledHSAN
 from fastclust.models.n_clusters import estimate_n_clusters
@@ -104,6 +106,7 @@ Steps = Annotated[int, Interval(Integral, 0, None, closed="left")]
 Weight = Annotated[float, Interval(Real, 0, None, closed="left")]
 Rate = Annotated[float, Interval(Real, 0, None, closed="neither")]
 Share = Annotated[float, Interval(Real, 0, 1, closed="both")]
+Fraction = Annotated[float, Interval(Real, 0, 1, closed="neither")]
 
 # Names in ``parameters_`` of the projection that attributes go through first.
 AXES = ("components", "mean")
@@ -729,14 +732,18 @@ class ECNMF(_TrainedClusterer):
         Full-batch steps.
     lr : float, optional
         Learning rate of Adam; default 1e-4.
-    rank : int, optional
-        Rank r of the reconstruction. Default: 50, or less where the data allow less.
+    rank : int, float in (0, 1) or "gavish-donoho", optional
+        Rank r of the reconstruction. Default: 50, or less where the data allow less. A fraction
+        takes the smallest rank that leaves less than this share of the norm of X about its
+        mean, "gavish-donoho" the singular values above the noise, see ``fastclust.ops.low_rank``.
     batch_size : int, optional
         Rows per batch of the decomposition; None takes all rows at once.
     recombine : {"merge", "block", "per_batch", "literal"}, default "merge"
         How batches make up X_r, see ``fastclust.ops.low_rank``; all the same for one batch.
     add_mean : bool, default False
         Whether the column means are added back to X_r.
+    second_view : {"low-rank", "attributes"}, default "low-rank"
+        ``"attributes"`` gives the second encoder X itself: the method without its SVD.
     width : int, default 600
         Columns of every layer.
     n_layers : int, default 2
@@ -746,6 +753,10 @@ class ECNMF(_TrainedClusterer):
         published, unless the attributes encode nothing but degrees (one attribute per node that
         explains 90 % of the variance of log(1 + degree)) and A + I clusters them more evenly, see
         :func:`fastclust.models.ecnmf.choose_propagation`.
+    weighting : {"auto", "none", "l2", "tf-idf"}, default "auto"
+        Attribute rows as they are, of unit length, or of unit length after smooth tf-idf.
+        ``"auto"`` takes ``"tf-idf"``, or ``"l2"`` where some attribute is negative; ``"none"`` with
+        ``"paper-code"``.
     row_normalise : bool, optional
         Whether the head sees unit rows; by default where ``"auto"`` would take D^-1 (A + I).
     activation, bias, head, view_loss, kl, bce, members, alpha, beta, tau, \
@@ -785,23 +796,25 @@ checkpoint_dir, checkpoint_every, resume, verbose
     """
 
     epochs: Count = 1000
-    rank: Count | None = None
+    rank: Count | Fraction | Literal["gavish-donoho"] | None = None
     batch_size: Count | None = None
+    second_view: Literal["low-rank", "attributes"] = "low-rank"
     recombine: Literal["merge", "block", "per_batch", "literal"] = "merge"
     add_mean: bool = False
     n_layers: Count = 2
     norm: Literal["auto", "rw", "sym", "none"] = "auto"
     activation: Literal["identity", "relu"] | None = None
     bias: bool = True
+    weighting: Literal["auto", "none", "l2", "tf-idf"] = "auto"
     row_normalise: bool | None = None
-    head: Literal["kmeans", "random"] | None = None
+    head: Literal["spectral", "kmeans", "random"] | None = None
     view_loss: Literal["elements", "nodes"] = "elements"
     kl: Literal["batchmean", "sum", "literal"] = "batchmean"
     bce: Literal["one-hot", "positive"] = "one-hot"
     members: Literal["all", "argmax"] = "all"
     alpha: Weight = 1.0
-    beta: Weight = 1.0
-    tau: Weight = 0.5
+    beta: Weight = 0.1
+    tau: Weight = 0.1
     update_every: Count = 10
     target_every: Count = 1
     pseudo_start: Steps = 0
@@ -825,22 +838,27 @@ checkpoint_dir, checkpoint_every, resume, verbose
         self, features: Features, graph: sp.csr_array, device: torch.device
     ) -> tuple[Trainable, dict[str, torch.Tensor]]:
         literal = self.protocol == "paper-code"
-        x = as_tensor(_dense_unless_sparse(features), device)
         norm, unit = "rw", not literal
         if not literal and encodes_degree(features, graph):
-            norm = choose_propagation(x, graph, self.n_clusters_)
+            norm = choose_propagation(as_tensor(features, device), graph, self.n_clusters_)
             unit = norm == "rw"
         self.resolved_ = {
             "n_clusters": self.n_clusters_,
             "epochs": self.epochs,
             "lr": 1e-4 if self.lr is None else float(self.lr),
             "optimizer": self.optimizer or "adam",
-            "rank": self._rank(*features.shape),
+            "rank": None if self.second_view == "attributes" else self._rank(*features.shape),
             "activation": self.activation or ("relu" if literal else "identity"),
             "norm": norm if self.norm == "auto" else self.norm,
             "row_normalise": unit if self.row_normalise is None else self.row_normalise,
-            "head": self.head or ("random" if literal else "kmeans"),
+            "head": self.head or ("random" if literal else "spectral"),
+            "weighting": self._weighting(features),
         }
+        idf = None
+        if self.resolved_["weighting"] == "tf-idf":
+            idf = inverse_document_frequency(features)
+        if self.resolved_["weighting"] != "none":
+            features = weighted_rows(features, idf)
         n, d = features.shape
         sampling: dict[str, Any] = {}
         if self._samples(n):
@@ -849,26 +867,31 @@ checkpoint_dir, checkpoint_every, resume, verbose
             advice = "reduce the features first, or train on all nodes at once"
             require_memory(needed, f"the propagated attributes [{n}, {d}]", advice, device)
             if not isinstance(features, np.ndarray):
-                x = as_tensor(features.toarray(), device)
-        x_low_rank = ops.low_rank(
-            x,
-            self.resolved_["rank"],
-            batch_size=self.batch_size,
-            recombine=self.recombine,
-            add_mean=self.add_mean,
-            seed=self.seed_,
-        )
-        basis = {}
-        if x_low_rank.mean is not None and x_low_rank.mean.dim() == 1:
-            # One projection for all rows: X_r = (X - mean) V^T V, V orthonormal.
-            basis = {"components": unit_rows(x_low_rank.right), "mean": x_low_rank.mean}
+                features = features.toarray()
+        x = as_tensor(_dense_unless_sparse(features), device)
+        x_low_rank, basis = None, {}
+        if self.second_view == "low-rank":
+            x_low_rank = ops.low_rank(
+                x,
+                self.resolved_["rank"],
+                batch_size=self.batch_size,
+                recombine=self.recombine,
+                add_mean=self.add_mean,
+                seed=self.seed_,
+            )
+            self.resolved_["rank"] = x_low_rank.rank
+            if x_low_rank.mean is not None and x_low_rank.mean.dim() == 1:
+                # One projection for all rows: X_r = (X - mean) V^T V, V orthonormal.
+                basis = {"components": unit_rows(x_low_rank.right), "mean": x_low_rank.mean}
+        if idf is not None:
+            basis["idf"] = torch.from_numpy(idf)
         ranks = distributed.current(len(x))
         return self._model(x, x_low_rank, graph, ranks, **sampling), basis
 
     def _model(
         self,
         x: torch.Tensor,
-        x_low_rank: ops.LowRankMatrix,
+        x_low_rank: ops.LowRankMatrix | None,
         graph: sp.csr_array,
         ranks: distributed.Ranks = distributed.ONE,
         **sampling: Any,
@@ -905,31 +928,54 @@ checkpoint_dir, checkpoint_every, resume, verbose
     def _predict(
         self, features: Features, graph: sp.csr_array, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.resolved_["weighting"] != "none":
+            idf = self.parameters_.get("idf")
+            features = weighted_rows(features, None if idf is None else idf.numpy())
+        x = as_tensor(_dense_unless_sparse(features), device)
+        low_rank = None
+        if self.second_view == "low-rank":
+            low_rank = self._project(x)
+        model = self._model(x, low_rank, graph)
+        wanted = model.state_dict()
+        model.load_state_dict({k: v for k, v in self.parameters_.items() if k in wanted})
+        return model.assign(0)
+
+    def _weighting(self, features: Features) -> str:
+        negative = self.weighting in ("auto", "tf-idf") and float(features.min()) < 0
+        if self.weighting == "tf-idf" and negative:
+            raise ValueError(
+                f"weighting 'tf-idf' must be given features of 0 or more, got "
+                f"{float(features.min()):g}; use weighting='l2'"
+            )
+        if self.weighting != "auto":
+            return self.weighting
+        if self.protocol == "paper-code":
+            return "none"
+        return "l2" if negative else "tf-idf"
+
+    def _project(self, x: torch.Tensor) -> ops.LowRankMatrix:
+        """X_r of other nodes, by the projection of the training data."""
         if "components" not in self.parameters_:
             raise ValueError(
                 f"transform and predict must have one low-rank projection for all nodes; with "
                 f"recombine={self.recombine!r} and batch_size={self.batch_size} every batch of the "
                 f"training data has its own. Fit with recombine='merge' or batch_size=None"
             )
-        x = as_tensor(_dense_unless_sparse(features), device)
-        basis = {k: self.parameters_[k].to(device) for k in AXES}
-        low_rank = ops.LowRankMatrix(
+        basis = {k: self.parameters_[k].to(x.device) for k in AXES}
+        return ops.LowRankMatrix(
             project(x, basis)[None],
             basis["components"][None],
             x.shape[0],
             basis["mean"][None],
             add_mean=self.add_mean,
         )
-        model = self._model(x, low_rank, graph)
-        model.load_state_dict({k: v for k, v in self.parameters_.items() if k not in AXES})
-        return model.assign(0)
 
-    def _rank(self, n_nodes: int, n_features: int) -> int:
+    def _rank(self, n_nodes: int, n_features: int) -> int | float | str:
         rows = n_nodes if self.batch_size is None else min(self.batch_size, n_nodes)
         limit = min(rows, n_features)
         if self.rank is None:
             return min(50, limit)
-        if self.rank > limit:
+        if isinstance(self.rank, Integral) and self.rank > limit:
             raise ValueError(
                 f"rank must be at most {limit}, the smaller of the rows of a batch ({rows}) and "
                 f"the columns of X ({n_features}), got {self.rank}; leave it None to have it chosen"

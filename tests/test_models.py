@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastclust import ops
 from fastclust.graph import Graph
+from fastclust.metrics import clustering_scores
 from fastclust.models.ecnmf import ECNMFModel, choose_propagation, target_distribution
 from fastclust.models.hsan import (
     HSANModel,
@@ -43,7 +44,7 @@ def dense_adjacency(adjacency: sp.csr_array) -> Tensor:
 
 
 def hsan(adjacency: sp.csr_array, x: np.ndarray, **keywords: Any) -> HSANModel:
-    keywords = {"n_clusters": K, "width": 6, "n_init": 3, "seed": 1, **keywords}
+    common = {"n_clusters": K, "width": 6, "n_init": 3, "seed": 1, "beta": 1.0, "tau": 0.5}
     graph = Graph(adjacency, norm="none", self_loops=False)
     return HSANModel(torch.from_numpy(x).double(), graph, **keywords).double()
 
@@ -294,10 +295,10 @@ def ecnmf(
     add_mean: bool = False,
     **keywords: Any,
 ) -> ECNMFModel:
-    keywords = {"n_clusters": K, "width": 6, "n_init": 3, "seed": 1, **keywords}
+    common = {"n_clusters": K, "width": 6, "n_init": 3, "seed": 1, "beta": 1.0, "tau": 0.5}
     features = as_tensor(x)
     low_rank = ops.low_rank(features, rank, add_mean=add_mean, seed=0)
-    return ECNMFModel(features, low_rank, Graph(adjacency, norm=norm), **keywords)
+    return ECNMFModel(features, low_rank, Graph(adjacency, norm=norm), **common | keywords)
 
 
 def dense_ecnmf(model: ECNMFModel, abar: Tensor, x: Tensor, x_r: Tensor) -> dict[str, Tensor]:
@@ -416,9 +417,10 @@ def test_joined_layers_and_the_loss_in_place_are_exact(
     adjacency, x = graph_data
     x64 = torch.from_numpy(x).double()
     low_rank = ops.low_rank(x64, 4, add_mean=True, seed=0)
-    settings = {"activation": activation, "row_normalise": row_normalise, "n_layers": n_layers}
+    settings: dict[str, Any] = {"alpha": 0.7, "beta": 1.0, "activation": activation}
+    settings |= {"row_normalise": row_normalise, "n_layers": n_layers}
     graph = Graph(adjacency, norm=norm)
-    model = ECNMFModel(x64, low_rank, graph, n_clusters=K, width=6, alpha=0.7, **settings).double()
+    model = ECNMFModel(x64, low_rank, graph, n_clusters=K, width=6, **settings).double()
     for b in model.b:
         b.data.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(3))
     joined = [type(view).__name__ == "_LinearView" for view in model.inputs]
@@ -465,7 +467,7 @@ def test_target_distribution_sharpens_and_survives_an_empty_cluster():
 
 
 def test_head_from_kmeans_assigns_to_the_nearest_centre(graph_data):
-    model = ecnmf(*graph_data)
+    model = ecnmf(*graph_data, head="kmeans")
     model.begin()
     with torch.no_grad():
         z = model.head_input(*model.views())
@@ -474,6 +476,27 @@ def test_head_from_kmeans_assigns_to_the_nearest_centre(graph_data):
         expected = torch.softmax(-g * torch.cdist(z, result.centers) ** 2, 1)
         torch.testing.assert_close(model.assignment(z).exp(), expected, rtol=1e-3, atol=1e-4)
         assert torch.equal(model.assign(0)[0], result.labels)
+
+
+def test_spectral_head_finds_planted_clusters_whatever_the_other_directions_hold():
+    """The leading singular vectors are what is clustered; the head assigns to the means in Z."""
+    blocks = make_attributed_sbm(400, 3000, 40, 4, homophily=0.9, feature_noise=0.5)
+    x = as_tensor(np.asarray(blocks.features))
+    model = ECNMFModel(
+        x,
+        ops.low_rank(x, 8),
+        Graph(blocks.adjacency, norm="rw"),
+        n_clusters=4,
+        width=64,
+        n_init=2,
+    )
+    model.begin()
+    labels, z = model.assign(0)
+    assert clustering_scores(blocks.labels, labels.numpy())["acc"] > 0.95
+    with torch.no_grad():
+        means = torch.stack([z[labels == k].mean(0) for k in range(4)])
+    nearest = torch.cdist(z, means).argmin(1)
+    assert (nearest == labels).float().mean() > 0.98
 
 
 def test_pseudo_labels_and_target_follow_their_periods(graph_data):

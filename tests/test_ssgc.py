@@ -17,7 +17,7 @@ from fastclust.datasets import load_dataset
 from fastclust.graph import Graph
 from fastclust.metrics import clustering_scores
 from fastclust.models import ssgc
-from fastclust.models.inputs import unit_rows
+from fastclust.models.inputs import inverse_document_frequency, unit_rows, weighted_rows
 from fastclust.models.ssgc import consensus_kmeans, ssgc_embedding, ssgc_projection
 
 
@@ -103,7 +103,7 @@ def test_tf_idf_is_the_smooth_one(dense):
     features = counts.astype(np.float32)
     expected = TfidfTransformer().fit_transform(counts.astype(np.float64)).toarray()
     features = features if dense else sp.csr_array(features)
-    got = ssgc._weighted(features, ssgc._inverse_document_frequency(features))
+    got = weighted_rows(features, inverse_document_frequency(features))
     np.testing.assert_allclose(got if dense else got.toarray(), expected, atol=1e-6)
 
 

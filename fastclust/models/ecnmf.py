@@ -34,6 +34,7 @@ from fastclust.models.inputs import (
     uniform_parameter,
     unit_rows,
 )
+from fastclust.models.ssgc import consensus_kmeans
 
 __all__ = ["ECNMFModel", "choose_propagation", "target_distribution"]
 
@@ -302,9 +303,9 @@ class ECNMFModel(nn.Module):
     ----------
     x : Tensor [N, D]
         Attributes, dense or sparse CSR.
-    x_low_rank : LowRankMatrix
+    x_low_rank : LowRankMatrix or None
         Their low-rank reconstruction X_r from ``ops.low_rank``, which also settles how batches are
-        recombined and whether column means are added back.
+        recombined and whether column means are added back. None: the second view is X as well.
     graph : Graph
         Abar: ``norm="rw"`` is D^-1 (A + I) (as published), ``"sym"`` D^-1/2 (A + I) D^-1/2,
         ``"none"`` A + I.
@@ -320,9 +321,11 @@ class ECNMFModel(nn.Module):
         Whether layers have biases: phi(Abar X W + b), phi(Abar (Z W + b) + Z).
     row_normalise : bool
         Whether the head sees unit rows of Z.
-    head : {"kmeans", "random"}
-        Start of the softmax head: from k-means centres C of the untrained Z, W = 2 C g and
+    head : {"spectral", "kmeans", "random"}
+        Start of the softmax head: from cluster centres C of the untrained Z, W = 2 C g and
         ``b = -|C|^2 g`` with g = 1 / within-cluster variance, or random (as published).
+        ``"kmeans"`` clusters Z as it is, ``"spectral"`` its leading 2 K singular vectors, by the
+        consensus of many starts: :func:`fastclust.models.ssgc.consensus_kmeans`.
     view_loss : {"elements", "nodes"}
         Eq. 12 as a mean over all N d elements, or over nodes of squared distances.
     kl : {"batchmean", "sum", "literal"}
@@ -335,7 +338,9 @@ class ECNMFModel(nn.Module):
         Whether the top nodes of a cluster are sought among all nodes (one that is sought by two
         clusters goes to the more probable) or among those that are most probable in it.
     alpha, beta : float
-        Weights of the view loss and of KL (Eq. 19).
+        Weights of the view loss and of KL (Eq. 19); the paper tries 0.1 to 1. Both KL and the
+        pseudo labels, as many of every cluster, draw clusters to one size: where classes differ
+        much (amap, amac), larger beta and tau lead away from a good start.
     tau : float
         Pseudo-labelled nodes per cluster as a fraction of N / K (at least one node).
     update_every : int
@@ -345,7 +350,7 @@ class ECNMFModel(nn.Module):
     pseudo_start : int
         First epoch with pseudo labels.
     n_init : int
-        k-means restarts for the head.
+        k-means restarts for the head; ten times as many vote on the ``"spectral"`` one.
     precision : {"fp32", "tf32", "bf16x3", "bf16"}
         ``"bf16"`` rounds the factors of the encoders' dense products to bfloat16; the others run in
         float32. A sparse X and the head are float32 in any case.
@@ -362,7 +367,7 @@ class ECNMFModel(nn.Module):
     def __init__(
         self,
         x: Tensor,
-        x_low_rank: ops.LowRankMatrix,
+        x_low_rank: ops.LowRankMatrix | None,
         graph: Graph,
         *,
         n_clusters: int,
@@ -371,14 +376,14 @@ class ECNMFModel(nn.Module):
         activation: Literal["identity", "relu"] = "identity",
         bias: bool = True,
         row_normalise: bool = True,
-        head: Literal["kmeans", "random"] = "kmeans",
+        head: Literal["spectral", "kmeans", "random"] = "spectral",
         view_loss: Literal["elements", "nodes"] = "elements",
         kl: Literal["batchmean", "sum", "literal"] = "batchmean",
         bce: Literal["one-hot", "positive"] = "one-hot",
         members: Literal["all", "argmax"] = "all",
         alpha: float = 1.0,
-        beta: float = 1.0,
-        tau: float = 0.5,
+        beta: float = 0.1,
+        tau: float = 0.1,
         update_every: int = 10,
         target_every: int = 1,
         pseudo_start: int = 0,
@@ -402,14 +407,14 @@ class ECNMFModel(nn.Module):
         self._parts: dict[str, Tensor] = {}
 
         sparse = x.layout == torch.sparse_csr
-        inputs = (
-            _SparseInput(graph, x) if sparse else _DenseInput(graph, x),
-            _second_view(graph, x_low_rank),
-        )
-        self.inputs = [self._joined(view, width, n_layers) for view in inputs]
+        inputs = [_SparseInput(graph, x) if sparse else _DenseInput(graph, x)]
+        if x_low_rank is not None:
+            inputs.append(_second_view(graph, x_low_rank))
+        joined = [self._joined(view, width, n_layers) for view in inputs]
         self.graph = ranks.graph(graph)
-        for joined in self.inputs:
-            joined.share(ranks)
+        for view in joined:
+            view.share(ranks)
+        self.inputs = [joined[0], joined[-1]]
         self._memory: list[Tensor | None] = [None, None]  # [N, d] of the linear views
         # Glorot's uniform initialisation for every matrix, zero for every bias.
         generator = torch.Generator().manual_seed(derive_seed(seed, _INITIALISE))
@@ -474,16 +479,26 @@ class ECNMFModel(nn.Module):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Set the head from k-means centres of the untrained embedding, if asked for."""
-        if self.head != "kmeans":
+        """Set the head from clusters of the untrained embedding, if asked for."""
+        if self.head == "random":
             return
-        z = self.head_embedding()
-        kmeans = self.ranks.kmeans if self.ranks.size > 1 else sampled_kmeans
-        result = kmeans(z, self.n_clusters, n_init=self.n_init, seed=derive_seed(self.seed, _HEAD))
+        z, k, seed = self.head_embedding(), self.n_clusters, derive_seed(self.seed, _HEAD)
+        if self.head == "kmeans":
+            kmeans = self.ranks.kmeans if self.ranks.size > 1 else sampled_kmeans
+            result = kmeans(z, k, n_init=self.n_init, seed=seed)
+            centers, inertia = result.centers.to(z), float(result.inertia)
+        else:
+            z = self.ranks.gather(z)  # every rank finds the same clusters
+            leading = ops.batched_svd(z, min(2 * k, *z.shape), center=False, seed=seed)
+            y = leading.u[0] * leading.s[0]  # [N, 2 K]
+            y = unit_rows(y) if self.row_normalise else y
+            labels = consensus_kmeans(y, k, n_init=10 * self.n_init, seed=seed).labels
+            members = nn.functional.one_hot(labels, k).to(z)  # [N, K]
+            centers = ops.matmul(members.t(), z) / members.sum(0).clamp_min(1.0)[:, None]
+            inertia = float((z - centers[labels]).square().sum())
         n = self.ranks.n_rows(len(z))
-        sharpness = n / max(float(result.inertia), EPSILON * n)
-        centers = result.centers.to(z)  # [K, d]
-        self.head_w.copy_(2.0 * sharpness * centers.T)
+        sharpness = n / max(inertia, EPSILON * n)
+        self.head_w.copy_(2.0 * sharpness * centers.T)  # centers [K, d]
         self.head_b.copy_(-sharpness * centers.square().sum(1))
 
     def loss(self) -> Tensor:

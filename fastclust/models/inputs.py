@@ -1,4 +1,4 @@
-"""What both networks do to their constants: tensors from host arrays, seeds, unit rows."""
+"""What the methods do to their constants: weighted rows, tensors from host arrays, seeds."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 import torch
+from sklearn.preprocessing import normalize
 from torch import Tensor
 
 from fastclust import ops
@@ -17,6 +18,7 @@ from fastclust import ops
 __all__ = [
     "as_tensor",
     "derive_seed",
+    "inverse_document_frequency",
     "kmeans_labels",
     "nearest_center",
     "project",
@@ -25,11 +27,35 @@ __all__ = [
     "stacked_unit_rows",
     "uniform_parameter",
     "unit_rows",
+    "weighted_rows",
 ]
 
 NORM_FLOOR = 1e-12
 # Restarts of k-means see at most so many rows.
 SAMPLE_ROWS = 1 << 16
+
+
+def inverse_document_frequency(features: Any) -> npt.NDArray[np.float32]:
+    """Smooth idf [D] of X [N, D], dense or CSR: 1 + ln((1 + N) / (1 + nodes that have it))."""
+    n, d = features.shape
+    if sp.issparse(features):
+        frequency = np.bincount(features.indices, minlength=d)
+    else:
+        frequency = np.count_nonzero(features, axis=0)
+    return (np.log((1.0 + n) / (1.0 + frequency)) + 1.0).astype(np.float32)
+
+
+def weighted_rows(features: Any, idf: npt.NDArray[np.float32] | None = None) -> Any:
+    """Rows of X [N, D], dense or CSR, of unit length after columns were weighted by idf [D].
+
+    Zero rows stay zero.
+    """
+    if idf is not None and sp.issparse(features):
+        data = features.data * idf[features.indices]
+        features = sp.csr_array((data, features.indices, features.indptr), features.shape)
+    elif idf is not None:
+        features = features * idf
+    return normalize(features)
 
 
 def as_tensor(

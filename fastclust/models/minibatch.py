@@ -361,7 +361,7 @@ class SampledECNMF(ECNMFModel):
     def __init__(
         self,
         x: Tensor,
-        x_low_rank: ops.LowRankMatrix,
+        x_low_rank: ops.LowRankMatrix | None,
         graph: Graph,
         *,
         batch_size: int,

@@ -33,7 +33,6 @@ import torch
 from scipy.linalg import eigh
 from scipy.stats import rankdata
 from sklearn.metrics import normalized_mutual_info_score
-from sklearn.preprocessing import normalize
 
 from fastclust import ops
 from fastclust.graph import Graph
@@ -41,10 +40,12 @@ from fastclust.models.inputs import (
     SAMPLE_ROWS,
     as_tensor,
     derive_seed,
+    inverse_document_frequency,
     kmeans_labels,
     sample_rows,
     sampled_kmeans,
     unit_rows,
+    weighted_rows,
 )
 
 __all__ = ["consensus_kmeans", "encodes_degree", "ssgc_embedding", "ssgc_projection"]
@@ -161,7 +162,7 @@ def ssgc_embedding(
     projection: dict[str, torch.Tensor] = {}
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # smoothed pairs, bases of their views
     for name in weightings:
-        idf = _inverse_document_frequency(features) if name == "tf-idf" else None
+        idf = inverse_document_frequency(features) if name == "tf-idf" else None
         q, axes, energy, mean_energy = _leading_pairs(features, idf, seed, device)
         smooth = _smoothed(graph, q, (n_steps,))[n_steps]
         bases = _bases(
@@ -226,7 +227,7 @@ def ssgc_projection(
         if f"{name}.axes" not in projection:
             continue
         idf = projection.get(f"{name}.idf")
-        x = as_tensor(_weighted(features, None if idf is None else idf.numpy()), device)
+        x = as_tensor(weighted_rows(features, None if idf is None else idf.numpy()), device)
         q = x @ projection[f"{name}.axes"].to(device)
         smooth = _smoothed(graph, q, (n_steps,))[n_steps]
         views += [unit_rows(smooth @ basis) for basis in projection[f"{name}.bases"].to(device)]
@@ -312,26 +313,6 @@ def _minimum(features: Features) -> float:
     return float(features.min())
 
 
-def _inverse_document_frequency(features: Features) -> npt.NDArray[np.float32]:
-    """Smooth idf [D]: ln((1 + N) / (1 + nodes with the attribute)) + 1."""
-    n, d = features.shape
-    if sp.issparse(features):
-        frequency = np.bincount(features.indices, minlength=d)
-    else:
-        frequency = np.count_nonzero(features, axis=0)
-    return (np.log((1.0 + n) / (1.0 + frequency)) + 1.0).astype(np.float32)
-
-
-def _weighted(features: Features, idf: npt.NDArray[np.float32] | None) -> Features:
-    """Rows of unit length, after columns were weighted by idf [D]; zero rows stay zero."""
-    if idf is not None and sp.issparse(features):
-        data = features.data * idf[features.indices]
-        features = sp.csr_array((data, features.indices, features.indptr), features.shape)
-    elif idf is not None:
-        features = features * idf
-    return normalize(features)
-
-
 def encodes_degree(features: Features, adjacency: sp.csr_array) -> bool:
     """Whether X is one-hot and its columns explain the nodes' degrees.
 
@@ -363,13 +344,13 @@ def _leading_pairs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """Coordinates in the leading right singular vectors, their energies, and the mean over all D.
 
-    Of the weighted attributes X (see :func:`_weighted`). Returns Q ~ X V [N, r], V [D, r], w [r] =
-    squared singular values (float64, on the CPU), and |X|_F^2 / D.
+    Of the weighted attributes X (see :func:`weighted_rows`). Returns Q ~ X V [N, r], V [D, r],
+    w [r] = squared singular values (float64, on the CPU), and |X|_F^2 / D.
     """
     n, n_columns = features.shape
     if n > SAMPLE_ROWS and n_columns <= _GRAM_COLUMNS and not sp.issparse(features):
         return _streamed_pairs(features, idf, device)
-    x = _weighted(features, idf)
+    x = weighted_rows(features, idf)
     rank = min(LEADING_PAIRS, *x.shape)
     svd = ops.batched_svd(as_tensor(x, device), rank, center=False, n_iter=_SKETCH_STEPS, seed=seed)
     energy = svd.s[0].double().cpu() ** 2
@@ -390,7 +371,7 @@ def _streamed_pairs(
 
     def blocks() -> Iterator[torch.Tensor]:
         for begin in range(0, len(features), SAMPLE_ROWS):
-            yield as_tensor(_weighted(features[begin : begin + SAMPLE_ROWS], idf), device)
+            yield as_tensor(weighted_rows(features[begin : begin + SAMPLE_ROWS], idf), device)
 
     gram = _gram(blocks())
     (axes,) = _bases(gram, [torch.ones(len(gram))], LEADING_PAIRS)  # [D, r]
@@ -595,7 +576,7 @@ def smoothed_basis(
 
     Attributes are weighted by tf-idf unless some are negative; columns of B descend.
     """
-    idf = _inverse_document_frequency(x) if _minimum(x) >= 0 else None
+    idf = inverse_document_frequency(x) if _minimum(x) >= 0 else None
     q, _, energy, mean_energy = _leading_pairs(x, idf, seed, graph.device)
     smooth = _smoothed(graph, q, (n_steps,))[n_steps]
     scale = _scalings(energy, mean_energy, "multiview")[1]
@@ -607,7 +588,7 @@ def _labels_by_steps(
     x: Features, weighting: str, graph: Graph, n_clusters: int, seed: int
 ) -> dict[int, npt.NDArray[np.int64]]:
     """A clustering of one view for every candidate T; of a sample where nodes are many."""
-    idf = _inverse_document_frequency(x) if weighting == "tf-idf" else None
+    idf = inverse_document_frequency(x) if weighting == "tf-idf" else None
     q, _, energy, mean_energy = _leading_pairs(x, idf, seed, graph.device)
     scale = _scalings(energy, mean_energy, "multiview")[1]
     n = graph.n_nodes

@@ -64,6 +64,8 @@ class LowRankMatrix:
     right : Tensor [R, D]
     mean : Tensor [D], or [M, D] with one row per batch, or None
         What was subtracted from X before factoring.
+    rank : int
+        r, as asked for or found.
     add_mean : bool
         Whether :meth:`matmul` and :meth:`to_dense` add ``mean`` back.
     """
@@ -83,6 +85,11 @@ class LowRankMatrix:
         self._batch_size = n_rows if batch_size is None else batch_size
         self.add_mean = add_mean
         self.shape = (n_rows, right.shape[2])
+
+    @property
+    def rank(self) -> int:
+        """r: triplets of the whole, or with ``recombine="per_batch"`` of every batch."""
+        return int(self._right.shape[1])
 
     @property
     def left(self) -> Tensor:
