@@ -654,7 +654,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     row_sums = output[1]
     ctx.mark_non_differentiable(row_sums)
     ctx.save_for_backward(z, e, alpha, row_sums, stored, *tensors, *snapshot_z, *snapshot_e)
-    ctx.n_snapshots, ctx.n_inputs = len(snapshot_z), len(inputs)
+    ctx.n_snapshots = len(snapshot_z)
     ctx.beta = beta
     ctx.precision = precision
 
@@ -669,7 +669,9 @@ def _backward(ctx: Any, grad_loss: Tensor, _grad_row_sums: Tensor | None) -> tup
         ctx.beta, ctx.precision, *need, *([] if stored is None else [[], stored]),
     )  # fmt: skip
     wanted = [g if used else None for g, used in zip(gradients, need, strict=True)]
-    return (*wanted, [None] * n, [None] * n, *[None] * (ctx.n_inputs - 5))
+    # One for each argument, a list for a list; torch drops arguments at the end that are defaults.
+    last: tuple[Any, ...] = () if stored is None else ([], None)
+    return (*wanted, [None] * n, [None] * n, None, None, None, None, None, None, None, *last)
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> None:
