@@ -8,22 +8,29 @@ STABLE_TORCH_LIBRARY(fastclust, m) {
   // Weights, see csrc/infonce/infonce.h: per snapshot s embeddings, alpha [S], range [S, 2], labels
   // int32 [S, N], membership int64 [N], order int32 [N]; empty lists and None: every weight is 1.
   // precision: 0 fp32, 1 tf32, 2 bf16x3, 3 bf16. window: [] or the share of a call, see infonce.h.
+  // stored [P, 192, 192] (CPU): all weights as update_stored_weights leaves them, and no snapshots.
   m.def(
       "hard_infonce(Tensor z, Tensor e, Tensor alpha, Tensor[] snapshot_z, Tensor[] snapshot_e, "
       "Tensor? snapshot_alpha, Tensor? snapshot_range, Tensor? labels, Tensor? membership, "
-      "Tensor? order, float beta, int precision, int[] window=[]) "
+      "Tensor? order, float beta, int precision, int[] window=[], Tensor? stored=None) "
       "-> (Tensor loss, Tensor row_sums)");
   // (grad_z [2N, dz], grad_e [2N, de], grad_alpha []); one that is not needed comes back as [0].
   m.def(
       "hard_infonce_backward(Tensor grad_loss, Tensor z, Tensor e, Tensor alpha, Tensor row_sums, "
       "Tensor[] snapshot_z, Tensor[] snapshot_e, Tensor? snapshot_alpha, Tensor? snapshot_range, "
       "Tensor? labels, Tensor? membership, Tensor? order, float beta, int precision, bool need_z, "
-      "bool need_e, bool need_alpha, int[] window=[]) "
+      "bool need_e, bool need_alpha, int[] window=[], Tensor? stored=None) "
       "-> (Tensor grad_z, Tensor grad_e, Tensor grad_alpha)");
   // [2]: least and greatest entry of S over all 2N x 2N pairs, diagonal included.
   m.def(
       "similarity_range(Tensor z, Tensor e, Tensor alpha, int precision, int[] window=[]) "
       "-> Tensor");
+  // A refresh of stored weights [P, 192, 192], tiles of the upper triangle of W (infonce.h, CPU):
+  // overwrites the entries whose nodes are both confident. range [2] as of similarity_range, labels
+  // int32 [N], confident bool [N].
+  m.def(
+      "update_stored_weights(Tensor(a!) stored, Tensor z, Tensor e, Tensor alpha, Tensor range, "
+      "Tensor labels, Tensor confident, float beta) -> ()");
 
   // k-means, R restarts at once; see csrc/kmeans/kmeans.h. x is centred and padded to dp columns by
   // kmeans_center -> (xc [N, dp], mean float64 [d], mean column variance float64 []).

@@ -121,8 +121,13 @@ class Ranks:
         """:func:`fastclust.ops.hard_infonce` of the two views [2n, d] of this rank's nodes."""
         return ops.hard_infonce(z, e, alpha, **keywords)
 
-    def hardness(self, z: Tensor, e: Tensor | None, *args: Any, **keywords: Any) -> ops.Hardness:
-        """:func:`fastclust.ops.hardness` of this rank's views; labels and confident of all N."""
+    def hardness(
+        self, z: Tensor, e: Tensor | None, *args: Any, **keywords: Any
+    ) -> ops.Hardness | ops.StoredHardness:
+        """:func:`fastclust.ops.hardness` of this rank's views; labels and confident of all N.
+
+        Several ranks hold snapshots only.
+        """
         return ops.hardness(z, e, *args, **keywords)
 
     def kmeans(self, x: Tensor, n_clusters: int, **keywords: Any) -> ops.KMeansResult:
@@ -428,6 +433,8 @@ class ShardedRanks(Ranks):
         alpha = args[0]
         z, e, alpha = infonce._check_views(z, e, alpha)
         previous = keywords.pop("previous", None)
+        if keywords.pop("storage", "snapshots") != "snapshots":
+            raise ValueError("storage must be 'snapshots' on several ranks")
         if not self.ring:
             z, e = self.gather_views(z), self.gather_views(e)
         range_ = _ring_range(self, z, e, alpha) if self.ring else _gather_range(self, z, e, alpha)

@@ -46,7 +46,7 @@ from fastclust.datasets import nearest_neighbor_graph
 from fastclust.graph import Graph
 from fastclust.memory import require_memory
 from fastclust.models.ecnmf import ECNMFModel, choose_propagation
-from fastclust.models.hsan import HSANModel, filtered_attributes, principal_axes
+from fastclust.models.hsan import HSANModel, WeightStorage, filtered_attributes, principal_axes
 from fastclust.models.inputs import (
     as_tensor,
     inverse_document_frequency,
@@ -118,7 +118,10 @@ _FITTED = (
 )  # fmt: skip
 
 # Keywords that say how a run is watched and kept, not what it computes.
-_RUN_ONLY = ("callbacks", "checkpoint_dir", "checkpoint_every", "device", "resume", "verbose")
+_RUN_ONLY = (
+    "callbacks", "checkpoint_dir", "checkpoint_every", "device", "resume", "verbose",
+    "weight_storage",
+)  # fmt: skip
 
 
 class _Fitted:
@@ -507,6 +510,12 @@ class HSAN(_TrainedClusterer):
         most of them with all weights 1 and without structure encoders, one to three seeds).
     stale_weights : bool, optional
         Whether pairs that leave the confident set keep their weight (paper-code) or go back to 1.
+    weight_storage : {"auto", "snapshots", "stored"}, default "auto"
+        How weights are held; results agree to rounding. ``"snapshots"``: the embeddings of every
+        refresh that counts, O(N width) memory each; a product more in every step per snapshot, of
+        which stale weights have up to one per refresh. ``"stored"``: the weights themselves, 8 N^2
+        bytes; a step takes as long as without weights; for one process on the CPU. ``"auto"``
+        stores stale weights there where that takes at most 1 GiB (N = 11,500).
     kmeans : {"k-means++", "paper-code"}, optional
         See ``protocol``.
     batch_size : int, optional
@@ -582,6 +591,7 @@ class HSAN(_TrainedClusterer):
     weights: Literal["auto", "hard", "none"] = "auto"
     refresh_every: Count = 10
     stale_weights: bool | None = None
+    weight_storage: WeightStorage = "auto"
     kmeans: Literal["k-means++", "paper-code"] | None = None
     batch_size: Pair | None = None
     n_negatives: Pair | None = None
@@ -657,6 +667,11 @@ class HSAN(_TrainedClusterer):
                     "stale_weights must be False with batch_size or n_negatives: weights of single "
                     "pairs are not kept there; set stale_weights=False"
                 )
+            if self.weight_storage == "stored":
+                raise ValueError(
+                    "weight_storage must not be 'stored' with batch_size or n_negatives: a step "
+                    "makes its own weights there; leave it at 'auto'"
+                )
             sampling = {
                 "batch_size": min(self.batch_size or n, n),
                 "n_negatives": self.n_negatives,
@@ -664,7 +679,9 @@ class HSAN(_TrainedClusterer):
             }
         x = as_tensor(features, device)
         basis = {} if n_input is None else principal_axes(x, n_input)
-        return self._model(x, graph, basis, ranks=distributed.current(len(x)), **sampling), basis
+        model = self._model(x, graph, basis, ranks=distributed.current(len(x)), **sampling)
+        self.resolved_["weight_storage"] = model.weight_storage
+        return model, basis
 
     def _model(
         self, x: torch.Tensor, graph: sp.csr_array, basis: dict[str, torch.Tensor], **keywords: Any
@@ -686,6 +703,7 @@ class HSAN(_TrainedClusterer):
                 "structure": self.structure,
                 "weights": self._weights(),
                 "stale_weights": self.resolved_["stale_weights"],
+                "weight_storage": self.weight_storage,
                 "refresh_every": self.refresh_every,
                 "clamp_alpha": self.resolved_["optimizer"] == "averaged",
                 "kmeans": self.resolved_["kmeans"],
@@ -698,7 +716,9 @@ class HSAN(_TrainedClusterer):
         self, features: Features, graph: sp.csr_array, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         basis = {k: v.to(device) for k, v in self.parameters_.items() if k in AXES}
-        model = self._model(as_tensor(features, device), graph, basis, structure=False)
+        model = self._model(
+            as_tensor(features, device), graph, basis, structure=False, weight_storage="auto"
+        )
         # The structure encoders have a parameter for every training node; Z does not need them.
         wanted = model.state_dict()
         model.load_state_dict({k: v for k, v in self.parameters_.items() if k in wanted})

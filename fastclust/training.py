@@ -565,7 +565,7 @@ class _Checkpoints:
             state.restore(self.ranks.tensors_from_first(tensors), record)
         except (KeyError, RuntimeError, IndexError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{self.path} does not fit this version's model ({error}); remove it to start anew"
+                f"{self.path} does not fit this run or version ({error}); remove it to start anew"
             ) from None
         return True
 

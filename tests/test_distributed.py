@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -317,6 +318,27 @@ def test_a_lost_rank_and_going_on_with_another_number(
     )
     names = {path.name for path in whole.iterdir()}
     assert {path.name for path in out.iterdir()} == names
+
+
+def test_stored_weights_stay_with_one_process(tmp_path: Path, data_file: Path) -> None:
+    """A run whose stale weights are stored says how it can be resumed, and with snapshots can."""
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(module="hsan", model="HSANModel"))
+    settings = ["--dataset", data_file, "--model", "hsan", "--epochs", "12", "--n-clusters", "4"]
+    settings += ["--protocol", "paper-code", "--set", "width=16", "--set", "checkpoint_every=3"]
+    for storage, message in (
+        ("auto", "only one process on the CPU can go on with"),
+        ("snapshots", ""),
+    ):
+        run = [*settings, "--set", f"weight_storage={storage}", "--out", tmp_path / storage]
+        died = subprocess.run(
+            [sys.executable, str(script), *map(str, run)], check=False, capture_output=True,
+            env=os.environ | {"RANK": "1"}, cwd=Path(fc.__file__).parent.parent,
+        )  # fmt: skip
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        resumed = torchrun(2, "-m", "fastclust.train", *run, "--resume")
+        assert (resumed.returncode != 0) == bool(message), resumed.stderr
+        assert message in resumed.stderr
 
 
 def test_what_several_processes_cannot_do(data_file: Path) -> None:

@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy, normalize
 from fastclust import _C, Graph, ops, reference
 from fastclust.datasets import load_dataset
 from fastclust.models.hsan import HSANModel, filtered_attributes
-from fastclust.ops.infonce import MAX_SNAPSHOTS, Hardness
+from fastclust.ops.infonce import MAX_SNAPSHOTS, Hardness, StoredHardness
 
 LEVELS = [
     name for name in ("portable", "avx2", "avx512") if name == "portable" or _C.cpu_features()[name]
@@ -479,13 +479,14 @@ def test_stale_weights_of_a_training_on_cora(
     graph = Graph(dataset.adjacency, norm="none", self_loops=False)
     model = HSANModel(
         x, graph, n_clusters=7, width=24, tau=0.7, beta=2.0, stale_weights=True,
-        refresh_every=1, kmeans="paper-code",
+        refresh_every=1, kmeans="paper-code", weight_storage="snapshots",
     )  # fmt: skip
     stored: list[Tensor | None] = [None]
     hardness = ops.hardness
 
     def hold_both(z: Tensor, e: Tensor, alpha: Tensor, labels: Tensor, confident: Tensor,
-                  beta: float, previous: Hardness | None) -> Hardness:  # fmt: skip
+                  beta: float, previous: Hardness | None, storage: str) -> Hardness:  # fmt: skip
+        assert storage == "snapshots"
         stored[0] = reference.hardness(
             z.double(), e.double(), float(alpha), labels, confident, beta, previous=stored[0]
         )
@@ -516,6 +517,237 @@ def test_stale_weights_of_a_training_on_cora(
         assert (a.grad - b.grad).norm() <= 1e-5 * b.grad.norm()
     # Weights of earlier refreshes are still in force: no refresh alone explains the array.
     assert len(held.z) > 5
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.sampled_from([1, 2, 23, 95, 96, 97, 100, 193]),
+    beta=st.sampled_from([0, 1, 2, 2.5]),
+    refreshes=st.integers(1, 5),
+    seed=st.integers(0, 10**6),
+)
+def test_stored_weights_hold_what_snapshots_hold(
+    n: int, beta: float, refreshes: int, seed: int
+) -> None:
+    """Whatever the confident sets, nobody and everybody included."""
+    rng = np.random.default_rng(seed)
+    held: Hardness | None = None
+    stored: StoredHardness | None = None
+    for _ in range(refreshes):
+        z, e, alpha, labels, _ = refresh(rng, n, 4, torch.float64)
+        confident = torch.from_numpy(rng.random(n) < rng.choice([0.0, 0.05, 0.5, 1.0]))
+        arguments = (z, e, alpha, labels, confident, beta)
+        held = ops.hardness(*arguments, previous=held)
+        stored = ops.hardness(*arguments, previous=stored, storage="stored")
+    assert held is not None and stored is not None
+    torch.testing.assert_close(
+        ops.dense_weights(stored), ops.dense_weights(held), rtol=1e-12, atol=1e-13
+    )
+    assert torch.equal(StoredHardness.from_snapshots(held).tiles, stored.tiles)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("n", [1, 2, 95, 96, 97, 500])
+def test_stored_weights(level: str, n: int, tau: float, dtype: torch.dtype) -> None:
+    """Loss and gradients after several refreshes: as near to the twin as torch in the same type."""
+    rng = np.random.default_rng(n)
+    dense: dict[torch.dtype, Tensor | None] = {torch.float64: None, dtype: None}
+    held: StoredHardness | None = None
+    for _ in range(3):
+        z, e, alpha, labels, _ = refresh(rng, n, 6, dtype)
+        confident = torch.from_numpy(rng.permutation(n) < round(tau * n))
+        for kind, previous in dense.items():
+            dense[kind] = reference.hardness(
+                z.to(kind), e.to(kind), alpha, labels, confident, 2.5, previous=previous
+            )
+        held = ops.hardness(z, e, alpha, labels, confident, 2.5, previous=held, storage="stored")
+    assert held is not None
+    x, y = (unit_rows(rng, 2 * n, d).to(dtype) for d in (7, 3))
+
+    def run(kind: torch.dtype, ours: bool = False) -> list[Tensor]:
+        leaves = [x.to(kind), y.to(kind), torch.tensor(0.7, dtype=kind)]
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        if ours:
+            loss = ops.hard_infonce(*leaves, weights=held)
+        else:
+            loss = reference.hard_infonce(*leaves, dense[kind])
+        return [t.detach().double() for t in (loss, *torch.autograd.grad(loss, leaves))]
+
+    results = zip(run(torch.float64), run(dtype, ours=True), run(dtype), strict=True)
+    for name, (exact, ours, torchs) in zip(("loss", "z", "e", "alpha"), results, strict=True):
+        largest = max(float(exact.abs().max()), 1.0 if exact.dim() == 0 else 1.0 / (2 * n))
+        torch_error = float((torchs - exact).abs().max())
+        if dtype == torch.float64:
+            torch_error = 16 * torch.finfo(dtype).eps * largest
+        assert float((ours - exact).abs().max()) <= bound("infonce", torch_error, largest, dtype), (
+            name
+        )
+
+
+def stored_case(n: int, dz: int = 5, de: int = 4) -> tuple[Case, StoredHardness]:
+    """A case in float32 with stored weights of two refreshes."""
+    case = Case(n, dz, de)
+    old = case.snapshot(torch.float32)
+    held = ops.hardness(*old, storage="stored")
+    refreshed = (old[0].roll(1, 0), old[1], 0.5, case.labels, ~case.confident, case.beta)
+    return case, ops.hardness(*refreshed, previous=held, storage="stored")
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+def test_stored_weights_same_bits_for_any_thread_count(level: str, precision: str) -> None:
+    """Refreshes, forward and backward, with one, two and three threads."""
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 3):
+            torch.set_num_threads(count)
+            case, held = stored_case(5 * TILE // 2 + 30, 40, 30)
+            assert case.e is not None
+            z, e = (t.float().requires_grad_() for t in (case.z, case.e))
+            loss = ops.hard_infonce(z, e, 0.8, weights=held, precision=precision)
+            loss.backward()
+            results.append([held.tiles, loss.detach(), z.grad, e.grad])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@needs_bf16
+@pytest.mark.parametrize("n", [1, 2, 96, 97, 400])
+def test_stored_weights_in_bf16(n: int) -> None:
+    """The weights are of float32 grade; the rounding of the operands bounds the rest."""
+    case, held = stored_case(n, 40, 30)
+    assert case.e is not None
+    dense = ops.dense_weights(held).double()
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        leaves = [t.to(dtype).requires_grad_() for t in (case.z, case.e, torch.tensor(0.7))]
+        if dtype == torch.float64:
+            loss = reference.hard_infonce(*leaves, dense)
+        else:
+            loss = ops.hard_infonce(*leaves, weights=held, precision="bf16")
+        gradients = torch.autograd.grad(loss, leaves)
+        results.append([t.detach().double() for t in (loss, *gradients)])
+    for x, y in zip(*results, strict=True):
+        largest = max(float(x.abs().max()), 1.0 if x.dim() == 0 else 1.0 / (2 * n))
+        assert float((y - x).abs().max()) <= BF16_ROUNDING * largest
+
+
+def test_stored_weights_of_another_level() -> None:
+    """A checkpoint may come from a processor with other vectors: tiles look alike."""
+    before = _C.cpu_level()
+    found = []
+    try:
+        for name in LEVELS:
+            _C.set_cpu_level(name)
+            found.append(stored_case(130)[1])
+        for held in found:
+            torch.testing.assert_close(held.tiles, found[0].tiles, rtol=1e-4, atol=1e-5)
+    finally:
+        _C.set_cpu_level(before)
+
+
+def test_stored_weights_are_handed_on() -> None:
+    """A refresh has no second copy, and no backward pass takes new weights for old."""
+    case, held = stored_case(30)
+    assert case.e is not None
+    z, e = case.z.float().requires_grad_(), case.e.float()
+    loss = ops.hard_infonce(z, e, 0.5, weights=held)
+    everybody = torch.ones(30, dtype=torch.bool)
+    arguments = (case.z.float(), e, 0.5, case.labels, everybody, case.beta)
+    later = ops.hardness(*arguments, previous=held, storage="stored")
+    assert later.tiles.data_ptr() == held.tiles.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_stored_weights_state_dict() -> None:
+    """They survive a checkpoint, and what was read is not written to."""
+    case, held = stored_case(100)
+    state = held.state_dict()
+    again = StoredHardness.from_state_dict(state)
+    assert torch.equal(again.tiles, held.tiles) and again.beta == held.beta
+    before = held.tiles.clone()
+    old = case.snapshot(torch.float32)
+    after = ops.hardness(old[0].roll(2, 0), *old[1:], previous=again, storage="stored")
+    assert torch.equal(held.tiles, before) and not torch.equal(after.tiles, before)
+    for change, message in (
+        ({"tiles": held.tiles[1:]}, "must have shape"),
+        ({"n_nodes": torch.tensor(2)}, "must have shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            StoredHardness.from_state_dict(state | change)
+    with pytest.raises(ValueError, match="beta"):
+        StoredHardness.from_state_dict({"tiles": held.tiles, "n_nodes": torch.tensor(100)})
+
+
+def test_stored_weights_gradcheck_and_opcheck(level: str) -> None:
+    """Gradients in float64; schemas, fakes, mutation and autograd registration."""
+    case = Case(7, 4, 3)
+    assert case.e is not None
+    held = ops.hardness(*case.snapshot(torch.float64), storage="stored")
+    alpha = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    inputs = (case.z.clone().requires_grad_(), case.e.clone().requires_grad_(), alpha)
+    assert torch.autograd.gradcheck(
+        lambda z, e, a: 3 * ops.hard_infonce(z, e, a, weights=held), inputs
+    )
+    op = torch.ops.fastclust
+    none = ([], [], None, None, None, None, None, 0.0)
+    torch.library.opcheck(op.hard_infonce, (*inputs, *none, 0, [], held.tiles))
+    z, e, a = (t.detach() for t in inputs)
+    loss, sums = op.hard_infonce(z, e, a, *none, 0, [], held.tiles)
+    arguments = (torch.ones_like(loss), z, e, a, sums, *none, 0, True, True, True, [], held.tiles)
+    torch.library.opcheck(op.hard_infonce_backward, arguments)
+    extremes = op.similarity_range(z, e, a, 0)
+    refreshed = (held.tiles, z, e, a, extremes, case.labels.int(), case.confident, 2.0)
+    torch.library.opcheck(op.update_stored_weights, refreshed)
+
+
+def test_stored_weights_compiled() -> None:
+    """torch.compile takes them in one graph."""
+    case, held = stored_case(30)
+    assert case.e is not None
+    e = case.e.float()
+
+    def loss(z: Tensor) -> Tensor:
+        return ops.hard_infonce(z, e, 0.6, weights=held)
+
+    results = []
+    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        z = case.z.float().clone().requires_grad_()
+        f(z).backward()
+        results.append(z.grad)
+    assert torch.equal(*results)
+
+
+def test_stored_weights_refuse_what_does_not_fit() -> None:
+    """Each wrong argument is named."""
+    case, held = stored_case(30)
+    old = case.snapshot(torch.float32)
+    with pytest.raises(ValueError, match="storage must be"):
+        ops.hardness(*old, storage="dense")  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="previous must be of storage='snapshots'"):
+        ops.hardness(*old, previous=held)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="previous must be of storage='stored'"):
+        ops.hardness(*old, previous=ops.hardness(*old), storage="stored")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="previous must have dtype"):
+        ops.hardness(*case.snapshot(torch.float64), previous=held, storage="stored")
+    with pytest.raises(ValueError, match="previous must have beta"):
+        ops.hardness(*old[:5], 7.0, previous=held, storage="stored")
+    with pytest.raises(ValueError, match="previous must be for the same nodes"):
+        ops.hardness(
+            torch.ones(4, 2), None, 1.0, case.labels[:2], case.confident[:2], 1.0,
+            previous=held, storage="stored",
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="weights must be for the nodes"):
+        ops.hard_infonce(torch.ones(4, 3), None, 1.0, weights=held)
+    with pytest.raises(ValueError, match="weights must have dtype"):
+        ops.hard_infonce(case.z, case.e, 1.0, weights=held)
+    meta = [t.to("meta") for t in (case.z, case.labels, case.confident)]
+    with pytest.raises(ValueError, match='take storage="snapshots"'):
+        ops.hardness(meta[0], None, 1.0, meta[1], meta[2], 1.0, storage="stored")
 
 
 def test_unreachable_snapshots_are_dropped() -> None:

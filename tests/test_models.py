@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from fastclust import ops
+from fastclust.distributed import Ranks
 from fastclust.graph import Graph
 from fastclust.metrics import clustering_scores
 from fastclust.models.ecnmf import ECNMFModel, choose_propagation, target_distribution
 from fastclust.models.hsan import (
+    STORED_BYTES,
     HSANModel,
+    _storage_of,
     confident_nodes,
     filtered_attributes,
 )
@@ -44,7 +47,7 @@ def dense_adjacency(adjacency: sp.csr_array) -> Tensor:
 
 
 def hsan(adjacency: sp.csr_array, x: np.ndarray, **keywords: Any) -> HSANModel:
-    common = {"n_clusters": K, "width": 6, "n_init": 3, "seed": 1, "beta": 1.0, "tau": 0.5}
+    keywords = {"n_clusters": K, "width": 6, "n_init": 3, "seed": 1, **keywords}
     graph = Graph(adjacency, norm="none", self_loops=False)
     return HSANModel(torch.from_numpy(x).double(), graph, **keywords).double()
 
@@ -145,12 +148,13 @@ def test_hsan_loss_and_gradients_equal_the_formula(graph_data, activation, struc
             torch.testing.assert_close(h, w, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize("storage", ["snapshots", "stored"])
 @pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
-def test_refreshed_weights_equal_the_formula(graph_data, stale, tau):
+def test_refreshed_weights_equal_the_formula(graph_data, stale, tau, storage):
     adjacency, x = graph_data
     a = dense_adjacency(adjacency)
-    model = hsan(adjacency, x, tau=tau, beta=1.5, stale_weights=stale)
+    model = hsan(adjacency, x, tau=tau, beta=1.5, stale_weights=stale, weight_storage=storage)
     ones = torch.ones(2 * N, 2 * N, dtype=torch.float64)
     weights = ones
     for epoch in (0, 10, 20):
@@ -191,11 +195,41 @@ def test_weights_are_refreshed_after_the_first_epoch_and_then_every_tenth(graph_
     assert model.weights is None
 
 
-def test_paper_code_accumulates_gradients_and_keeps_stale_weights(graph_data):
+def test_how_weights_are_held(graph_data):
+    """Stale ones are stored where that can be and is small, others are not unless asked for."""
+
+    def held(**keywords: Any) -> str:
+        return hsan(*graph_data, **keywords).weight_storage
+
+    stale = {"stale_weights": True}
+    assert held() == held(**stale, weights="none") == "snapshots"
+    assert held(**stale) == held(weight_storage="stored") == "stored"
+    assert held(**stale, weight_storage="snapshots") == "snapshots"
+    with pytest.raises(ValueError, match="weight_storage must be 'auto', 'snapshots' or 'stored'"):
+        held(weight_storage="dense")
+
+    def chosen(n: int, wish: Any = "auto", device: str = "cpu", size: int = 1) -> str:
+        x = torch.empty(1, 1, device=device).expand(n, 1)
+        ranks = Ranks()
+        ranks.size = size
+        return _storage_of(wish, x, stale=True, ranks=ranks)
+
+    most = 11520
+    assert ops.StoredHardness.n_bytes(most) <= STORED_BYTES
+    assert chosen(most) == chosen(most + 1, "stored") == "stored"
+    assert chosen(most + 1) == chosen(5, device="meta") == chosen(5, size=2) == "snapshots"
+    for where in ({"device": "meta"}, {"size": 2}):
+        with pytest.raises(ValueError, match=r"one process on the CPU.*take weight_"):
+            chosen(5, "stored", **where)
+
+
+@pytest.mark.parametrize("storage", ["snapshots", "stored"])
+def test_paper_code_accumulates_gradients_and_keeps_stale_weights(graph_data, storage):
     """The loop equals one written by hand: Adam on the running sum of dense gradients."""
     adjacency, x = graph_data
     a = dense_adjacency(adjacency)
-    settings = {"tau": 0.6, "beta": 2.0, "stale_weights": True, "kmeans": "paper-code"}
+    settings: dict[str, Any] = {"tau": 0.6, "beta": 2.0, "kmeans": "paper-code"}
+    settings |= {"stale_weights": True, "weight_storage": storage}
     settings["refresh_every"] = 2
     model, twin = hsan(adjacency, x, **settings), hsan(adjacency, x, **settings)
     train(model, epochs=6, lr=0.05, adjacency=adjacency, optimizer="accumulated", eval_every=3)

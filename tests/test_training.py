@@ -41,6 +41,7 @@ RUNS: dict[str, Any] = {
     "hsan-paper-code": lambda **kw: HSAN(
         2, epochs=13, width=8, refresh_every=3, tau=0.5, protocol="paper-code", lr=1e-2, **kw
     ),
+    "hsan-snapshots": lambda **kw: RUNS["hsan-paper-code"](weight_storage="snapshots", **kw),
     "hsan-inertia": lambda **kw: HSAN(
         2, epochs=13, width=8, n_init=2, selection="inertia", eval_every=2, **kw
     ),
@@ -192,6 +193,25 @@ def test_a_resumed_run_ends_in_the_same_bits(kind, two_blocks, tmp_path):
     assert_same_bits(whole, resumed)
     # and once more from the checkpoint of the finished run
     assert_same_bits(whole, RUNS[kind](resume=True, **keep).fit(x, adjacency=adjacency))
+
+
+def test_weights_of_a_checkpoint_may_become_stored_but_not_snapshots(two_blocks, tmp_path):
+    adjacency, x, _ = two_blocks
+    keep = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
+    runs = RUNS["hsan-snapshots"], RUNS["hsan-paper-code"]
+    with pytest.raises(Cut):
+        runs[0](callbacks=cut_after(6), **keep).fit(x, adjacency=adjacency)
+    whole = runs[0]().fit(x, adjacency=adjacency)
+    with pytest.raises(Cut):
+        runs[1](callbacks=cut_after(10), resume=True, **keep).fit(x, adjacency=adjacency)
+    with safe_open(tmp_path / CHECKPOINT, "pt") as file:
+        assert "extra/tiles" in file.keys()  # noqa: SIM118
+    with pytest.raises(CheckpointError, match="stored, which only one process on the CPU"):
+        runs[0](resume=True, **keep).fit(x, adjacency=adjacency)
+    resumed = runs[1](resume=True, **keep).fit(x, adjacency=adjacency)
+    assert resumed.resolved_["weight_storage"] == "stored"
+    assert whole.resolved_["weight_storage"] == "snapshots"
+    np.testing.assert_allclose(resumed.embedding_, whole.embedding_, atol=1e-4)
 
 
 def test_checkpoints_do_not_change_the_run(two_blocks, tmp_path):

@@ -20,6 +20,11 @@
 // and W_ik = 1 when they share no bit. 0^0 = 1. Where max_s == min_s the quotient counts as 0.
 // One snapshot is the published method; several, with the newest in the highest bit, keep the
 // value of the last refresh at which both nodes were confident (the released code's behaviour).
+//
+// Each snapshot costs a product more per tile that needs it, M^2 D flop per pass in the worst case.
+// Where M^2 elements fit in memory the CPU takes stored weights instead: the upper triangle of W in
+// tiles, which update_stored_weights_cpu overwrites where both nodes are confident, once a refresh.
+// Reading them costs next to nothing beside the products (2 D flop for 4 or 8 bytes).
 #pragma once
 
 #include <cstdint>
@@ -32,6 +37,16 @@ namespace fastclust::infonce {
 enum class Precision : int { kFp32 = 0, kTf32 = 1, kBf16x3 = 2, kBf16 = 3 };
 
 constexpr int kMaxSnapshots = 63;  // bits of membership that are used
+
+// Stored weights: tiles [P, kWeightTile, kWeightTile] of the upper triangle of W, row of tiles after
+// row of tiles, each from its diagonal on; P = weight_tiles(N). Entries have the place of their rows,
+// 2u + v for view v of node u. Plain rows at every dispatch level: a checkpoint may change machines.
+// Tiles on the diagonal are whole; entries of rows that do not exist are never used.
+constexpr int64_t kWeightTile = 192;
+inline int64_t weight_tiles(int64_t n_nodes) {
+  const int64_t side = (2 * n_nodes + kWeightTile - 1) / kWeightTile;
+  return side * (side + 1) / 2;
+}
 
 // The part of the work that a call does, for several processes that share it. S is symmetric: only
 // entries on and above its diagonal are computed, in tiles, and a window holds the tiles with rows in
@@ -69,6 +84,8 @@ struct Weights {
   const int32_t* order;        // [N] nodes by descending membership, a permutation: rows taken in
                                //     this order give tiles that mostly need one snapshot or none
   double beta;                 // >= 0
+  const T* stored = nullptr;   // [P, kWeightTile, kWeightTile] all weights, with n_snapshots = 0;
+                               //     CPU only
 };
 
 template <typename T>
@@ -105,6 +122,17 @@ struct RangeParams {
   Window window = {};
 };
 
+template <typename T>
+struct UpdateParams {
+  int64_t n_nodes;
+  Views<T> views;
+  const T* range;         // [2] of their S
+  const int32_t* labels;  // [N]
+  const bool* confident;  // [N] only entries of two such nodes are written
+  double beta;
+  T* stored;              // [P, kWeightTile, kWeightTile] in and out; 1 everywhere before the first
+};
+
 // CPU implementations (infonce_cpu.cpp), float and double.
 template <typename T>
 void forward_cpu(const ForwardParams<T>& p);
@@ -112,5 +140,7 @@ template <typename T>
 void backward_cpu(const BackwardParams<T>& p);
 template <typename T>
 void range_cpu(const RangeParams<T>& p);
+template <typename T>
+void update_stored_weights_cpu(const UpdateParams<T>& p);
 
 }  // namespace fastclust::infonce

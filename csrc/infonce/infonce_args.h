@@ -19,6 +19,7 @@ struct WeightTensors {
   std::vector<Tensor> z, e;                              // S times [2N, dz], [2N, de]
   std::optional<Tensor> alpha, range, labels, membership, order;
   double beta;
+  std::optional<Tensor> stored;  // instead of all others
 };
 
 inline Precision precision_from(int64_t code, ScalarType dtype) {
@@ -42,7 +43,15 @@ Weights<T> weights_from(const WeightTensors& w, const Tensor& z, std::vector<Vie
   STD_TORCH_CHECK(w.e.size() == w.z.size(), "snapshot_z and snapshot_e must be equally long");
   STD_TORCH_CHECK(n_snapshots <= kMaxSnapshots, "at most ", kMaxSnapshots, " snapshots, got ",
                   n_snapshots);
-  if (n_snapshots == 0) return {0, nullptr, nullptr, nullptr, nullptr, nullptr, 0.0};
+  if (w.stored) {
+    STD_TORCH_CHECK(n_snapshots == 0, "stored weights leave no room for snapshots");
+    check_shape(*w.stored, "stored", {weight_tiles(n), kWeightTile, kWeightTile});
+    check_dtype(*w.stored, "stored", z.scalar_type());
+    Weights<T> weights{};
+    weights.stored = read_ptr<T>(*w.stored);
+    return weights;
+  }
+  if (n_snapshots == 0) return {};
   STD_TORCH_CHECK(w.alpha && w.range && w.labels && w.membership && w.order,
                   "snapshots need snapshot_alpha, snapshot_range, labels, membership and order");
   STD_TORCH_CHECK(w.beta >= 0, "beta must be >= 0, got ", w.beta);
@@ -101,13 +110,13 @@ std::tuple<Tensor, Tensor> hard_infonce(
     std::vector<Tensor> snapshot_e, std::optional<Tensor> snapshot_alpha,
     std::optional<Tensor> snapshot_range, std::optional<Tensor> labels,
     std::optional<Tensor> membership, std::optional<Tensor> order, double beta,
-    int64_t precision, std::vector<int64_t> window) {
+    int64_t precision, std::vector<int64_t> window, std::optional<Tensor> stored) {
   check_rows(z);
   check_shape(alpha, "alpha", {});
   check_dtype(alpha, "alpha", z.scalar_type());
   const int64_t rows = z.size(0);
   const WeightTensors w{snapshot_z, snapshot_e, snapshot_alpha, snapshot_range,
-                        labels,     membership, order,          beta};
+                        labels,     membership, order,          beta,           stored};
   Tensor loss = new_empty(z, {});
   Tensor row_sums = new_empty(z, {rows}, ScalarType::Double);
   dispatch(z, [&](auto element) {
@@ -133,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> hard_infonce_backward(
     std::optional<Tensor> snapshot_alpha, std::optional<Tensor> snapshot_range,
     std::optional<Tensor> labels, std::optional<Tensor> membership, std::optional<Tensor> order,
     double beta, int64_t precision, bool need_z, bool need_e, bool need_alpha,
-    std::vector<int64_t> window) {
+    std::vector<int64_t> window, std::optional<Tensor> stored) {
   check_rows(z);
   const int64_t rows = z.size(0);
   for (const auto& [t, name] : {std::pair(&alpha, "alpha"), std::pair(&grad_loss, "grad_loss")}) {
@@ -143,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> hard_infonce_backward(
   check_shape(row_sums, "row_sums", {rows});
   check_dtype(row_sums, "row_sums", ScalarType::Double);
   const WeightTensors w{snapshot_z, snapshot_e, snapshot_alpha, snapshot_range,
-                        labels,     membership, order,          beta};
+                        labels,     membership, order,          beta,           stored};
   Tensor grad_z = need_z ? new_empty(z, {rows, z.size(1)}) : new_empty(z, {0});
   Tensor grad_e = need_e ? new_empty(z, {rows, e.size(1)}) : new_empty(z, {0});
   Tensor grad_alpha = need_alpha ? new_empty(z, {}) : new_empty(z, {0});

@@ -4,7 +4,8 @@
 // the row sums, M^2 D to recompute S in the backward pass and 2 M^2 D for T [Z | E], with
 // D = dz + de: 4 M^2 D; a separate snapshot adds M^2 D to either pass on the tiles that hold a pair
 // of confident nodes. Rows are taken in the weights' order, which gathers those tiles, and with the
-// two views of a node side by side, so that every positive pair lies on a diagonal tile.
+// two views of a node side by side, so that every positive pair lies on a diagonal tile. Stored
+// weights are read where they lie, in the order of the nodes: it must not change at a refresh.
 //
 // The backward pass runs over panels of up to 4 tile rows:
 //   1. all tiles T(I, J) of the panel into one buffer (task: a tile),
@@ -111,6 +112,8 @@ struct Rows {
     }
   }
   int64_t in_tile(int64_t tile) const { return std::min(kTile, m - tile * kTile); }
+  // Place of tile (i, j), j >= i, among those of the triangle.
+  int64_t stored_tile(int64_t i, int64_t j) const { return i * tiles - i * (i - 1) / 2 + j - i; }
   bool has_diagonal() const { return column == first; }
 };
 
@@ -231,12 +234,14 @@ struct Pass {
   Rows rows;
   PackedViews<T, X> views;
   PackedWeights<T> weights;
+  const T* stored;
   const TileKernels<T, X>& kern;
   std::vector<Buffer<T>> scratch;  // per worker: tiles gz, ge, qz, qe, w; one more for its own use
 
   Pass(int64_t n, const Views<T>& v, const Weights<T>& w, const Window& window)
       : rows(n, w.n_snapshots > 0 ? w.order : nullptr, window), views(rows, v),
-        weights(rows, w, std::is_same_v<T, X> ? &v : nullptr), kern(views.kern) {
+        weights(rows, w, std::is_same_v<T, X> ? &v : nullptr), stored(w.stored), kern(views.kern) {
+    static_assert(kWeightTile == kTile);
     for (int i = 0; i < num_threads(); ++i) scratch.emplace_back(6 * kTile * kTile);
   }
 
@@ -247,25 +252,29 @@ struct Pass {
   // Calls f(strip, sliver) for the slivers of tile (i, j).
   template <typename F>
   void for_each_strip(int64_t i, int64_t j, int worker, const F& f) const {
-    T *gz = tile_memory(worker, 0), *ge = tile_memory(worker, 1), *w = tile_memory(worker, 4);
+    T *gz = tile_memory(worker, 0), *ge = tile_memory(worker, 1);
     const int64_t n_rows = rows.in_tile(i), nr = kern.nr, slivers = ceil_div(rows.in_tile(j), nr);
     views.products(n_rows, i, j, slivers, gz, ge);
-    const uint64_t needed = weights.needed(i, j);
-    if (needed != 0) weigh(needed, n_rows, i, j, slivers, worker);
+    const T* w = stored == nullptr ? nullptr : stored + rows.stored_tile(i, j) * kTile * kTile;
+    if (const uint64_t needed = weights.needed(i, j); needed != 0) {
+      T* made = tile_memory(worker, 4);
+      std::fill(made, made + kTile * kTile, T(1));
+      weigh(needed, n_rows, i, j, slivers, worker, made);
+      w = made;
+    }
     for (int64_t s = 0; s < slivers; ++s) {
       const int64_t at = s * kTile * nr;
       f(Strip<T>{n_rows, std::min(nr, rows.in_tile(j) - s * nr), i == j ? s * nr : -1, views.alpha,
                  views.rest, gz + at, views.e.k > 0 ? ge + at : nullptr,
-                 needed != 0 ? w + at : nullptr},
+                 w != nullptr ? w + s * nr : nullptr},
         s);
     }
   }
 
-  // Writes the weights of tile (i, j).
-  void weigh(uint64_t needed, int64_t n_rows, int64_t i, int64_t j, int64_t slivers,
-             int worker) const {
-    T* w = tile_memory(worker, 4);
-    std::fill(w, w + kTile * kTile, T(1));
+  // Overwrites w [kTile, kTile] where a needed snapshot has weights of tile (i, j), whose current
+  // products are in the worker's memory.
+  void weigh(uint64_t needed, int64_t n_rows, int64_t i, int64_t j, int64_t slivers, int worker,
+             T* w) const {
     for (int k = 0; k < weights.n; ++k) {  // ascending: a later refresh overwrites
       if ((needed >> k & 1) == 0) continue;
       const PackedViews<T, T>* old = weights.views[k].get();
@@ -282,7 +291,8 @@ struct Pass {
         kern.weigh({n_rows, alpha, rest, qz + at, qe != nullptr ? qe + at : nullptr,
                     weights.least[k], weights.per_width[k], weights.beta,
                     weights.labels.data() + row, weights.labels.data() + column,
-                    weights.member.data() + row, weights.member.data() + column, w + at});
+                    weights.member.data() + row, weights.member.data() + column,
+                    w + s * kern.nr});
       }
     }
   }
@@ -499,10 +509,29 @@ void range_cpu(const RangeParams<T>& p) {
   p.range[1] = *std::max_element(greatest.begin(), greatest.end());
 }
 
+// A refresh of one snapshot, that of the views themselves, written to where the weights stay.
+template <typename T>
+void update_stored_weights_cpu(const UpdateParams<T>& p) {
+  const std::vector<int64_t> membership(p.confident, p.confident + p.n_nodes);
+  const Weights<T> refresh{1, &p.views, p.range, p.labels, membership.data(), nullptr, p.beta};
+  const Pass<T, T> pass(p.n_nodes, p.views, refresh, {});
+  const Rows& rows = pass.rows;
+  parallel_tasks(rows.tiles * rows.tiles, [&](int64_t task, int worker) {
+    const int64_t i = task % rows.tiles, j = task / rows.tiles;
+    if (j < i || pass.weights.needed(i, j) == 0) return;
+    const int64_t n_rows = rows.in_tile(i), slivers = ceil_div(rows.in_tile(j), pass.kern.nr);
+    pass.views.products(n_rows, i, j, slivers, pass.tile_memory(worker, 0),
+                        pass.tile_memory(worker, 1));
+    pass.weigh(1, n_rows, i, j, slivers, worker,
+               p.stored + rows.stored_tile(i, j) * kTile * kTile);
+  });
+}
+
 #define FASTCLUST_INSTANTIATE(T)                           \
   template void forward_cpu<T>(const ForwardParams<T>&);   \
   template void backward_cpu<T>(const BackwardParams<T>&); \
-  template void range_cpu<T>(const RangeParams<T>&);
+  template void range_cpu<T>(const RangeParams<T>&);       \
+  template void update_stored_weights_cpu<T>(const UpdateParams<T>&);
 FASTCLUST_INSTANTIATE(float)
 FASTCLUST_INSTANTIATE(double)
 #undef FASTCLUST_INSTANTIATE

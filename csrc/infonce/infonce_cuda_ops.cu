@@ -11,6 +11,9 @@ struct Cuda {
   static void run(const Params& params, const Tensor& z) {
     // Keeps the number of tiles below what one launch can have; time grows with its square.
     STD_TORCH_CHECK(z.size(0) <= 4000000, "z must have at most 4,000,000 rows, got ", z.size(0));
+    if constexpr (requires { params.weights; }) {
+      STD_TORCH_CHECK(params.weights.stored == nullptr, "stored weights are for the CPU");
+    }
     const CudaScope scope(z);
     Tensor workspace =
         new_empty(z, {static_cast<int64_t>(workspace_bytes(params))}, ScalarType::Byte);

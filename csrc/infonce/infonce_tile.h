@@ -34,7 +34,7 @@ struct Strip {
   T alpha, rest;        // S = alpha gz + rest ge, rest = 1 - alpha
   const T* gz;          // [rows, nr] Z Z^T
   const T* ge;          // [rows, nr] E E^T or nullptr
-  const T* w;           // [rows, nr] weights or nullptr: 1
+  const T* w;           // [rows, nr] weights, rows kTile apart, or nullptr: 1
 };
 
 // One snapshot's weights in a strip: w is overwritten where row and column are both members.
@@ -51,7 +51,7 @@ struct WeightStrip {
   const Int* column_labels;  // [nr]
   const Int* row_member;     // [rows] 0 or -1
   const Int* column_member;  // [nr] 0 or -1
-  T* w;                      // [rows, nr]
+  T* w;                      // [rows, nr], rows kTile apart
 };
 
 // A stored tile of T, ready to be read from both sides: [kTile, kTileLd] elements; in pairs of bf16

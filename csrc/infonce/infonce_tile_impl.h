@@ -131,7 +131,8 @@ void weigh_power(const WeightStrip<T>& s) {
         power = vec_pow<T>(hard, static_cast<T>(s.beta));
       }
       const Int member = load_int<T>(s.column_member + j * width);
-      store(s.w + at, member ? power : load(s.w + at));
+      T* w = s.w + i * kTile + j * width;
+      store(w, member ? power : load(w));
     }
   }
 }
@@ -170,7 +171,7 @@ void forward_strip(const Strip<T>& s, T* row_sums, T* column_sums) {
     for (int j = 0; j < kNv; ++j) {
       const int64_t at = i * nr + j * width;
       Reg x = mix(s.alpha, s.rest, s.gz + at, s.ge == nullptr ? nullptr : s.ge + at);
-      if (s.w != nullptr) x = x * load(s.w + at);
+      if (s.w != nullptr) x = x * load(s.w + i * kTile + j * width);
       const Reg p = without_absent<T, kMasked>(s, i, j, vec_exp<T>(x));
       row = row + p;
       columns[j] = columns[j] + p;
@@ -181,9 +182,10 @@ void forward_strip(const Strip<T>& s, T* row_sums, T* column_sums) {
 }
 
 template <typename T>
-T logit(const Strip<T>& s, int64_t at) {
+T logit(const Strip<T>& s, int64_t i, int64_t j) {
+  const int64_t at = i * kNr<T> + j;
   T x = s.alpha * s.gz[at] + (s.ge == nullptr ? T(0) : s.rest * s.ge[at]);
-  return s.w == nullptr ? x : x * s.w[at];
+  return s.w == nullptr ? x : x * s.w[i * kTile + j];
 }
 
 template <typename T>
@@ -193,7 +195,7 @@ void forward(const Strip<T>& s, T* row_sums, T* column_sums, T* positive) {
   if (s.first < 0) return;
   for (int64_t j = 0; j < s.columns; ++j) {  // rows 2u and 2u + 1 are the views of a node
     const int64_t i = (s.first + j) ^ 1;
-    positive[i] = logit(s, i * kNr<T> + j);
+    positive[i] = logit(s, i, j);
   }
 }
 
@@ -210,7 +212,7 @@ double gradient_strip(const Strip<T>& s, const T* per_row, const T* per_column, 
       Reg x = mix(s.alpha, s.rest, s.gz + at, ge);
       Reg w = broadcast(T(1));
       if (s.w != nullptr) {
-        w = load(s.w + at);
+        w = load(s.w + i * kTile + j * width);
         x = x * w;
       }
       Reg t = vec_exp<T>(x) * w * (broadcast(per_row[i]) + load(per_column + j * width));
@@ -248,7 +250,7 @@ double gradient(const Strip<T>& s, const T* per_row, const T* per_column, T c, X
   if (s.first < 0) return sum;
   for (int64_t j = 0; j < s.columns; ++j) {
     const int64_t i = (s.first + j) ^ 1, at = i * kNr<T> + j;
-    positive[i] = s.w == nullptr ? T(1) : s.w[at];
+    positive[i] = s.w == nullptr ? T(1) : s.w[i * kTile + j];
     sum -= 2 * static_cast<double>(c * positive[i]) *
            static_cast<double>(s.gz[at] - (s.ge == nullptr ? T(0) : s.ge[at]));
   }

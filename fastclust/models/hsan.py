@@ -38,6 +38,10 @@ _INITIALISE, _CLUSTER = range(2)  # what a derived seed is for
 
 ALPHA_START = 0.99999
 
+WeightStorage = Literal["auto", "snapshots", "stored"]
+# Up to here "auto" stores stale weights: N = 11,500 in float32.
+STORED_BYTES = 1 << 30
+
 
 def principal_axes(x: Tensor, n_input: int) -> dict[str, Tensor]:
     """Leading principal axes of x [N, D]: ``components`` [n_input, D] and ``mean`` [D]."""
@@ -141,6 +145,31 @@ def _clarity(z: Tensor, centers: Tensor) -> Tensor:
     return 1.0 / torch.exp(distance - distance.amin(1, keepdim=True)).sum(1)
 
 
+def _storage_of(
+    wish: WeightStorage, x: Tensor, *, stale: bool, ranks: Ranks = ONE
+) -> Literal["snapshots", "stored"]:
+    """How weights of the N nodes of x [N, D] are held, see :class:`HSANModel`.
+
+    Raises
+    ------
+    ValueError
+        ``"stored"`` is asked for where it cannot be had.
+    """
+    if wish not in ("auto", "snapshots", "stored"):
+        raise ValueError(f"weight_storage must be 'auto', 'snapshots' or 'stored', got {wish!r}")
+    where = f"{ranks.size} processes" if ranks.size > 1 else x.device.type
+    possible = where == "cpu"
+    if wish == "stored" and not possible:
+        raise ValueError(
+            f"weight_storage='stored' is for one process on the CPU, this is {where}; take "
+            f"weight_storage='snapshots'"
+        )
+    if wish != "auto":
+        return wish
+    small = ops.StoredHardness.n_bytes(x.shape[0], x.dtype) <= STORED_BYTES
+    return "stored" if stale and possible and small else "snapshots"
+
+
 class HSANModel(nn.Module):
     """Encoders, loss and hard-sample weights of HSAN on one graph.
 
@@ -167,6 +196,11 @@ class HSANModel(nn.Module):
     stale_weights : bool
         Whether a pair that leaves the confident set keeps its last weight (released code) or
         returns to 1 (Eq. 9).
+    weight_storage : {"auto", "snapshots", "stored"}
+        How weights are held, see :func:`fastclust.ops.hardness`. ``"auto"``: stored where they are
+        stale, for one process on the CPU, up to 1 GiB; snapshots of the embeddings elsewhere.
+        Results agree to rounding. A checkpoint of snapshots can be gone on with stored, not the
+        reverse.
     refresh_every : int
         Epochs between refreshes of the weights; the first is after the first step.
     clamp_alpha : bool
@@ -186,7 +220,7 @@ class HSANModel(nn.Module):
     """
 
     by_rows = frozenset(("v.0", "v.1"))  # parameters with a row per node
-    weights: ops.Hardness | None
+    weights: ops.Hardness | ops.StoredHardness | None
     centers: Tensor  # [K, d]
 
     def __init__(
@@ -202,6 +236,7 @@ class HSANModel(nn.Module):
         structure: bool = True,
         weights: Literal["hard", "none"] = "hard",
         stale_weights: bool = False,
+        weight_storage: WeightStorage = "auto",
         refresh_every: int = 10,
         clamp_alpha: bool = False,
         kmeans: Literal["k-means++", "paper-code"] = "k-means++",
@@ -216,6 +251,9 @@ class HSANModel(nn.Module):
         self.n_clusters, self.n_init, self.kmeans = n_clusters, n_init, kmeans
         self.activation, self.tau, self.beta = activation, tau, beta
         self.use_weights, self.stale_weights = weights == "hard", stale_weights
+        self.weight_storage = _storage_of(
+            weight_storage, x, stale=self.use_weights and stale_weights, ranks=ranks
+        )
         self.refresh_every, self.clamp_alpha = refresh_every, clamp_alpha
         self.precision, self.seed = precision, seed
         self.weights = None
@@ -308,6 +346,7 @@ class HSANModel(nn.Module):
             confident,
             self.beta,
             previous=previous,
+            storage=self.weight_storage,
         )
 
     @torch.no_grad()
@@ -328,12 +367,33 @@ class HSANModel(nn.Module):
 
     def extra_state(self) -> dict[str, Tensor]:
         """The weights of the last refresh, for a checkpoint."""
-        return {} if self.weights is None else self.ranks.whole_weights(self.weights).state_dict()
+        if self.weights is None:
+            return {}
+        if isinstance(self.weights, ops.StoredHardness):
+            return self.weights.state_dict()
+        return self.ranks.whole_weights(self.weights).state_dict()
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Take back what :meth:`extra_state` gave."""
-        whole = ops.Hardness.from_state_dict(state) if state else None
-        self.weights = None if whole is None else self.ranks.own_weights(whole)
+        if not state:
+            self.weights = None
+        elif "tiles" in state:
+            if self.weight_storage != "stored":
+                raise ValueError(
+                    "its hard-sample weights are stored, which only one process on the CPU can go "
+                    "on with: resume there, with weight_storage='stored' or 'auto'; a run to be "
+                    "resumed on several processes or on a GPU needs weight_storage='snapshots' "
+                    "from its start"
+                )
+            self.weights = ops.StoredHardness.from_state_dict(state)
+        else:
+            whole = ops.Hardness.from_state_dict(state)
+            stored = self.weight_storage == "stored"
+            self.weights = (
+                ops.StoredHardness.from_snapshots(whole)
+                if stored
+                else self.ranks.own_weights(whole)
+            )
 
     def _cluster(self, epoch: int) -> tuple[ops.KMeansResult, Tensor]:
         """k-means on the embedding; a refresh and an evaluation of the same epoch share it."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,13 +24,17 @@ PRECISIONS = {"fp32": 0, "tf32": 1, "bf16x3": 2, "bf16": 3}
 #: Snapshots that one :class:`Hardness` can hold (bits of its membership masks).
 MAX_SNAPSHOTS = 63
 
+#: Rows and columns of a tile of :class:`StoredHardness` (kWeightTile of csrc/infonce/infonce.h).
+WEIGHT_TILE = 192
+
 
 @dataclass(frozen=True, eq=False)
 class Hardness:
     """Weights of :func:`hard_infonce`, held as snapshots of the embeddings: O(N d) memory.
 
     Made by :func:`hardness`; :func:`dense_weights` writes the array out. ``S`` below is the number
-    of snapshots (refreshes), one unless weights of earlier refreshes are kept.
+    of snapshots (refreshes), one unless weights of earlier refreshes are kept. Each is one more
+    product per pass; :class:`StoredHardness` has none, but holds the array.
 
     Attributes:
         z: S tensors [2N, dz], attribute embeddings at each refresh.
@@ -91,12 +95,114 @@ class Hardness:
             ) from None
 
 
+@dataclass(frozen=True, eq=False)
+class StoredHardness:
+    """Weights of :func:`hard_infonce`, stored: some 8 N^2 bytes in float32, on the CPU.
+
+    Made by :func:`hardness` with ``storage="stored"``; :func:`dense_weights` writes the array out.
+    A pass over them costs what it costs without weights, however many refreshes they come from.
+
+    Attributes:
+        tiles: [T (T + 1) / 2, 192, 192] with T = ceil(2N / 192), the upper triangle of W in tiles,
+            row by row; dtype of the embeddings. Place 2u + v is view v of node u.
+        n_nodes: N.
+        beta: exponent of the weights.
+    """
+
+    tiles: Tensor
+    n_nodes: int
+    beta: float
+
+    @classmethod
+    def from_snapshots(cls, weights: Hardness) -> StoredHardness:
+        """The same weights, stored: its refreshes are gone through again.
+
+        Raises:
+            ValueError: the weights are not on the CPU.
+        """
+        stored = cls._ones(weights.n_nodes, weights.alpha, weights.beta)
+        for s, (z, e) in enumerate(zip(weights.z, weights.e, strict=True)):
+            confident = (weights.membership >> s) & 1 == 1
+            stored._refresh(z, e, weights.alpha[s], weights.range[s], weights.labels[s], confident)
+        return stored
+
+    @staticmethod
+    def n_bytes(n_nodes: int, dtype: torch.dtype = torch.float32) -> int:
+        """Memory that the weights of N nodes take."""
+        side = -(-2 * n_nodes // WEIGHT_TILE)
+        return side * (side + 1) // 2 * WEIGHT_TILE**2 * dtype.itemsize
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything as a flat dict of tensors, for a checkpoint; ``tiles`` is not copied."""
+        return {
+            "tiles": self.tiles,
+            "n_nodes": torch.tensor(self.n_nodes),
+            "beta": torch.tensor(self.beta, dtype=torch.float64),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> StoredHardness:
+        """Rebuild from :meth:`state_dict`; ``tiles`` is copied, since refreshes write to it.
+
+        Raises:
+            ValueError: an entry is missing, or ``tiles`` has another shape than the nodes need.
+        """
+        try:
+            tiles, n, beta = state["tiles"], int(state["n_nodes"]), float(state["beta"])
+        except KeyError as error:
+            raise ValueError(
+                f"state must be what StoredHardness.state_dict() returned; {error} is missing"
+            ) from None
+        shape = _tiles_shape(n)
+        if tuple(tiles.shape) != shape:
+            raise ValueError(
+                f"tiles of {n} nodes must have shape {shape}, got {tuple(tiles.shape)}"
+            )
+        return cls(tiles.clone(memory_format=torch.contiguous_format), n, beta)
+
+    @classmethod
+    def _ones(cls, n: int, like: Tensor, beta: float) -> StoredHardness:
+        """The weights before the first refresh, in the dtype of a tensor on the CPU."""
+        if like.device.type != "cpu":
+            raise ValueError(
+                f'storage="stored" is for the CPU, got tensors on {like.device}; take '
+                f'storage="snapshots"'
+            )
+        require_memory(
+            cls.n_bytes(n, like.dtype),
+            f"stored weights of {n} nodes",
+            'take storage="snapshots" or fewer nodes',
+        )
+        return cls(torch.ones(_tiles_shape(n), dtype=like.dtype), n, float(beta))
+
+    def _refresh(
+        self,
+        z: Tensor,
+        e: Tensor,
+        alpha: Tensor,
+        extremes: Tensor,
+        labels: Tensor,
+        confident: Tensor,
+    ) -> None:
+        """Overwrite the weights of pairs of confident nodes."""
+        torch.ops.fastclust.update_stored_weights(
+            self.tiles, z, e, alpha, extremes, labels, confident, self.beta
+        )
+        # A backward pass that still needs the old values fails instead of taking the new ones.
+        torch.autograd.graph.increment_version(self.tiles)
+
+
+def _tiles_shape(n: int) -> tuple[int, int, int]:
+    side = -(-2 * n // WEIGHT_TILE)
+    return side * (side + 1) // 2, WEIGHT_TILE, WEIGHT_TILE
+
+
 def hard_infonce(
     z: Tensor,
     e: Tensor | None,
     alpha: Tensor | float,
     *,
-    weights: Hardness | None = None,
+    weights: Hardness | StoredHardness | None = None,
     precision: str | None = None,
 ) -> Tensor:
     """Hard-sample-weighted InfoNCE loss of two stacked views (HSAN, Eqs. 6, 8, 10, 11).
@@ -106,10 +212,10 @@ def hard_infonce(
 
         L = 1/(2N) sum_i [ log sum_{k != i} exp(W_ik S_ik) - W_{i,p(i)} S_{i,p(i)} ]
 
-    Time is 2 (2N)^2 (dz + de) multiply-adds forward and backward together (3 where weights come
-    from a snapshot); memory is a few copies of the inputs. Results are reproducible to the bit for
-    any number of threads. Differentiable once, with respect to ``z``, ``e`` and ``alpha``; a
-    gradient that is not needed is not computed.
+    Time is 2 (2N)^2 (dz + de) multiply-adds forward and backward together (1 more for each snapshot
+    that weights come from, none where they are stored); memory is a few copies of the inputs.
+    Results are reproducible to the bit for any number of threads. Differentiable once, with respect
+    to ``z``, ``e`` and ``alpha``; a gradient that is not needed is not computed.
 
     Args:
         z: [2N, dz] attribute embeddings, float32 or float64; rows ``i`` and ``N + i`` are the views
@@ -145,11 +251,15 @@ def hard_infonce(
     if weights is not None:
         _check_weights(weights, z)
     code = _precision_code(precision, z.dtype)
-    loss, _ = _hard_infonce(z, e, alpha, *_snapshot_arguments(weights), code)
+    if isinstance(weights, StoredHardness):
+        none = _snapshot_arguments(None)
+        loss, _ = _hard_infonce(z, e, alpha, *none, code, [], weights.tiles)
+    else:
+        loss, _ = _hard_infonce(z, e, alpha, *_snapshot_arguments(weights), code)
     return loss
 
 
-@torch.no_grad()
+@overload
 def hardness(
     z: Tensor,
     e: Tensor | None,
@@ -159,7 +269,32 @@ def hardness(
     beta: float,
     *,
     previous: Hardness | None = None,
-) -> Hardness:
+    storage: Literal["snapshots"] = "snapshots",
+) -> Hardness: ...
+@overload
+def hardness(
+    z: Tensor,
+    e: Tensor | None,
+    alpha: Tensor | float,
+    labels: Tensor,
+    confident: Tensor,
+    beta: float,
+    *,
+    previous: StoredHardness | None = None,
+    storage: Literal["stored"],
+) -> StoredHardness: ...
+@torch.no_grad()
+def hardness(
+    z: Tensor,
+    e: Tensor | None,
+    alpha: Tensor | float,
+    labels: Tensor,
+    confident: Tensor,
+    beta: float,
+    *,
+    previous: Hardness | StoredHardness | None = None,
+    storage: Literal["snapshots", "stored"] = "snapshots",
+) -> Hardness | StoredHardness:
     """Weights of hard pairs (HSAN, Eq. 9), to pass to :func:`hard_infonce`.
 
     For rows ``i``, ``k`` of nodes that are both confident, ``W_ik = |[same label] - s_ik|^beta``
@@ -176,15 +311,32 @@ def hardness(
         beta: exponent, >= 0.
         previous: weights of the last refresh. Entries whose pair has left the confident set then
             keep their older value ("stale" weights, as the released code of HSAN does) instead of
-            going back to 1. Snapshots that no pair refers to any more are dropped.
+            going back to 1. Snapshots that no pair refers to any more are dropped. Stored weights
+            are updated where they lie and handed on: ``previous`` has the new values afterwards,
+            and is not to be used again.
+        storage: ``"snapshots"`` keeps the embeddings of every refresh that counts, O(N d) memory
+            each, and makes weights of them inside each pass: a product more per snapshot.
+            ``"stored"`` (CPU) keeps the upper triangle of W itself, 2 N^2 elements, which costs
+            a pass nothing but reading it: for stale weights of small graphs.
 
     Returns:
-        The weights; O(N d) memory per snapshot.
+        The weights: :class:`Hardness`, or :class:`StoredHardness`.
 
     Raises:
         ValueError: a shape, device or value does not fit, or ``previous`` is full.
         TypeError: an argument has the wrong type.
+
+    Example:
+        >>> z = torch.nn.functional.normalize(torch.randn(4, 8), dim=1)
+        >>> labels, confident = torch.tensor([0, 1]), torch.tensor([True, True])
+        >>> w = hardness(z, None, 1.0, labels, confident, 1.0, storage="stored")
+        >>> confident = torch.tensor([False, True])  # the other node keeps its weights
+        >>> w = hardness(z, None, 1.0, labels, confident, 1.0, previous=w, storage="stored")
+        >>> w.tiles.shape
+        torch.Size([1, 192, 192])
     """
+    if storage not in ("snapshots", "stored"):
+        raise ValueError(f"storage must be 'snapshots' or 'stored', got {storage!r}")
     z, e, alpha = _check_views(z, e, alpha)
     n = z.shape[0] // 2
     labels, confident = as_operand(labels), as_operand(confident)
@@ -194,7 +346,21 @@ def hardness(
         raise TypeError(f"beta must be a number, got {type(beta).__name__}")
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta must be a finite number >= 0, got {beta}")
+    if previous is not None and isinstance(previous, StoredHardness) != (storage == "stored"):
+        raise TypeError(f"previous must be of storage={storage!r}, got {type(previous).__name__}")
+    stored = None
+    if storage == "stored":
+        if isinstance(previous, StoredHardness):
+            _check_previous(previous, n, z, beta)
+            stored = replace(previous)
+        else:
+            stored = StoredHardness._ones(n, z, beta)
     extremes = torch.ops.fastclust.similarity_range(z, e, alpha, PRECISIONS["fp32"])
+    if stored is not None:
+        labels = labels.to(torch.int32).contiguous()
+        stored._refresh(z, e, alpha, extremes, labels, confident.contiguous())
+        return stored
+    assert not isinstance(previous, StoredHardness)
     return _refreshed(z, e, alpha, extremes, labels, confident, beta, previous)
 
 
@@ -238,7 +404,7 @@ def _snapshot_arguments(weights: Hardness | None) -> tuple[Any, ...]:
     )
 
 
-def dense_weights(w: Hardness) -> Tensor:
+def dense_weights(w: Hardness | StoredHardness) -> Tensor:
     """Write the weights out: [2N, 2N], dtype of the embeddings, for small graphs and tests.
 
     Example:
@@ -247,10 +413,13 @@ def dense_weights(w: Hardness) -> Tensor:
         >>> dense_weights(w).shape
         torch.Size([4, 4])
     """
+    rows = 2 * w.n_nodes
+    element = _elements(w)
+    needed = rows * rows * (8 + 2 * element.element_size())
+    require_memory(needed, f"dense_weights [{rows}, {rows}]", "take fewer nodes", element.device)
+    if isinstance(w, StoredHardness):
+        return _dense_stored(w)
     member = torch.cat([w.membership, w.membership])  # [2N]
-    rows = member.numel()
-    needed = rows * rows * (8 + 2 * w.alpha.element_size())
-    require_memory(needed, f"dense_weights [{rows}, {rows}]", "take fewer nodes", member.device)
     common = member[:, None] & member[None, :]  # [2N, 2N]
     dense = torch.ones_like(common, dtype=w.alpha.dtype)
     for s, (z, e) in enumerate(zip(w.z, w.e, strict=True)):
@@ -265,19 +434,40 @@ def dense_weights(w: Hardness) -> Tensor:
     return dense
 
 
+def _dense_stored(w: StoredHardness) -> Tensor:
+    """[2N, 2N], rows and columns from place 2u + v to row v N + u."""
+    n, side = w.n_nodes, -(-2 * w.n_nodes // WEIGHT_TILE)
+    padded = w.tiles.new_empty(side, WEIGHT_TILE, side, WEIGHT_TILE)
+    i, j = torch.triu_indices(side, side)
+    padded[j, :, i] = w.tiles.mT
+    padded[i, :, j] = w.tiles
+    places = padded.view(side * WEIGHT_TILE, -1)[: 2 * n, : 2 * n]
+    return places.reshape(n, 2, n, 2).permute(1, 0, 3, 2).reshape(2 * n, 2 * n)
+
+
+def _elements(w: Hardness | StoredHardness) -> Tensor:
+    """A tensor of the weights' dtype and device."""
+    return w.tiles if isinstance(w, StoredHardness) else w.alpha
+
+
+def _check_previous(previous: Hardness | StoredHardness, n: int, like: Tensor, beta: float) -> None:
+    held = _elements(previous)
+    if previous.n_nodes != n:
+        raise ValueError(
+            f"previous must be for the same nodes: it has {previous.n_nodes}, z has {n}"
+        )
+    if held.dtype != like.dtype or held.device != like.device:
+        raise ValueError(
+            f"previous must have dtype {like.dtype} on {like.device} like z, "
+            f"got {held.dtype} on {held.device}"
+        )
+    if previous.beta != beta:
+        raise ValueError(f"previous must have beta = {beta}, got {previous.beta}")
+
+
 def _extend(previous: Hardness, new: Hardness) -> Hardness:
     """Put a refresh on top of earlier ones and drop the snapshots that it makes unreachable."""
-    if previous.n_nodes != new.n_nodes:
-        raise ValueError(
-            f"previous must be for the same nodes: it has {previous.n_nodes}, z has {new.n_nodes}"
-        )
-    if previous.alpha.dtype != new.alpha.dtype or previous.alpha.device != new.alpha.device:
-        raise ValueError(
-            f"previous must have dtype {new.alpha.dtype} on {new.alpha.device} like z, "
-            f"got {previous.alpha.dtype} on {previous.alpha.device}"
-        )
-    if previous.beta != new.beta:
-        raise ValueError(f"previous must have beta = {new.beta}, got {previous.beta}")
+    _check_previous(previous, new.n_nodes, new.alpha, new.beta)
     top = previous.alpha.shape[0]
     # Bit `top` may lie beyond what a kernel accepts until unused snapshots are gone.
     membership = previous.membership | (new.membership << top)
@@ -285,7 +475,7 @@ def _extend(previous: Hardness, new: Hardness) -> Hardness:
     if len(keep) > MAX_SNAPSHOTS:
         raise ValueError(
             f"previous already holds {top} refreshes that some pair still refers to; at most "
-            f"{MAX_SNAPSHOTS} can be kept. Start anew with previous=None"
+            f"{MAX_SNAPSHOTS} can be kept. Start anew with previous=None, or take storage='stored'"
         )
     packed = torch.zeros_like(membership)
     for position, s in enumerate(keep):
@@ -395,8 +585,8 @@ def _check_vector(
         raise ValueError(f"{name} must be on the device of z, {device}, got {x.device}")
 
 
-def _check_weights(weights: Hardness, z: Tensor) -> None:
-    if not isinstance(weights, Hardness):
+def _check_weights(weights: Hardness | StoredHardness, z: Tensor) -> None:
+    if not isinstance(weights, Hardness | StoredHardness):
         raise TypeError(
             f"weights must come from fastclust.ops.hardness, got {type(weights).__name__}"
         )
@@ -405,10 +595,16 @@ def _check_weights(weights: Hardness, z: Tensor) -> None:
             f"weights must be for the nodes of z: they are for {weights.n_nodes}, "
             f"z has {z.shape[0]} rows"
         )
-    if weights.alpha.dtype != z.dtype or weights.alpha.device != z.device:
+    held = _elements(weights)
+    if isinstance(weights, StoredHardness) and z.device.type != "cpu":
+        raise ValueError(
+            f'weights of storage="stored" are for the CPU, z is on {z.device}; make them with '
+            f'storage="snapshots"'
+        )
+    if held.dtype != z.dtype or held.device != z.device:
         raise ValueError(
             f"weights must have dtype {z.dtype} on {z.device} like z, "
-            f"got {weights.alpha.dtype} on {weights.alpha.device}"
+            f"got {held.dtype} on {held.device}"
         )
 
 
@@ -444,29 +640,38 @@ def _(z: Tensor, e: Tensor, alpha: Tensor, precision: int, window: Sequence[int]
     return z.new_empty((2,))
 
 
+@torch.library.register_fake("fastclust::update_stored_weights")
+def _(stored: Tensor, *_: Any) -> None:
+    return None
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     z, e, alpha, snapshot_z, snapshot_e, *tensors, beta, precision = inputs[:12]
-    if any(inputs[12:]):
+    window = inputs[12] if len(inputs) > 12 else []
+    stored = inputs[13] if len(inputs) > 13 else None
+    if window:
         raise RuntimeError("fastclust::hard_infonce is differentiable as a whole, not by windows")
     row_sums = output[1]
     ctx.mark_non_differentiable(row_sums)
-    ctx.save_for_backward(z, e, alpha, row_sums, *tensors, *snapshot_z, *snapshot_e)
+    ctx.save_for_backward(z, e, alpha, row_sums, stored, *tensors, *snapshot_z, *snapshot_e)
     ctx.n_snapshots = len(snapshot_z)
     ctx.beta = beta
     ctx.precision = precision
 
 
 def _backward(ctx: Any, grad_loss: Tensor, _grad_row_sums: Tensor | None) -> tuple[Any, ...]:
-    z, e, alpha, row_sums, *rest = ctx.saved_tensors
+    z, e, alpha, row_sums, stored, *rest = ctx.saved_tensors
     tensors, snapshots = rest[:5], rest[5:]
     need = list(ctx.needs_input_grad[:3])
     n = ctx.n_snapshots
     gradients = _hard_infonce_backward(
         grad_loss.contiguous(), z, e, alpha, row_sums, snapshots[:n], snapshots[n:], *tensors,
-        ctx.beta, ctx.precision, *need,
+        ctx.beta, ctx.precision, *need, *([] if stored is None else [[], stored]),
     )  # fmt: skip
     wanted = [g if used else None for g, used in zip(gradients, need, strict=True)]
-    return (*wanted, [None] * n, [None] * n, None, None, None, None, None, None, None)
+    # One for each argument, a list for a list; torch drops arguments at the end that are defaults.
+    last: tuple[Any, ...] = () if stored is None else ([], None)
+    return (*wanted, [None] * n, [None] * n, None, None, None, None, None, None, None, *last)
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> None:

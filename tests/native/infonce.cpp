@@ -1,5 +1,6 @@
 // The InfoNCE loss, its gradients and the range of similarities: one node, sizes around the tile,
-// odd widths, no structure view, zero rows, alpha outside [0, 1], none, one and three snapshots;
+// odd widths, no structure view, zero rows, alpha outside [0, 1], none, one and three snapshots,
+// stored weights of three refreshes;
 // float32 also in bfloat16 products, which have a bound of their own.
 #include "infonce/infonce.h"
 
@@ -66,9 +67,10 @@ struct Refreshes {
   Array<int64_t> membership{0};
   Array<Views<T>> view_table{0};
 
-  // kind 0: none; 1: the current embeddings; 2: three earlier ones; 3: one, no confident node.
+  // kind 0: none; 1: the current embeddings; 2: three earlier ones; 3: one, no confident node;
+  // 4: three earlier ones, stored.
   Refreshes(int kind, int64_t n, const Pair<T>& now, double beta) : beta(beta) {
-    const int count = kind == 0 ? 0 : kind == 2 ? 3 : 1;
+    const int count = kind == 0 ? 0 : kind == 2 || kind == 4 ? 3 : 1;
     for (int s = 0; s < count; ++s) {
       pairs.push_back(kind == 1 ? now : Pair<T>(n, now.dz + s, now.de, 0.4 + 0.3 * s, 50 + 2 * s));
     }
@@ -95,6 +97,23 @@ struct Refreshes {
     if (pairs.empty()) return {};
     return {int(pairs.size()), view_table.data(),     range.data(), labels.data(),
             membership.data(), rows.data(), beta};
+  }
+  Array<T> stored(int64_t n) const {
+    Array<T> tiles(Values(weight_tiles(n) * kWeightTile * kWeightTile, 1.0));
+    for (size_t s = 0; s < pairs.size(); ++s) {
+      Array<bool> confident(n);
+      for (int64_t u = 0; u < n; ++u) confident[u] = member[u] >> s & 1;
+      UpdateParams<T> p{};
+      p.n_nodes = n;
+      p.views = views[s];
+      p.range = range.data() + 2 * s;
+      p.labels = labels.data() + s * n;
+      p.confident = confident.data();
+      p.beta = beta;
+      p.stored = tiles.data();
+      update_stored_weights_cpu(p);
+    }
+    return tiles;
   }
   double weight(int64_t n, int64_t i, int64_t k) const {
     const int64_t u = i % n, v = k % n, common = member[u] & member[v];
@@ -174,10 +193,16 @@ void loss(int64_t n, int64_t dz, int64_t de, double alpha, int kind, double beta
         Array<T> value(1), d_z(m * dz), d_e(m * de), d_alpha(1), range(2);
         Array<double> sums(m);
         const Array<T> seed(std::vector<double>{grad});
+        const Array<T> stored = kind == 4 ? refreshes.stored(n) : Array<T>(0);
+        Weights<T> weights = refreshes.weights();
+        if (kind == 4) {
+          weights = {};
+          weights.stored = stored.data();
+        }
         ForwardParams<T> f{};
         f.n_nodes = n;
         f.views = pair.views();
-        f.weights = refreshes.weights();
+        f.weights = weights;
         f.precision = precision;
         f.loss = value.data();
         f.row_sums = sums.data();
@@ -185,7 +210,7 @@ void loss(int64_t n, int64_t dz, int64_t de, double alpha, int kind, double beta
         BackwardParams<T> b{};
         b.n_nodes = n;
         b.views = pair.views();
-        b.weights = refreshes.weights();
+        b.weights = weights;
         b.precision = precision;
         b.row_sums = sums.data();
         b.grad_loss = seed.data();
@@ -216,7 +241,7 @@ void run_type() {
   int turn = 0;
   const double alphas[] = {0.7, -0.3, 1.6}, betas[] = {1, 0, 2, 3.7};
   for (const int64_t n : {1, 2, 3, 7, 95, 96, 97}) {
-    for (int kind = 0; kind < 4; ++kind) {
+    for (int kind = 0; kind < 5; ++kind) {
       loss<T>(n, 1 + turn % 5, turn % 4, alphas[turn % 3], kind, betas[turn % 4], 7 - turn % 8);
       ++turn;
     }
@@ -228,12 +253,14 @@ void run_type() {
   loss<T>(3, 0, 5, 0.25, 2, 1, 7);    // no attribute view
   loss<T>(200, 3, 2, 0.6, 2, 1, 7);   // three tile rows
   loss<T>(410, 2, 0, 0.9, 2, 1, 7);   // more tile rows than a panel holds
+  loss<T>(410, 2, 3, 0.9, 4, 3, 7);
 }
 
 void run() {
   run_type<float>();
   for (const int64_t n : {1, 2, 3, 95, 96, 97, 200}) {
     loss<float>(n, n % 7 + 1, n % 5, 0.7, n % 4, 1, 7, Precision::kBf16);
+    loss<float>(n, n % 7 + 1, n % 5, 0.7, 4, 1, 7, Precision::kBf16);
   }
   for (const int64_t d : {15, 16, 17, 31, 32, 33, 65}) {
     loss<float>(9, d, d - 2, 0.4, d % 4, 2, 7, Precision::kBf16);
