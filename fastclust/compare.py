@@ -16,7 +16,8 @@ stopped and one training run serves every rule that chooses an epoch:
 Floors, which need no training, stand beside them, and the published numbers, marked as such.
 
 With ``--collect`` nothing is run: the tables are made of what earlier comparisons finished, each
-method under the settings in which it differs from its preset.
+method under the settings in which it differs from its preset. What an earlier ``--collect`` left,
+rows and commands, can be collected again when its runs are gone; then it has no curves.
 """
 
 from __future__ import annotations
@@ -423,6 +424,21 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     write_atomically(path, text.getvalue())
 
 
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """The rows of :func:`write_csv`; none where there is no file."""
+    try:
+        with path.open(newline="") as file:
+            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    except OSError:
+        return []
+    for row in rows:
+        for name in ("seed", "epochs", "selected_epoch", "peak_memory_bytes"):
+            row[name] = int(row[name]) if row[name] else None
+        for name in (*LABEL_SCORES, "seconds"):
+            row[name] = float(row[name])
+    return rows
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean and sample standard deviation of shares, in percent.
 
@@ -622,12 +638,23 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], title: str, key: str, path: Pa
 def swept(
     rows: Sequence[Mapping[str, Any]],
 ) -> dict[tuple[str, str, str], list[Mapping[str, Any]]]:
-    """Rows at the last epoch by graph, model and setting, of settings with two numbers or more."""
+    """Rows at the last epoch by graph, model and setting, of settings with two numbers or more.
+
+    The preset's number is one of them, if it was run.
+    """
     found: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
+    last = [row for row in rows if (row["selection"], row["protocol"]) == ("last", "standard")]
+    for row in last:
         key, _, value = row["variant"].partition(" ")
-        if row["selection"] == "last" and re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", value):
+        if re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", value):
             found.setdefault((row["dataset"], row["model"], key), []).append(row)
+    for (dataset, model, key), members in found.items():
+        value = MODELS[model].for_dataset(dataset).get_params()[key]
+        if isinstance(value, int | float):
+            plain = [
+                r for r in last if (r["dataset"], r["model"], r["variant"]) == (dataset, model, "")
+            ]
+            members += [{**row, "variant": f"{key} {value}"} for row in plain]
     return {k: v for k, v in found.items() if len({row["variant"] for row in v}) > 1}
 
 
@@ -785,12 +812,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = shlex.join(["python", "-m", "fastclust.compare", *given])
     failures: dict[str, str] = {}
+    collected: list[dict[str, Any]] = []  # rows whose runs are gone
     if arguments.collect:
         roots = [Path(root) for root in arguments.collect]
         runs = [run for root in roots for run in finished_runs(root)]
-        if not runs:
+        for root in roots:
+            if not (root / "runs").is_dir():
+                collected += read_csv(root / "results.csv")
+        if not runs and not collected:
             raise UsageError(f"--collect must be directories with runs, got {arguments.collect}")
-        graphs = {dataset for dataset, _, _ in runs}
+        graphs = {dataset for dataset, _, _ in runs} | {row["dataset"] for row in collected}
         datasets = [dataset for dataset in datasets if dataset.name in graphs]
         seeds = None
     else:
@@ -821,6 +852,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         histories[name].setdefault(method.title, []).extend(curve for curve in curves if curve)
         if not method.variant and (folder / "embedding.npy").exists():
             embeddings[name].setdefault(method.title, folder)
+    for row in collected:
+        if row["dataset"] in histories:
+            rows.setdefault(tuple(row[key] for key in KEY), row)
     histories = {name: {t: c for t, c in found.items() if c} for name, found in histories.items()}
     table = list(rows.values())
     write_csv(table, out / "results.csv")
@@ -831,6 +865,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     lists = [root / "commands.txt" for root in roots]
     commands = "".join(path.read_text() for path in lists if path.exists())
+    if arguments.collect:
+        commands = "".join(f"{line}\n" for line in dict.fromkeys(commands.splitlines()))
+        write_atomically(out / "commands.txt", commands)
     rule, names = arguments.label_free, [dataset.name for dataset in datasets]
     write_atomically(target, page(table, names, rule, command, commands, failures, pictures))
     print(overview(table, names, rule, "acc"), flush=True)

@@ -201,6 +201,39 @@ def test_collecting_runs_nothing_and_names_what_differs_from_the_preset(
     code, _, err = call(capsys, *digits, "--collect", str(tmp_path), "--out", str(tmp_path))
     assert code == 2 and "--collect must be directories with runs" in err
 
+    # What was collected can be collected again when its runs are gone.
+    again = ("--collect", str(tmp_path / "made"), "--out", str(tmp_path / "again"))
+    code, _, err = call(capsys, *digits, *again)
+    assert code == 0, err
+    text = (tmp_path / "again" / "results.csv").read_text()
+    assert text == (tmp_path / "made" / "results.csv").read_text()
+    assert made.strip() in (tmp_path / "again" / "results.md").read_text()
+
+
+def test_a_sweep_makes_a_variant_and_a_point_of_each_value(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("--datasets", "digits", "--seeds", "0", "--epochs", "2", "--models", "ecnmf,ssgc")
+    out = tmp_path / "sweep"
+    given = (*small, "--sweep", "rank=3,12", "--sweep", "beta=0.5", "--set", "width=8")
+    code, printed, err = call(capsys, *given, "--out", str(out))
+    assert code == 0, err
+    rows = [row for row in read(out / "results.csv") if row["selection"] == "last"]
+    found = {row["variant"] for row in rows if row["model"] == "ecnmf"}
+    assert found == {"", "rank 3", "rank 12", "beta 0.5"}
+    assert {row["variant"] for row in rows if row["model"] == "ssgc"} == {""}
+    assert "| ecnmf (rank 12) | last |" in printed
+    collect = ("--datasets", "digits", "--collect", str(out), "--out", str(tmp_path / "made"))
+    code, printed, err = call(capsys, *collect)
+    assert code == 0 and "| ecnmf (epochs 2, rank 12, width 8) | last |" in printed, err
+    pytest.importorskip("matplotlib")
+    assert (out / "sweep-digits-ecnmf-rank.svg").stat().st_size > 1000
+    points = {
+        row["variant"]
+        for row in compare.swept(read(out / "results.csv"))["digits", "ecnmf", "beta"]
+    }
+    assert points == {"beta 0.5", "beta 0.1"}, "the preset's value is a point too"
+
 
 def test_a_method_that_fails_is_told_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -219,6 +252,7 @@ def test_a_method_that_fails_is_told_and_the_others_go_on(
         (("--datasets", "corra"), "did you mean cora?"),
         (("--models", "hsam"), "did you mean hsan?"),
         (("--set", "widht=3"), "--set must be KEY=VALUE with a hyper-parameter, got 'widht=3'"),
+        (("--sweep", "rank"), "--sweep must be KEY=VALUE with a hyper-parameter, got 'rank'"),
         (("--out", "/dev/null/x"), "--out must be a directory"),
     ],
 )
