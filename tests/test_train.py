@@ -618,7 +618,10 @@ BAD_ARGUMENTS = [
     (["--precision", "fp16"], "must be one of fp32"),
     (["--set", "rnak=3"], "did you mean rank?"),
     (["--set", "rank"], "--set must be KEY=VALUE, got 'rank'"),
-    (["--set", "rank=many"], "rank must be a whole number or none, got 'many'"),
+    (
+        ["--set", "rank=many"],
+        "rank must be gavish-donoho or a whole number or a number or none, got 'many'",
+    ),
     (["--set", "rank=0"], "'rank' parameter"),
     (["--set", "rank=65"], "rank must be at most 64"),
     (["--set", "lr=fast"], "lr must be a number or none"),
