@@ -72,11 +72,24 @@ PLANTED: dict[str, dict[str, object]] = {
         "feature_noise": 0.4,
         "sizes": [6, 3, 2, 2, 1, 1, 1, 1],
     },
+    "sbm6": {
+        "shape": (3000, 15000, 30, 6),
+        "homophily": 0.7,
+        "feature_noise": 0.5,
+        "sizes": [10, 3, 2, 2, 1, 1],
+    },
+    "sbm7": {"shape": (2000, 40000, 30, 10), "homophily": 0.5, "feature_noise": 0.6},
+    "sbm8": {
+        "shape": (3000, 9000, 60, 12),
+        "homophily": 0.8,
+        "feature_noise": 0.25,
+        "sizes": [12, 8, 6, 4, 3, 2, 2, 1, 1, 1, 1, 1],
+    },
 }
 
 
 def task(name: str) -> Task:
-    """A benchmark graph, a planted one (sbm0 to sbm5), or digits5, digits15: neighbours joined."""
+    """A benchmark graph, a planted one (sbm0 to sbm8), or digits5, digits15: neighbours joined."""
     if name in PLANTED:
         keywords = dict(PLANTED[name])
         data = fc.make_attributed_sbm(*keywords.pop("shape"), **keywords, random_state=5)  # type: ignore[misc, arg-type]
@@ -319,27 +332,71 @@ def self_training(t: Task, seed: int) -> Results:
         optimizer.step()
 
 
-def spectral(t: Task, seed: int) -> Results:
-    """Normalised cut of the embedding's 15 nearest neighbours, of edges, and of sums of both."""
-    z = embedding(t, seed).numpy()
+def nearest(z: torch.Tensor, count: int = 15) -> sp.csr_array:
+    """The graph of the embedding's nearest neighbours."""
     n = len(z)
-    found = NearestNeighbors(n_neighbors=16, algorithm="brute").fit(z).kneighbors(z)[1][:, 1:]
-    near = sp.csr_array((np.ones(15 * n), (np.repeat(np.arange(n), 15), found.ravel())), (n, n))
-    near = near.maximum(near.T)
-    a = t.a.astype(np.float64)
+    search = NearestNeighbors(n_neighbors=count + 1, algorithm="brute").fit(z.numpy())
+    found = search.kneighbors(z.numpy())[1][:, 1:].ravel()
+    one_way = sp.csr_array((np.ones(count * n), (np.repeat(np.arange(n), count), found)), (n, n))
+    return one_way.maximum(one_way.T)
+
+
+def leading_vectors(w: sp.csr_array, k: int, seed: int, extra: float = 0.0) -> torch.Tensor:
+    """Eigenvectors [N, K] of D^-1/2 W D^-1/2, with ``extra`` mean degrees added to D."""
+    degree = np.asarray(w.sum(axis=1)).reshape(-1)
+    d = sp.diags_array((degree + max(extra, 1e-9) * degree.mean()) ** -0.5)
+    start = np.random.default_rng(seed).normal(size=len(degree))
+    _, vectors = eigsh((d @ w @ d).tocsr(), k=k, v0=start, tol=1e-4)
+    return torch.from_numpy(vectors.astype(np.float32))
+
+
+def spectral(t: Task, seed: int) -> Results:
+    """Normalised cut of the embedding's nearest neighbours, of edges, and of sums of both."""
+    near, a = nearest(embedding(t, seed)), t.a.astype(np.float64)
     for name, share in {"neighbours": 0.0, "1 : 0.5": 0.5, "1 : 1": 1.0, "edges": None}.items():
         w = a if share is None else near / near.sum() + share * a / a.sum()
-        degree = np.asarray(w.sum(axis=1)).reshape(-1)
-        for regularised in (True, False):
-            # A regularised cut does not single out loosely tied nodes.
-            extra = degree.mean() if regularised else 1e-9 * degree.mean()
-            d = sp.diags_array((degree + extra) ** -0.5)
-            start = np.random.default_rng(seed).normal(size=n)
-            _, vectors = eigsh((d @ w @ d).tocsr(), k=t.k, v0=start, tol=1e-4)
-            u = torch.from_numpy(vectors.astype(np.float32))
-            kind = "regularised" if regularised else "as it is"
+        # A regularised cut does not single out loosely tied nodes.
+        for kind, extra in (("regularised", 1.0), ("as it is", 0.0)):
+            u = leading_vectors(w, t.k, seed, extra)
             yield f"{name}, {kind}, unit rows", consensus(unit_rows(u), t.k, seed)
-            yield f"{name}, {kind}", consensus(u * n**0.5, t.k, seed)
+            yield f"{name}, {kind}", consensus(u, t.k, seed)
+
+
+def _cut_and_means(t: Task, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Clusters by k-means on the embedding, and by normalised cut of neighbours + edges."""
+    z, a = embedding(t, seed), t.a.astype(np.float64)
+    near = nearest(z)
+    u = unit_rows(leading_vectors(near / near.sum() + a / a.sum(), t.k, seed))
+    return consensus(z, t.k, seed), consensus(u, t.k, seed, n_init=20)
+
+
+def back_ends(t: Task, seed: int) -> Results:
+    """k-means or normalised cut, by the agreement of two halves with each other and the whole."""
+    whole = _cut_and_means(t, seed)
+    between, to_whole = np.zeros(2), np.zeros(2)
+    upper = sp.triu(t.a, 1).tocoo()
+    columns = t.x.tocsc() if sp.issparse(t.x) else t.x
+    for split in range(2):
+        rng = np.random.default_rng(derive_seed(seed, split))
+        column_order, edge_order = rng.permutation(t.x.shape[1]), rng.permutation(upper.nnz)
+        halves = []
+        for half in range(2):
+            x = columns[:, np.sort(column_order[half::2])]
+            e = edge_order[half::2]
+            one_way = sp.csr_array((upper.data[e], (upper.row[e], upper.col[e])), shape=t.a.shape)
+            part = Task(x.tocsr() if sp.issparse(x) else x, (one_way + one_way.T).tocsr(), t.y)
+            halves.append(_cut_and_means(part, seed))
+        for m in range(2):
+            between[m] += normalized_mutual_info_score(halves[0][m], halves[1][m]) / 2
+            to_whole[m] += sum(normalized_mutual_info_score(h[m], whole[m]) for h in halves) / 4
+    take_cut = bool((between[1] > 1.05 * between[0]) and (to_whole[1] > 1.05 * to_whole[0]))
+    print(
+        f"  seed {seed}: cut / k-means, halves {between[1] / between[0]:.3f}, "
+        f"half and whole {to_whole[1] / to_whole[0]:.3f}: {'cut' if take_cut else 'k-means'}"
+    )
+    yield "k-means", whole[0]
+    yield "normalised cut", whole[1]
+    yield "chosen without labels", whole[int(take_cut)]
 
 
 CENTRALITIES = ("degree", "PageRank", "eigenvector")
@@ -376,6 +433,7 @@ IDEAS: dict[str, Callable[[Task, int], Results]] = {
     "neighbours": neighbours,
     "self-training": self_training,
     "spectral": spectral,
+    "back-ends": back_ends,
     "centralities": centralities,
     "fewer-edges": fewer_edges,
 }
