@@ -1030,8 +1030,9 @@ class SSGC(_GraphClusterer):
         k-means starts. Their better half votes, see
         :func:`fastclust.models.ssgc.consensus_kmeans`; with ``consensus=False`` the best is taken.
     consensus : bool, default True
-        Whether starts vote: where k-means has several minima of nearly one inertia, the best of few
-        starts is chance (cora).
+        Whether starts vote, a third of them each on the embeddings with T / 2, T and 2 T steps
+        (only T from 16384 nodes on): where k-means has several minima of nearly one inertia, the
+        best of few starts is chance (cora, amac).
     random_state, device, n_neighbors
         As for :class:`HSAN`.
 
@@ -1039,7 +1040,8 @@ class SSGC(_GraphClusterer):
     ----------
     labels_ : ndarray int64 [N]
     embedding_ : ndarray float32 [N, n_components]
-        Or [N, 1], ranks of degrees, where the attributes encode nothing but degrees.
+        Or [N, 3], ranks of degree, PageRank and eigenvector centrality, where the attributes
+        encode nothing but degrees.
     recipe_ : str
         ``"multiview"``, ``"plain"`` or ``"degree"``.
     n_steps_ : int
@@ -1081,9 +1083,14 @@ class SSGC(_GraphClusterer):
             weighting=self.weighting,
             seed=self.seed_,
             device=device,
+            scales=self.consensus,
         )
-        cluster = consensus_kmeans if self.consensus else sampled_kmeans
-        result = cluster(z, self.n_clusters_, n_init=self.n_init, seed=self.seed_)
+        if self.consensus:
+            result = consensus_kmeans(
+                z, self.n_clusters_, n_init=self.n_init, seed=self.seed_, others=info["scales"]
+            )
+        else:
+            result = sampled_kmeans(z, self.n_clusters_, n_init=self.n_init, seed=self.seed_)
         self.labels_ = kmeans_labels(result)
         self.embedding_ = z.cpu().numpy()
         self.recipe_, self.n_steps_ = info["recipe"], info["n_steps"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from scipy.stats import rankdata
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.metrics import adjusted_rand_score
 
@@ -113,14 +114,55 @@ def test_attributes_that_encode_degrees_are_recognised():
     adjacency = sp.csr_array((upper | upper.T).astype(np.float32))
     degree = np.diff(adjacency.indptr)
     embedding, info = ssgc_embedding(one_hot(degree), adjacency, 4)
-    assert info == {"recipe": "degree", "n_steps": 0, "agreement": None, "projection": {}}
-    assert embedding.shape == (80, 1)
+    assert (info["recipe"], info["n_steps"], info["agreement"]) == ("degree", 0, None)
+    assert info["projection"] == {} and info["scales"] == []
+    assert embedding.shape == (80, 3)
     order = np.argsort(embedding[:, 0].numpy(), kind="stable")
     assert (np.diff(degree[order]) >= 0).all()
     # Not so: an identity matrix (a column per node), or classes that say nothing about degrees.
     assert ssgc_embedding(one_hot(np.arange(80)), adjacency, 4)[1]["recipe"] == "multiview"
     assert ssgc_embedding(one_hot(np.arange(80) % 5), adjacency, 4)[1]["recipe"] == "multiview"
     assert ssgc_embedding(one_hot(degree), adjacency, 4, recipe="plain")[1]["recipe"] == "plain"
+
+
+def test_centralities_are_those_of_dense_linear_algebra():
+    rng = np.random.default_rng(1)
+    upper = np.triu(rng.random((50, 50)) < 0.15, 1)
+    upper[:, 49] = False  # no edge
+    a = (upper | upper.T).astype(np.float64)
+    degree = a.sum(axis=1)
+    google = 0.85 * a / np.maximum(degree, 1)
+    walk = np.linalg.solve(np.eye(50) - google, np.full(50, 0.15 / 50))
+    _, vectors = np.linalg.eigh(a)
+    ranks = ssgc._centrality_ranks(sp.csr_array(a.astype(np.float32)))
+    assert ranks.dtype == np.float32 and ranks.min() > 0 and ranks.max() <= 1
+    for column, expected in enumerate((degree, walk, np.abs(vectors[:, -1]))):
+        np.testing.assert_allclose(ranks[:, column], rankdata(expected.round(9)) / 50, rtol=1e-6)
+
+
+def test_nodes_alike_are_ties_also_where_the_graph_is_bipartite():
+    cycle = sp.csr_array(np.roll(np.eye(6), 1, axis=0) + np.roll(np.eye(6), -1, axis=0))
+    assert (ssgc._centrality_ranks(cycle) == np.float32(3.5 / 6)).all()
+    star = np.zeros((5, 5))
+    star[0, 1:] = star[1:, 0] = 1
+    for adjacency in (star, np.zeros((5, 5))):
+        ranks = ssgc._centrality_ranks(sp.csr_array(adjacency))
+        assert (ranks[1:] == ranks[1]).all() and (ranks[0] >= ranks[1]).all()
+
+
+def test_scales_are_the_embeddings_with_half_and_twice_the_steps(two_blocks, monkeypatch):
+    adjacency, features, _ = two_blocks
+    embedding, info = ssgc_embedding(features, adjacency, 2, n_steps=4, scales=True)
+    alone, without = ssgc_embedding(features, adjacency, 2, n_steps=4)
+    assert torch.equal(embedding, alone) and without["scales"] == []
+    for n_steps, other in zip((2, 8), info["scales"], strict=True):
+        expected, _ = ssgc_embedding(features, adjacency, 2, n_steps=n_steps)
+        torch.testing.assert_close(other, expected, atol=1e-5, rtol=0)
+    for n_steps, count in ((0, 0), (1, 1), (2, 2)):
+        _, info = ssgc_embedding(features, adjacency, 2, n_steps=n_steps, scales=True)
+        assert len(info["scales"]) == count
+    monkeypatch.setattr(ssgc, "_SAMPLED_FROM", 59)
+    assert ssgc_embedding(features, adjacency, 2, n_steps=4, scales=True)[1]["scales"] == []
 
 
 def test_fewer_steps_must_agree_clearly_better():
@@ -219,6 +261,33 @@ def test_consensus_is_the_typical_minimum_and_hardly_depends_on_the_seed() -> No
     assert torch.equal(again.labels, agreed[3].labels)
     few = consensus_kmeans(z, 6, n_init=3, seed=1)
     assert torch.equal(few.labels, ops.kmeans(z, 6, n_init=3, seed=1).labels)
+
+
+def test_votes_are_orthonormal_indicators() -> None:
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    votes = ssgc._votes(x, 3, 4, seed=0)
+    assert votes.shape == (50, 6)
+    for vote in votes.split(3, dim=1):
+        torch.testing.assert_close(vote.T @ vote, torch.eye(3))
+        assert ((vote > 0).sum(1) == 1).all()
+
+
+@pytest.mark.parametrize("sampled_from", [1 << 14, 100])
+def test_other_embeddings_vote_as_well(monkeypatch, sampled_from) -> None:
+    """Rows whose groups cannot be seen are clustered by the votes of those that show them."""
+    monkeypatch.setattr(ssgc, "_SAMPLED_FROM", sampled_from)
+    monkeypatch.setattr(ssgc, "_AGREEMENT_ROWS", 150)
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 100)
+    blurred, clear = (
+        torch.from_numpy((np.eye(3)[labels] + noise * rng.normal(size=(300, 3))).astype(np.float32))
+        for noise in (0.6, 0.05)
+    )
+    alone = consensus_kmeans(blurred, 3, n_init=12).labels.numpy()
+    helped = consensus_kmeans(blurred, 3, n_init=12, others=[clear, clear]).labels.numpy()
+    assert adjusted_rand_score(labels, helped) >= adjusted_rand_score(labels, alone)
+    again = consensus_kmeans(blurred, 3, n_init=12, others=[clear, clear]).labels.numpy()
+    assert np.array_equal(helped, again)
 
 
 def test_consensus_with_fewer_distinct_rows_than_clusters() -> None:

@@ -7,7 +7,7 @@ of the result, with rows of unit length, are what k-means then clusters.
 Two recipes: ``"plain"`` does just that. ``"multiview"`` does it for two weightings of the
 attributes and four scalings of their singular vectors, joins the views, and picks T by how well
 clusterings from disjoint halves of the data agree; attributes that only encode degrees are replaced
-by the degrees. No label is used anywhere.
+by the ranks of three centralities. No label is used anywhere.
 
 Everything is done on the leading singular pairs of the attributes: smoothing acts on
 rows and scaling on columns, so one smoothing of N x 256 numbers serves all scalings, and no
@@ -23,7 +23,7 @@ on samples of 8192 nodes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -65,6 +65,8 @@ _MARGIN = 1.05  # by how much fewer steps must agree better to be preferred
 _SPLITS = 4  # of which two are enough where nothing speaks against the default
 _RESTARTS = 3
 _DEGREE_SHARE = 0.9  # of the degrees' variance, to be taken for an encoding of degrees
+_CENTRALITY_STEPS = 200  # power iterations
+_DAMPING = 0.85  # of PageRank
 _PLAIN_COMPONENTS = 20
 _CONSENSUS_RANK = 4  # times K: singular vectors of the votes that are clustered
 _CONSENSUS_RESTARTS = 20
@@ -90,6 +92,7 @@ def ssgc_embedding(
     weighting: Weighting = "auto",
     seed: int = 0,
     device: torch.device | str = "cpu",
+    scales: bool = False,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Embed the nodes of an attributed graph for k-means.
 
@@ -117,15 +120,20 @@ def ssgc_embedding(
     device : torch.device or str, default "cpu"
         Where to compute.
 
+    scales : bool, default False
+        Whether to embed with T / 2 and 2 T steps as well, for the votes of
+        :func:`consensus_kmeans`. Not with 0 steps, nor of more than 16384 nodes.
+
     Returns
     -------
     embedding : torch.Tensor
         float32 [N, n_components] with rows of unit length (zero for nodes without attributes near
-        them), or [N, 1] with the rank of the degree in (0, 1].
+        them), or [N, 3] with the ranks in (0, 1] of degree, PageRank and eigenvector centrality.
     info : dict
         ``recipe`` (``"multiview"``, ``"plain"`` or ``"degree"``), ``n_steps``, ``agreement`` (NMI
-        by number of steps, or None where nothing was chosen) and ``projection``, the tensors by
-        which :func:`ssgc_projection` embeds other nodes.
+        by number of steps, or None where nothing was chosen), ``projection``, the tensors by
+        which :func:`ssgc_projection` embeds other nodes, and ``scales``, a list of the embeddings
+        with other numbers of steps.
 
     Raises
     ------
@@ -138,10 +146,9 @@ def ssgc_embedding(
     """
     _check(features, recipe, n_steps, n_components, weighting)
     if recipe == "multiview" and weighting == "auto" and encodes_degree(features, adjacency):
-        degree = np.asarray(adjacency.sum(axis=1)).reshape(-1)
-        rank = (rankdata(degree) / degree.size).astype(np.float32)
-        info = {"recipe": "degree", "n_steps": 0, "agreement": None, "projection": {}}
-        return torch.from_numpy(rank[:, None]).to(device), info
+        ranks = torch.from_numpy(_centrality_ranks(adjacency)).to(device)
+        info = {"recipe": "degree", "n_steps": 0, "agreement": None, "projection": {}, "scales": []}
+        return ranks, info
 
     if recipe == "plain":
         weightings = ["l2" if weighting == "auto" else weighting]
@@ -159,44 +166,60 @@ def ssgc_embedding(
 
     width = n_components or (2 * n_clusters if recipe == "multiview" else _PLAIN_COMPONENTS)
     graph = Graph(adjacency, norm="sym").to(device)
+    steps = [n_steps]
+    if scales and graph.n_nodes <= _SAMPLED_FROM:
+        steps += [t for t in (n_steps // 2, 2 * n_steps) if t not in (0, n_steps)]
     projection: dict[str, torch.Tensor] = {}
-    parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # smoothed pairs, bases of their views
+    # Of each number of steps: smoothed pairs, bases of their views.
+    parts: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {t: [] for t in steps}
     for name in weightings:
         idf = inverse_document_frequency(features) if name == "tf-idf" else None
         q, axes, energy, mean_energy = _leading_pairs(features, idf, seed, device)
-        smooth = _smoothed(graph, q, (n_steps,))[n_steps]
-        bases = _bases(
-            _gram(smooth.split(SAMPLE_ROWS)), _scalings(energy, mean_energy, recipe), width
-        )
-        projection |= {f"{name}.axes": axes, f"{name}.bases": bases.to(smooth)}
+        scalings = _scalings(energy, mean_energy, recipe)
+        for t, smooth in _smoothed(graph, q, tuple(steps)).items():
+            bases = _bases(_gram(smooth.split(SAMPLE_ROWS)), scalings, width).to(smooth)
+            parts[t].append((smooth, bases))
+        projection |= {f"{name}.axes": axes, f"{name}.bases": parts[n_steps][-1][1]}
         if idf is not None:
             projection[f"{name}.idf"] = torch.from_numpy(idf)
-        parts.append((smooth, bases.to(smooth)))
         del q, smooth
 
-    def blocks() -> Iterator[torch.Tensor]:
-        """All views side by side [rows, 8 width], in blocks of rows."""
-        for begin in range(0, graph.n_nodes, SAMPLE_ROWS):
-            rows = slice(begin, begin + SAMPLE_ROWS)
-            views = [unit_rows(smooth[rows] @ b) for smooth, bases in parts for b in bases]
-            yield views[0] if len(views) == 1 else torch.cat(views, dim=1)
-
-    # What is one block only is made once.
-    again = blocks if graph.n_nodes > SAMPLE_ROWS else _kept(blocks())
-    if sum(len(bases) for _, bases in parts) > 1:
-        gram = _gram(again())
-        (basis,) = _bases(gram, [torch.ones(len(gram))], width).to(parts[0][0])
-        projection["joined"] = basis
-        embedding = _stacked((unit_rows(block @ basis) for block in again()), graph.n_nodes)
-    else:
-        embedding = _stacked(again(), graph.n_nodes)
+    embedding, joined = _joined(parts.pop(n_steps), width)
+    if joined is not None:
+        projection["joined"] = joined
     projection = {key: value.cpu().contiguous() for key, value in projection.items()}
     return embedding, {
         "recipe": recipe,
         "n_steps": n_steps,
         "agreement": agreement,
         "projection": projection,
+        "scales": [_joined(part, width)[0] for part in parts.values()],
     }
+
+
+def _joined(
+    parts: list[tuple[torch.Tensor, torch.Tensor]], width: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The embedding [N, width] of all views, and the basis that joins them (None for one view).
+
+    ``parts`` holds, for each weighting, smoothed pairs [N, c] and the bases [views, c, width].
+    """
+    n_nodes = parts[0][0].shape[0]
+
+    def blocks() -> Iterator[torch.Tensor]:
+        """All views side by side [rows, 8 width], in blocks of rows."""
+        for begin in range(0, n_nodes, SAMPLE_ROWS):
+            rows = slice(begin, begin + SAMPLE_ROWS)
+            views = [unit_rows(smooth[rows] @ b) for smooth, bases in parts for b in bases]
+            yield views[0] if len(views) == 1 else torch.cat(views, dim=1)
+
+    # What is one block only is made once.
+    again = blocks if n_nodes > SAMPLE_ROWS else _kept(blocks())
+    if sum(len(bases) for _, bases in parts) == 1:
+        return _stacked(again(), n_nodes), None
+    gram = _gram(again())
+    (basis,) = _bases(gram, [torch.ones(len(gram))], width).to(parts[0][0])
+    return _stacked((unit_rows(block @ basis) for block in again()), n_nodes), basis
 
 
 def ssgc_projection(
@@ -237,15 +260,21 @@ def ssgc_projection(
 
 
 def consensus_kmeans(
-    z: torch.Tensor, n_clusters: int, *, n_init: int = 100, seed: int = 0
+    z: torch.Tensor,
+    n_clusters: int,
+    *,
+    n_init: int = 100,
+    seed: int = 0,
+    others: Sequence[torch.Tensor] = (),
 ) -> ops.KMeansResult:
     """Cluster by what the better half of many k-means runs agrees on.
 
-    Each of the ``n_init // 2`` runs of least inertia gives a node one vote: the indicators of its
-    cluster. k-means on the 4 K leading singular vectors of all votes finds the consensus, and
-    Lloyd's iterations from its means end in the minimum of inertia next to it. Of several minima
-    with nearly the same inertia this takes the typical one, where "least inertia" takes one by
-    chance (few runs) or an outlier (many).
+    Each of the runs of least inertia, half of them, has one vote: the indicators of its clusters,
+    divided by the root of their sizes. These are orthonormal, so that every vote is a projection
+    and a small cluster weighs as much as a large one. k-means on the 4 K leading singular vectors
+    of all votes finds the consensus, and Lloyd's iterations from its means end in the minimum of
+    inertia next to it. Of several minima with nearly the same inertia this takes the typical one,
+    where "least inertia" takes one by chance (few runs) or an outlier (many).
 
     Of more than 16384 rows a sample of 8192 votes; the last iterations take all.
 
@@ -258,6 +287,8 @@ def consensus_kmeans(
         k-means++ runs; with fewer than 4 the one of least inertia is the result.
     seed : int
         Of the runs.
+    others : sequence of Tensor [N, *]
+        Embeddings of the same nodes that vote as well; the runs are shared out among all.
 
     Returns
     -------
@@ -266,22 +297,29 @@ def consensus_kmeans(
     """
     if n_init < 4:
         return sampled_kmeans(z, n_clusters, n_init=n_init, seed=seed)
-    rows = z
+    voters = [z, *others]
     if z.shape[0] > _SAMPLED_FROM:
-        rows = z[sample_rows(z.shape[0], _AGREEMENT_ROWS, seed).to(z.device)]
-    runs = [
-        ops.kmeans(rows, n_clusters, n_init=1, seed=derive_seed(seed, run)) for run in range(n_init)
-    ]
-    runs.sort(key=lambda run: float(run.inertia))
-    votes = torch.cat(  # [N, n_init / 2 K]
-        [torch.nn.functional.one_hot(r.labels, n_clusters) for r in runs[: n_init // 2]], dim=1
-    ).to(z.dtype)
+        sample = sample_rows(z.shape[0], _AGREEMENT_ROWS, seed).to(z.device)
+        voters = [voter[sample] for voter in voters]
+    each = max(2, n_init // len(voters))
+    votes = torch.cat([_votes(x, n_clusters, each, seed) for x in voters], dim=1)
     ones = torch.ones(votes.shape[1])
     (basis,) = _bases(_gram([votes]), [ones], _CONSENSUS_RANK * n_clusters).to(votes)
     agreed = ops.kmeans(votes @ basis, n_clusters, n_init=_CONSENSUS_RESTARTS, seed=seed)
     sizes = torch.bincount(agreed.labels, minlength=n_clusters).clamp_min(1)  # [K]
-    means = torch.zeros_like(runs[0].centers).index_add_(0, agreed.labels, rows) / sizes[:, None]
-    return ops.kmeans(z, n_clusters, init=means)
+    means = z.new_zeros(n_clusters, z.shape[1]).index_add_(0, agreed.labels, voters[0])
+    return ops.kmeans(z, n_clusters, init=means / sizes[:, None])
+
+
+def _votes(x: torch.Tensor, n_clusters: int, n_runs: int, seed: int) -> torch.Tensor:
+    """Orthonormal indicators [N, n_runs // 2 K] of the better half of k-means runs on x [N, d]."""
+    runs = [
+        ops.kmeans(x, n_clusters, n_init=1, seed=derive_seed(seed, run)) for run in range(n_runs)
+    ]
+    runs.sort(key=lambda run: float(run.inertia))
+    best = [torch.nn.functional.one_hot(run.labels, n_clusters) for run in runs[: n_runs // 2]]
+    votes = torch.cat(best, dim=1).to(x.dtype)
+    return votes / votes.sum(0).clamp_min(1).sqrt()
 
 
 def _check(
@@ -334,6 +372,26 @@ def encodes_degree(features: Features, adjacency: sp.csr_array) -> bool:
     means = np.bincount(group, weights=y) / np.bincount(group)
     within = float(((y - means[group]) ** 2).sum())
     return 1 - (within / (n - n_groups)) / (total / (n - 1)) >= _DEGREE_SHARE
+
+
+def _centrality_ranks(adjacency: sp.csr_array) -> npt.NDArray[np.float32]:
+    """Ranks in (0, 1] of degree, PageRank and eigenvector centrality [N, 3]; ties share a rank.
+
+    They see a node's own edges, a random walk of about seven steps, and the whole graph.
+    """
+    a = adjacency.astype(np.float64)
+    degree = np.asarray(a.sum(axis=1)).reshape(-1)
+    n = degree.size
+    leaving = np.where(degree > 0, degree, 1.0)
+    walk = np.full(n, 1.0 / n)
+    eigenvector = np.ones(n)
+    for _ in range(_CENTRALITY_STEPS):
+        walk = (1 - _DAMPING) / n + _DAMPING * (a @ (walk / leaving))
+        eigenvector = a @ eigenvector + eigenvector  # of A + I: bipartite graphs would oscillate
+        eigenvector /= np.linalg.norm(eigenvector)
+    # Nodes that only rounding tells apart are ties.
+    columns = (np.round(np.log(np.maximum(v, _TINY)), 6) for v in (degree, walk, eigenvector))
+    return np.stack([rankdata(column) / n for column in columns], axis=1).astype(np.float32)
 
 
 def _leading_pairs(
