@@ -24,7 +24,7 @@ import torch
 import fastclust as fc
 from fastclust.training import train
 
-HSAN: dict[str, Any] = {"width": 128, "epochs": 150, "precision": "bf16", "weights": "none"}
+HSAN: dict[str, Any] = {"width": 64, "epochs": 100, "precision": "bf16", "weights": "none"}
 ECNMF: dict[str, Any] = {"width": 256, "epochs": 300}
 NEGATIVES = 512  # at most: their similarities are held, 2B x 2M
 
