@@ -13,8 +13,8 @@ pass where weights come from a snapshot), and forward and backward agree on who 
 
 - *gather* (R <= 4): every rank gathers all rows and takes a band of the triangle's rows of equal
   area; row sums are all-reduced, gradients reduce-scattered. A rank receives M D (R - 1) / R
-  elements forward and as many backward, and holds 5 M D of them (rows, packed twice, gradients
-  twice), with a snapshot 7 M D.
+  elements forward and as many backward (over gloo twice as many), and holds 5 M D of them (rows,
+  packed twice, gradients twice), with a snapshot 7 M D.
 - *half-ring* (R > 4): at step s <= R / 2, rank r has the block of rank r + s and computes the pair
   of blocks, for both; the row sums and gradients of the visitor travel back. With R even the last
   step meets every pair twice and each side does one half. A rank receives M D / 2 elements forward,
