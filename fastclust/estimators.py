@@ -516,8 +516,9 @@ class HSAN(_TrainedClusterer):
         which stale weights have up to one per refresh. ``"stored"``: the weights themselves, 8 N^2
         bytes; a step takes as long as without weights; for one process on the CPU. ``"auto"``
         stores stale weights there where that takes at most 1 GiB (N = 11,500).
-    kmeans : {"k-means++", "paper-code"}, optional
-        See ``protocol``.
+    kmeans : {"consensus", "k-means++", "paper-code"}, optional
+        How Z is clustered, see :class:`fastclust.models.hsan.HSANModel`; ``"consensus"`` unless
+        ``protocol`` says otherwise.
     batch_size : int, optional
         Nodes per step, for graphs of more nodes than all pairs of them allow; an epoch is then one
         step on one batch. None, or N and more, takes all nodes: the exact method. See
@@ -538,7 +539,7 @@ class HSAN(_TrainedClusterer):
     eval_every : int, default 10
         Epochs between evaluations; epoch 1 and the last are always evaluated.
     n_init : int, default 10
-        k-means restarts.
+        k-means restarts; ten times as many vote on a consensus.
     n_neighbors : int, default 10
         Of the graph made from X where no adjacency is given.
     callbacks : callable or list of callable, optional
@@ -592,7 +593,7 @@ class HSAN(_TrainedClusterer):
     refresh_every: Count = 10
     stale_weights: bool | None = None
     weight_storage: WeightStorage = "auto"
-    kmeans: Literal["k-means++", "paper-code"] | None = None
+    kmeans: Literal["consensus", "k-means++", "paper-code"] | None = None
     batch_size: Pair | None = None
     n_negatives: Pair | None = None
     batching: Batching = "random"
@@ -657,7 +658,7 @@ class HSAN(_TrainedClusterer):
             "n_input": n_input,
             "weights": self._weights(),
             "stale_weights": released if self.stale_weights is None else self.stale_weights,
-            "kmeans": self.kmeans or ("paper-code" if released else "k-means++"),
+            "kmeans": self.kmeans or ("paper-code" if released else "consensus"),
         }
         n = int(features.shape[0])
         sampling: dict[str, Any] = {}

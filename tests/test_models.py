@@ -512,6 +512,24 @@ def test_head_from_kmeans_assigns_to_the_nearest_centre(graph_data):
         assert torch.equal(model.assign(0)[0], result.labels)
 
 
+def test_consensus_in_leading_directions_assigns_to_the_nearest_centre_in_z():
+    """What lies outside of the span of the directions moves no node to another centre."""
+    blocks = make_attributed_sbm(300, 2000, 24, 3, homophily=0.9, feature_noise=0.5)
+    model = HSANModel(
+        as_tensor(np.asarray(blocks.features)),
+        Graph(blocks.adjacency, norm="none", self_loops=False),
+        n_clusters=3,
+        width=32,
+        n_init=2,
+    )
+    labels, z = model.assign(0)
+    assert clustering_scores(blocks.labels, labels.numpy())["acc"] > 0.8
+    assert torch.equal(model.predict()[0], labels)
+    torch.testing.assert_close(torch.cdist(z, model.centers).argmin(1), labels)
+    again, _ = model.assign(7)  # other starts
+    assert clustering_scores(labels.numpy(), again.numpy())["ari"] > 0.9
+
+
 def test_spectral_head_finds_planted_clusters_whatever_the_other_directions_hold():
     """The leading singular vectors are what is clustered; the head assigns to the means in Z."""
     blocks = make_attributed_sbm(400, 3000, 40, 4, homophily=0.9, feature_noise=0.5)

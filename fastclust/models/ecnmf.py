@@ -34,7 +34,7 @@ from fastclust.models.inputs import (
     uniform_parameter,
     unit_rows,
 )
-from fastclust.models.ssgc import consensus_kmeans
+from fastclust.models.ssgc import consensus_kmeans, leading_directions
 
 __all__ = ["ECNMFModel", "choose_propagation", "target_distribution"]
 
@@ -489,8 +489,7 @@ class ECNMFModel(nn.Module):
             centers, inertia = result.centers.to(z), float(result.inertia)
         else:
             z = self.ranks.gather(z)  # every rank finds the same clusters
-            leading = ops.batched_svd(z, min(2 * k, *z.shape), center=False, seed=seed)
-            y = leading.u[0] * leading.s[0]  # [N, 2 K]
+            y = ops.matmul(z, leading_directions(z, 2 * k, seed=seed))  # [N, 2 K]
             y = unit_rows(y) if self.row_normalise else y
             labels = consensus_kmeans(y, k, n_init=10 * self.n_init, seed=seed).labels
             members = nn.functional.one_hot(labels, k).to(z)  # [N, K]

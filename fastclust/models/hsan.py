@@ -10,6 +10,7 @@ tiled inside :mod:`fastclust.ops`, and the structure encoders are sparse product
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -31,6 +32,7 @@ from fastclust.models.inputs import (
     stacked_unit_rows,
     uniform_parameter,
 )
+from fastclust.models.ssgc import consensus_kmeans, leading_directions
 
 __all__ = ["HSANModel", "confident_nodes", "filtered_attributes", "principal_axes"]
 
@@ -205,12 +207,14 @@ class HSANModel(nn.Module):
         Epochs between refreshes of the weights; the first is after the first step.
     clamp_alpha : bool
         Keep alpha in [0, 1]; the paper leaves it free.
-    kmeans : {"k-means++", "paper-code"}
-        How pseudo labels and results are clustered: ``n_init`` k-means++ restarts, or one run from
-        the released code's draw of centres, see :func:`fastclust.ops.kmeans`. An empty cluster is
+    kmeans : {"consensus", "k-means++", "paper-code"}
+        How pseudo labels and results are clustered: by what 10 ``n_init`` starts agree on in the
+        2 K leading singular directions of Z (:func:`fastclust.models.ssgc.consensus_kmeans`),
+        the best of ``n_init`` k-means++ restarts on Z, or one run from the released code's draw of
+        centres, see :func:`fastclust.ops.kmeans`. An empty cluster is
         repaired either way (in the released code it ends in NaN centres).
     n_init : int
-        Restarts of k-means++.
+        Restarts of k-means++; ten times as many vote on a consensus.
     precision : {"fp32", "tf32", "bf16x3", "bf16"}
         Of the products inside the loss.
     seed : int
@@ -239,7 +243,7 @@ class HSANModel(nn.Module):
         weight_storage: WeightStorage = "auto",
         refresh_every: int = 10,
         clamp_alpha: bool = False,
-        kmeans: Literal["k-means++", "paper-code"] = "k-means++",
+        kmeans: Literal["consensus", "k-means++", "paper-code"] = "consensus",
         n_init: int = 10,
         precision: str = "fp32",
         seed: int = 0,
@@ -402,9 +406,25 @@ class HSANModel(nn.Module):
             seed = derive_seed(self.seed, _CLUSTER, epoch)
             if self.kmeans == "paper-code":
                 result = self.ranks.kmeans(z, self.n_clusters, init="paper-code", seed=seed)
+            elif self.kmeans == "consensus":
+                result = self._consensus(z, seed)
             else:
                 kmeans = self.ranks.kmeans if self.ranks.size > 1 else sampled_kmeans
                 result = kmeans(z, self.n_clusters, n_init=self.n_init, seed=seed)
             self.centers.copy_(result.centers)
             self._clustered = (epoch, result, z)
         return self._clustered[1:]
+
+    def _consensus(self, z: Tensor, seed: int) -> ops.KMeansResult:
+        """Consensus of k-means in the leading directions of z [N, d]; every rank finds the same.
+
+        The centres are those of the directions' span: what of a node lies outside of it is as far
+        from all of them, so that nodes belong to the nearest in Z, too.
+        """
+        whole = self.ranks.gather(z)
+        directions = leading_directions(whole, 2 * self.n_clusters, seed=seed)  # [d, 2 K]
+        found = consensus_kmeans(
+            ops.matmul(whole, directions), self.n_clusters, n_init=10 * self.n_init, seed=seed
+        )
+        centers = found.centers @ directions.T
+        return replace(found, labels=self.ranks.rows(found.labels), centers=centers)

@@ -48,7 +48,13 @@ from fastclust.models.inputs import (
     weighted_rows,
 )
 
-__all__ = ["consensus_kmeans", "encodes_degree", "ssgc_embedding", "ssgc_projection"]
+__all__ = [
+    "consensus_kmeans",
+    "encodes_degree",
+    "leading_directions",
+    "ssgc_embedding",
+    "ssgc_projection",
+]
 
 Features: TypeAlias = Any  # numpy.ndarray or scipy.sparse.csr_array, float32 [N, D]
 Recipe = Literal["multiview", "plain"]
@@ -309,6 +315,18 @@ def consensus_kmeans(
     sizes = torch.bincount(agreed.labels, minlength=n_clusters).clamp_min(1)  # [K]
     means = z.new_zeros(n_clusters, z.shape[1]).index_add_(0, agreed.labels, voters[0])
     return ops.kmeans(z, n_clusters, init=means / sizes[:, None])
+
+
+def leading_directions(z: torch.Tensor, count: int, *, seed: int = 0) -> torch.Tensor:
+    """The ``count`` leading right singular vectors of z [N, d], as columns [d, count].
+
+    Fewer where z has fewer rows or columns; of more than 65536 rows those of a sample.
+    """
+    rows = z
+    if z.shape[0] > SAMPLE_ROWS:
+        rows = z[sample_rows(z.shape[0], SAMPLE_ROWS, seed).to(z.device)]
+    svd = ops.batched_svd(rows, min(count, *rows.shape), center=False, seed=seed)
+    return svd.vh[0].t().contiguous()
 
 
 def _votes(x: torch.Tensor, n_clusters: int, n_runs: int, seed: int) -> torch.Tensor:
