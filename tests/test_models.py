@@ -514,7 +514,7 @@ def test_head_from_kmeans_assigns_to_the_nearest_centre(graph_data):
 
 def test_consensus_in_leading_directions_assigns_to_the_nearest_centre_in_z():
     """What lies outside of the span of the directions moves no node to another centre."""
-    blocks = make_attributed_sbm(300, 2000, 24, 3, homophily=0.9, feature_noise=0.5)
+    blocks = make_attributed_sbm(300, 2000, 24, 3, homophily=0.9, feature_noise=0.1)
     model = HSANModel(
         as_tensor(np.asarray(blocks.features)),
         Graph(blocks.adjacency, norm="none", self_loops=False),
