@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastclust import ops
-from fastclust.distributed import Ranks
+from fastclust.distributed import ONE, Ranks
 from fastclust.graph import Graph
 from fastclust.metrics import clustering_scores
 from fastclust.models.ecnmf import ECNMFModel, choose_propagation, target_distribution
@@ -208,16 +208,19 @@ def test_how_weights_are_held(graph_data):
     with pytest.raises(ValueError, match="weight_storage must be 'auto', 'snapshots' or 'stored'"):
         held(weight_storage="dense")
 
-    def chosen(n: int, wish: Any = "auto", device: str = "cpu", size: int = 1) -> str:
+    def chosen(n: int, wish: Any = "auto", device: str = "cpu", size: int | None = None) -> str:
         x = torch.empty(1, 1, device=device).expand(n, 1)
-        ranks = Ranks()
-        ranks.size = size
+        ranks = ONE
+        if size is not None:
+            ranks = Ranks()
+            ranks.size = size
         return _storage_of(wish, x, stale=True, ranks=ranks)
 
     most = 11520
     assert ops.StoredHardness.n_bytes(most) <= STORED_BYTES
     assert chosen(most) == chosen(most + 1, "stored") == "stored"
     assert chosen(most + 1) == chosen(5, device="meta") == chosen(5, size=2) == "snapshots"
+    assert chosen(5, size=1) == "snapshots", "one rank of a launch holds its weights as all do"
     for where in ({"device": "meta"}, {"size": 2}):
         with pytest.raises(ValueError, match=r"one process on the CPU.*take weight_"):
             chosen(5, "stored", **where)

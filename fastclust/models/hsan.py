@@ -159,7 +159,8 @@ def _storage_of(
     """
     if wish not in ("auto", "snapshots", "stored"):
         raise ValueError(f"weight_storage must be 'auto', 'snapshots' or 'stored', got {wish!r}")
-    where = f"{ranks.size} processes" if ranks.size > 1 else x.device.type
+    # Ranks of a launch share their work out even where there is one of them only.
+    where = x.device.type if ranks is ONE else f"a launch of {ranks.size} processes"
     possible = where == "cpu"
     if wish == "stored" and not possible:
         raise ValueError(
