@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,16 +126,16 @@ def run(method: str, shape: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def exponents(rows: dict[str, Any], method: str) -> tuple[float, float] | None:
-    """Exponents in N of CPU time and of memory, by least squares on logarithms over all sizes.
+def exponents(
+    rows: dict[str, Any], method: str, shapes: Sequence[str]
+) -> tuple[float, float] | None:
+    """Exponents in N of CPU time and of memory, by least squares on logarithms over some shapes.
 
-    Both are what is beyond importing: 3 seconds and 0.4 GB where that was not measured. Rows with
-    and without were not measured alike: where there are three with it, the others are left out.
+    Both are what is beyond importing: 3 seconds and 0.4 GB where that was not measured. None where
+    fewer than three shapes, or the largest not, were measured.
     """
-    found = [rows[f"{method}/{s}"] for s in SHAPES if f"{method}/{s}" in rows]
-    alike = [row for row in found if "import_cpu_seconds" in row]
-    found = alike if len(alike) >= 3 else found
-    if len(found) < 3:
+    found = [rows[f"{method}/{s}"] for s in shapes if f"{method}/{s}" in rows]
+    if len(found) < 3 or f"{method}/{shapes[-1]}" not in rows:
         return None
     n = np.log([row["n_nodes"] for row in found])
     seconds = np.log(
@@ -163,11 +164,13 @@ def table(rows: dict[str, Any]) -> str:
                     f"| {row['peak_memory_bytes'] / 1e9:.2f} | {100 * row['nmi']:.1f} "
                     f"| {row['found']} |"
                 )
-    lines += ["", "| method | exponent of CPU time | exponent of memory |", "| --- | --- | --- |"]
+    lines += ["", "| method | to 1e5 | to 5e5 | to products |", "| --- | --- | --- | --- |"]
     for method in (*OURS, *PEERS):
-        fitted = exponents(rows, method)
-        if fitted is not None:
-            lines.append(f"| {method} | {fitted[0]:.2f} | {fitted[1]:.2f} |")
+        cells = []
+        for shapes in (SEQUENCE[:3], SEQUENCE, tuple(SHAPES)):
+            fitted = exponents(rows, method, shapes)
+            cells.append("" if fitted is None else f"{fitted[0]:.2f} / {fitted[1]:.2f}")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
