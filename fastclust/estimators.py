@@ -1051,9 +1051,9 @@ class SSGC(_GraphClusterer):
         embedding plus the edges, see :func:`fastclust.models.back_ends.cut_vectors`; at most 16384
         nodes. ``"auto"``: the cut where clusterings by it of disjoint halves of attributes
         and edges agree clearly better, see
-        :func:`fastclust.models.back_ends.compare_back_ends`; it takes some three times as
-        long, and k-means of more than 16384 nodes. Always k-means where attributes only encode
-        degrees.
+        :func:`fastclust.models.back_ends.compare_back_ends`; it takes three to five
+        times as long. k-means all the same of more than 16384 nodes (``"auto"``), and where
+        attributes only encode degrees.
     random_state, device, n_neighbors
         As for :class:`HSAN`.
 
