@@ -16,18 +16,16 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 import torch
-from scipy.sparse.linalg import eigsh
 from scipy.stats import rankdata
 from sklearn.datasets import load_digits
 from sklearn.metrics import normalized_mutual_info_score
-from sklearn.neighbors import NearestNeighbors
 
 import fastclust as fc
 from fastclust import ops
 from fastclust.datasets import load_dataset, nearest_neighbor_graph
 from fastclust.graph import Graph
 from fastclust.metrics import clustering_scores
-from fastclust.models import ssgc
+from fastclust.models import back_ends, ssgc
 from fastclust.models.ecnmf import target_distribution
 from fastclust.models.inputs import (
     derive_seed,
@@ -337,71 +335,37 @@ def self_training(t: Task, seed: int) -> Results:
         optimizer.step()
 
 
-def nearest(z: torch.Tensor, count: int = 15) -> sp.csr_array:
-    """The graph of the embedding's nearest neighbours."""
-    n = len(z)
-    search = NearestNeighbors(n_neighbors=count + 1, algorithm="brute").fit(z.numpy())
-    found = search.kneighbors(z.numpy())[1][:, 1:].ravel()
-    one_way = sp.csr_array((np.ones(count * n), (np.repeat(np.arange(n), count), found)), (n, n))
-    return one_way.maximum(one_way.T)
-
-
-def leading_vectors(w: sp.csr_array, k: int, seed: int, extra: float = 0.0) -> torch.Tensor:
-    """Eigenvectors [N, K] of D^-1/2 W D^-1/2, with ``extra`` mean degrees added to D."""
-    degree = np.asarray(w.sum(axis=1)).reshape(-1)
-    d = sp.diags_array((degree + max(extra, 1e-9) * degree.mean()) ** -0.5)
-    start = np.random.default_rng(seed).normal(size=len(degree))
-    _, vectors = eigsh((d @ w @ d).tocsr(), k=k, v0=start, tol=1e-4)
-    return torch.from_numpy(vectors.astype(np.float32))
-
-
 def spectral(t: Task, seed: int) -> Results:
     """Normalised cut of the embedding's nearest neighbours, of edges, and of sums of both."""
-    near, a = nearest(embedding(t, seed)), t.a.astype(np.float64)
+    near = nearest_neighbor_graph(embedding(t, seed).numpy(), 15).astype(np.float64)
+    a = t.a.astype(np.float64)
     for name, share in {"neighbours": 0.0, "1 : 0.5": 0.5, "1 : 1": 1.0, "edges": None}.items():
         w = a if share is None else near / near.sum() + share * a / a.sum()
         # A regularised cut does not single out loosely tied nodes.
         for kind, extra in (("regularised", 1.0), ("as it is", 0.0)):
-            u = leading_vectors(w, t.k, seed, extra)
+            degree = np.asarray(w.sum(axis=1)).reshape(-1)
+            scale = sp.diags_array((degree + max(extra, 1e-9) * degree.mean()) ** -0.5)
+            vectors = back_ends.leading_eigenvectors(sp.csr_array(scale @ w @ scale), t.k, seed)
+            u = torch.from_numpy(vectors.astype(np.float32))
             yield f"{name}, {kind}, unit rows", consensus(unit_rows(u), t.k, seed)
             yield f"{name}, {kind}", consensus(u, t.k, seed)
 
 
-def _cut_and_means(t: Task, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Clusters by k-means on the embedding, and by normalised cut of neighbours + edges."""
-    z, a = embedding(t, seed), t.a.astype(np.float64)
-    near = nearest(z)
-    u = unit_rows(leading_vectors(near / near.sum() + a / a.sum(), t.k, seed))
-    return consensus(z, t.k, seed), consensus(u, t.k, seed, n_init=20)
-
-
-def back_ends(t: Task, seed: int) -> Results:
-    """k-means or normalised cut, by the agreement of two halves with each other and the whole."""
-    whole = _cut_and_means(t, seed)
-    between, to_whole = np.zeros(2), np.zeros(2)
-    upper = sp.triu(t.a, 1).tocoo()
-    columns = t.x.tocsc() if sp.issparse(t.x) else t.x
-    for split in range(2):
-        rng = np.random.default_rng(derive_seed(seed, split))
-        column_order, edge_order = rng.permutation(t.x.shape[1]), rng.permutation(upper.nnz)
-        halves = []
-        for half in range(2):
-            x = columns[:, np.sort(column_order[half::2])]
-            e = edge_order[half::2]
-            one_way = sp.csr_array((upper.data[e], (upper.row[e], upper.col[e])), shape=t.a.shape)
-            part = Task(x.tocsr() if sp.issparse(x) else x, (one_way + one_way.T).tocsr(), t.y)
-            halves.append(_cut_and_means(part, seed))
-        for m in range(2):
-            between[m] += normalized_mutual_info_score(halves[0][m], halves[1][m]) / 2
-            to_whole[m] += sum(normalized_mutual_info_score(h[m], whole[m]) for h in halves) / 4
-    take_cut = bool((between[1] > 1.05 * between[0]) and (to_whole[1] > 1.05 * to_whole[0]))
-    print(
-        f"  seed {seed}: cut / k-means, halves {between[1] / between[0]:.3f}, "
-        f"half and whole {to_whole[1] / to_whole[0]:.3f}: {'cut' if take_cut else 'k-means'}"
-    )
-    yield "k-means", whole[0]
-    yield "normalised cut", whole[1]
-    yield "chosen without labels", whole[int(take_cut)]
+def which_back_end(t: Task, seed: int) -> Results:
+    """fc.SSGC with each back end, and with the one that it chooses; prints what it judged by."""
+    for back_end in ("kmeans", "cut", "auto"):
+        begin = time.process_time()
+        fitted = fc.SSGC(t.k, back_end=back_end, random_state=seed).fit(t.x, adjacency=t.a)
+        seconds = time.process_time() - begin
+        yield back_end, fitted.labels_
+        evidence = fitted.back_end_evidence_ or {}
+        judged = [
+            f"{name} {evidence[name]['cut'] / evidence[name]['kmeans']:.3f}"
+            for name in ("between_halves", "with_whole")
+            if name in evidence
+        ]
+        taken = [fitted.resolved_["back_end"], *judged, f"{seconds:.1f} CPU seconds"]
+        print(f"  seed {seed}, {back_end}: {', '.join(taken)}", flush=True)
 
 
 CENTRALITIES = ("degree", "PageRank", "eigenvector")
@@ -438,7 +402,7 @@ IDEAS: dict[str, Callable[[Task, int], Results]] = {
     "neighbours": neighbours,
     "self-training": self_training,
     "spectral": spectral,
-    "back-ends": back_ends,
+    "back-ends": which_back_end,
     "centralities": centralities,
     "fewer-edges": fewer_edges,
 }

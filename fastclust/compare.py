@@ -83,6 +83,7 @@ ABLATIONS: dict[str, dict[str, dict[str, str]]] = {
     "ssgc": {
         "best of ten starts": {"consensus": "false", "n_init": "10"},
         "one view": {"recipe": "plain"},
+        "back end by agreement": {"back_end": "auto"},
     },
 }
 

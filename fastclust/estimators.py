@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -45,6 +45,13 @@ from fastclust._version import __version__
 from fastclust.datasets import nearest_neighbor_graph
 from fastclust.graph import Graph
 from fastclust.memory import require_memory
+from fastclust.models.back_ends import (
+    MOST_NODES,
+    BackEnd,
+    compare_back_ends,
+    cut_vectors,
+    no_comparison,
+)
 from fastclust.models.ecnmf import ECNMFModel, choose_propagation
 from fastclust.models.hsan import HSANModel, WeightStorage, filtered_attributes, principal_axes
 from fastclust.models.inputs import (
@@ -63,6 +70,7 @@ from fastclust.models.ssgc import (
     LEADING_PAIRS,
     Recipe,
     Weighting,
+    cluster_means,
     consensus_kmeans,
     encodes_degree,
     ssgc_embedding,
@@ -99,6 +107,11 @@ AVERAGED_LR_MAX = 3e-3
 AVERAGED_EPOCHS = 150
 PUBLISHED_EPOCHS = 400
 
+# Starts of k-means on the rows of a cut: they lie apart, and more find the same.
+CUT_STARTS = 20
+# A coordinate that no row of an embedding comes near: rows have unit length.
+FAR = 1e3
+
 # Types of keywords with what scikit-learn checks them by.
 Count = Annotated[int, Interval(Integral, 1, None, closed="left")]
 Pair = Annotated[int, Interval(Integral, 2, None, closed="left")]
@@ -114,7 +127,7 @@ AXES = ("components", "mean")
 # Fitted attributes that go into config.json.
 _FITTED = (
     "history_", "n_iter_", "n_features_in_", "seed_", "resolved_", "selected_epoch_",
-    "n_clusters_", "n_clusters_evidence_", "recipe_", "n_steps_",
+    "n_clusters_", "n_clusters_evidence_", "recipe_", "n_steps_", "back_end_evidence_",
 )  # fmt: skip
 
 # Keywords that say how a run is watched and kept, not what it computes.
@@ -1034,6 +1047,14 @@ class SSGC(_GraphClusterer):
         Whether starts vote, a third of them each on the embeddings with T / 2, T and 2 T steps
         (only T from 16384 nodes on): where k-means has several minima of nearly one inertia, the
         best of few starts is chance (cora, amac).
+    back_end : {"kmeans", "cut", "auto"}, default "kmeans"
+        What clusters the embedding. ``"cut"``: the normalised cut of each node's 15 nearest in the
+        embedding plus the edges, see :func:`fastclust.models.back_ends.cut_vectors`; at most 16384
+        nodes. ``"auto"``: the cut where clusterings by it of disjoint halves of attributes
+        and edges agree clearly better, see
+        :func:`fastclust.models.back_ends.compare_back_ends`; it takes three to five
+        times as long. k-means all the same of more than 16384 nodes (``"auto"``), and where
+        attributes only encode degrees.
     random_state, device, n_neighbors
         As for :class:`HSAN`.
 
@@ -1049,8 +1070,17 @@ class SSGC(_GraphClusterer):
         The T used.
     n_iter_ : int
         Always 0.
+    back_end_evidence_ : dict or None
+        What ``back_end="auto"`` judged by; None unless it was asked for. ``resolved_["back_end"]``
+        is the one used.
     n_clusters_, n_clusters_evidence_, parameters_, resolved_
         As for :class:`HSAN`.
+
+    Notes
+    -----
+    ``predict`` takes the nearest mean of the embedding's rows by cluster. A cut need not put
+    every node with its nearest mean: after one, ``predict`` of the training nodes may differ from
+    ``labels_``.
     """
 
     recipe: Recipe = "multiview"
@@ -1059,6 +1089,7 @@ class SSGC(_GraphClusterer):
     weighting: Weighting = "auto"
     n_init: Count = 100
     consensus: bool = True
+    back_end: BackEnd = "kmeans"
 
     _name = "ssgc"
 
@@ -1074,35 +1105,102 @@ class SSGC(_GraphClusterer):
             raise ValueError(
                 f"n_components must be at most min(N, D) = {limit}, got {self.n_components}"
             )
-        z, info = ssgc_embedding(
+        n_nodes = features.shape[0]
+        if self.back_end == "cut" and n_nodes > MOST_NODES:
+            raise ValueError(
+                f"back_end='cut' must be given at most {MOST_NODES} nodes, got {n_nodes}; use "
+                f"back_end='kmeans', or take a subgraph"
+            )
+        z, info = self._embed(features, graph, self.n_steps, device)
+        self.recipe_, self.n_steps_ = info["recipe"], info["n_steps"]
+        result, back_end = self._result(features, graph, z, info["scales"], device)
+        self.labels_ = kmeans_labels(result)
+        self.embedding_ = z.cpu().numpy()
+        self.resolved_ = {
+            "n_clusters": self.n_clusters_,
+            "recipe": self.recipe_,
+            "n_steps": self.n_steps_,
+            "back_end": back_end,
+        }
+        self.history_, self.n_iter_ = [], 0
+        self.parameters_ = {"centers": result.centers.cpu(), **info["projection"]}
+        return self
+
+    def _embed(
+        self, features: Features, graph: sp.csr_array, n_steps: int | None, device: torch.device
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        return ssgc_embedding(
             features,
             graph,
             self.n_clusters_,
             recipe=self.recipe,
-            n_steps=self.n_steps,
+            n_steps=n_steps,
             n_components=self.n_components,
             weighting=self.weighting,
             seed=self.seed_,
             device=device,
             scales=self.consensus,
         )
-        if self.consensus:
-            result = consensus_kmeans(
-                z, self.n_clusters_, n_init=self.n_init, seed=self.seed_, others=info["scales"]
+
+    def _result(
+        self,
+        features: Features,
+        graph: sp.csr_array,
+        z: torch.Tensor,
+        scales: list[torch.Tensor],
+        device: torch.device,
+    ) -> tuple[ops.KMeansResult, str]:
+        """Clusters of the embedding, and the back end that gave them; sets its evidence."""
+        self.back_end_evidence_ = None
+        back_end: str = self.back_end
+        if back_end == "auto" and self.recipe_ != "degree" and len(z) <= MOST_NODES:
+            each = self._by_each_back_end(graph, z, scales)
+
+            def cluster(part: Features, half: sp.csr_array) -> dict[str, npt.NDArray[np.int64]]:
+                z, info = self._embed(part, half, self.n_steps_, device)
+                results = self._by_each_back_end(half, z, info["scales"])
+                return {name: kmeans_labels(result) for name, result in results.items()}
+
+            self.back_end_evidence_ = compare_back_ends(
+                features,
+                graph,
+                {name: kmeans_labels(result) for name, result in each.items()},
+                cluster,
+                seed=self.seed_,
             )
-        else:
-            result = sampled_kmeans(z, self.n_clusters_, n_init=self.n_init, seed=self.seed_)
-        self.labels_ = kmeans_labels(result)
-        self.embedding_ = z.cpu().numpy()
-        self.recipe_, self.n_steps_ = info["recipe"], info["n_steps"]
-        self.resolved_ = {
-            "n_clusters": self.n_clusters_,
-            "recipe": self.recipe_,
-            "n_steps": self.n_steps_,
-        }
-        self.history_, self.n_iter_ = [], 0
-        self.parameters_ = {"centers": result.centers.cpu(), **info["projection"]}
-        return self
+            back_end = self.back_end_evidence_["back_end"]
+            return each[back_end], back_end
+        if back_end == "auto":
+            self.back_end_evidence_ = no_comparison(
+                "attributes only encode degrees"
+                if self.recipe_ == "degree"
+                else f"more than {MOST_NODES} nodes"
+            )
+        if back_end == "cut" and self.recipe_ != "degree":
+            return self._by_cut(graph, z), "cut"
+        return self._by_kmeans(z, self.n_init, scales), "kmeans"
+
+    def _by_each_back_end(
+        self, graph: sp.csr_array, z: torch.Tensor, scales: list[torch.Tensor]
+    ) -> dict[str, ops.KMeansResult]:
+        return {"kmeans": self._by_kmeans(z, self.n_init, scales), "cut": self._by_cut(graph, z)}
+
+    def _by_cut(self, graph: sp.csr_array, z: torch.Tensor) -> ops.KMeansResult:
+        """Clusters of the cut; centres are the means of the embedding's rows."""
+        rows = cut_vectors(z, graph, self.n_clusters_, seed=self.seed_)
+        result = self._by_kmeans(rows, min(self.n_init, CUT_STARTS))
+        means = cluster_means(z, result.labels, self.n_clusters_)
+        means[torch.bincount(result.labels, minlength=len(means)) == 0] = FAR  # of none the nearest
+        return replace(result, centers=means)
+
+    def _by_kmeans(
+        self, z: torch.Tensor, n_init: int, others: Sequence[torch.Tensor] = ()
+    ) -> ops.KMeansResult:
+        if self.consensus:
+            return consensus_kmeans(
+                z, self.n_clusters_, n_init=n_init, seed=self.seed_, others=others
+            )
+        return sampled_kmeans(z, self.n_clusters_, n_init=n_init, seed=self.seed_)
 
     def _predict(
         self, features: Features, graph: sp.csr_array, device: torch.device

@@ -464,6 +464,8 @@ def train_seed(
     }
     if estimator.n_clusters_evidence_ is not None:
         run["n_clusters_evidence"] = estimator.n_clusters_evidence_
+    if getattr(estimator, "back_end_evidence_", None) is not None:
+        run["back_end_evidence"] = estimator.back_end_evidence_
     return run, estimator, history
 
 

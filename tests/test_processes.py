@@ -22,6 +22,7 @@ ESTIMATORS = {
     "hsan": lambda: HSAN(4, epochs=3, width=48, device="cpu"),
     "ecnmf": lambda: ECNMF(4, epochs=3, width=48, rank=8, device="cpu"),
     "ssgc": lambda: SSGC(4, device="cpu"),
+    "ssgc, auto": lambda: SSGC(4, device="cpu", back_end="auto"),
 }
 names = pytest.mark.parametrize("name", list(ESTIMATORS))
 

@@ -335,6 +335,22 @@ def test_own_tables_and_exact_repetition(
     assert code == 0, err
 
 
+def test_back_end_and_what_it_was_chosen_by_are_recorded(
+    capsys: pytest.CaptureFixture[str], unlabelled: str, tmp_path: Path
+) -> None:
+    arguments = ("--dataset", unlabelled, "--model", "ssgc", "--n-clusters", "2")
+    code, _, err = call(
+        capsys, *arguments, "--set", "back_end=auto", "--out", str(tmp_path / "run")
+    )
+    assert code == 0, err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    (run,) = result["runs"]
+    chosen = run["back_end_evidence"]["back_end"]
+    assert chosen in ("kmeans", "cut")
+    assert result["config"]["back_end"] == run["resolved"]["back_end"] == chosen
+    assert 'back_end = "auto"' in (tmp_path / "run" / "config.toml").read_text()
+
+
 @pytest.mark.parametrize("model", ["ecnmf", "hsan", "ssgc"])
 def test_estimated_number_of_clusters_repeats(
     capsys: pytest.CaptureFixture[str], unlabelled: str, tmp_path: Path, model: str

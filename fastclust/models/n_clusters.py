@@ -24,6 +24,7 @@ import torch
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 
 from fastclust import ops
+from fastclust.graph import Graph
 from fastclust.models.inputs import kmeans_labels, unit_rows
 from fastclust.models.ssgc import disjoint_halves, smoothed_basis
 from fastclust.validation import DataWarning
@@ -89,7 +90,8 @@ def estimate_n_clusters(
     scores = np.zeros((_SPLITS, len(candidates)))
     for split in range(_SPLITS):
         halves = []
-        for part, graph in disjoint_halves(features, adjacency, rng, device):
+        for part, half in disjoint_halves(features, adjacency, rng):
+            graph = Graph(half, norm="sym").to(device)
             smooth, basis = smoothed_basis(part, graph, _STEPS, candidates[-1], seed + split)
             halves.append(
                 [

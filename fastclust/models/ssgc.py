@@ -312,9 +312,14 @@ def consensus_kmeans(
     ones = torch.ones(votes.shape[1])
     (basis,) = _bases(_gram([votes]), [ones], _CONSENSUS_RANK * n_clusters).to(votes)
     agreed = ops.kmeans(votes @ basis, n_clusters, n_init=_CONSENSUS_RESTARTS, seed=seed)
-    sizes = torch.bincount(agreed.labels, minlength=n_clusters).clamp_min(1)  # [K]
-    means = z.new_zeros(n_clusters, z.shape[1]).index_add_(0, agreed.labels, voters[0])
-    return ops.kmeans(z, n_clusters, init=means / sizes[:, None])
+    return ops.kmeans(z, n_clusters, init=cluster_means(voters[0], agreed.labels, n_clusters))
+
+
+def cluster_means(z: torch.Tensor, labels: torch.Tensor, n_clusters: int) -> torch.Tensor:
+    """Means [K, d] of the rows of z [N, d] by cluster; zero where a cluster is empty."""
+    sizes = torch.bincount(labels, minlength=n_clusters).clamp_min(1)  # [K]
+    sums = z.new_zeros(n_clusters, z.shape[1]).index_add_(0, labels, z)
+    return sums / sizes[:, None]
 
 
 def leading_directions(z: torch.Tensor, count: int, *, seed: int = 0) -> torch.Tensor:
@@ -580,8 +585,10 @@ def _agreement(
         if split == _SPLITS // 2 and _choose_steps(_mean(scores)) == _DEFAULT_STEPS:
             break
         first, second = (
-            _labels_by_steps(part, weighting, graph, n_clusters, seed + split)
-            for part, graph in disjoint_halves(features, adjacency, rng, device)
+            _labels_by_steps(
+                part, weighting, Graph(half, norm="sym").to(device), n_clusters, seed + split
+            )
+            for part, half in disjoint_halves(features, adjacency, rng)
         )
         scores.append({t: normalized_mutual_info_score(first[t], second[t]) for t in _STEPS})
     return _mean(scores)
@@ -591,9 +598,8 @@ def disjoint_halves(
     features: Features,
     adjacency: sp.csr_array,
     rng: np.random.Generator,
-    device: torch.device | str,
-) -> Iterator[tuple[Features, Graph]]:
-    """Two random halves of columns [N, D / 2] and edges that share none of either.
+) -> Iterator[tuple[Features, sp.csr_array]]:
+    """Two random halves of columns [N, D / 2] and edges [N, N] that share none of either.
 
     Of more than 2^23 stored edges each goes to a half by a hash of its ends, so that the halves are
     equal but for chance and nothing is sorted or drawn.
@@ -608,7 +614,7 @@ def disjoint_halves(
                 if sp.issparse(features)
                 else features[:, chosen]
             )
-            yield part, Graph(_hashed_half(adjacency, half, salt), norm="sym").to(device)
+            yield part, _hashed_half(adjacency, half, salt)
         return
     upper = sp.triu(adjacency, 1).tocoo()
     columns = features.tocsc() if sp.issparse(features) else features
@@ -619,8 +625,7 @@ def disjoint_halves(
         one_way = sp.csr_array(
             (upper.data[edges], (upper.row[edges], upper.col[edges])), shape=(n, n)
         )
-        graph = Graph(one_way + one_way.T, norm="sym").to(device)
-        yield (part.tocsr() if sp.issparse(part) else part), graph
+        yield (part.tocsr() if sp.issparse(part) else part), (one_way + one_way.T).tocsr()
 
 
 def _hashed_half(adjacency: sp.csr_array, half: int, salt: int) -> sp.csr_array:
