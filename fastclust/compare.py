@@ -523,13 +523,16 @@ def dataset_table(rows: Sequence[Mapping[str, Any]], dataset: str) -> str:
 
 
 def progress(rows: Sequence[Mapping[str, Any]], datasets: Sequence[str]) -> str:
-    """How many seeds of every method, with its preset, each graph has."""
-    last = [row for row in rows if row["selection"] == "last"]
-    seeds = {key: str(len(group)) for key, group in _grouped(last, *COLUMNS[:3], "variant").items()}
-    lines = [
-        [method.title, *(seeds.get((d, method.model, method.protocol, ""), "") for d in datasets)]
-        for method in methods(list(MODELS), ("standard", "paper-code"), False, {})
-    ]
+    """How many seeds of every method, with its preset, in any precision, each graph has."""
+    seeds: dict[tuple[str, str, str], set[int]] = {}
+    for row in rows:
+        if row["selection"] == "last" and re.fullmatch(r"(precision \w+)?", row["variant"]):
+            key = (row["dataset"], row["model"], row["protocol"])
+            seeds.setdefault(key, set()).add(row["seed"])
+    lines = []
+    for method in methods(list(MODELS), ("standard", "paper-code"), False, {}):
+        found = [len(seeds.get((d, method.model, method.protocol), ())) for d in datasets]
+        lines.append([method.title, *(str(count or "") for count in found)])
     return _markdown(["seeds", *datasets], lines)
 
 
