@@ -522,11 +522,16 @@ def dataset_table(rows: Sequence[Mapping[str, Any]], dataset: str) -> str:
     return _markdown(header, lines)
 
 
+def _with_preset(variant: str) -> bool:
+    """Whether nothing but the precision differs from the preset."""
+    return re.fullmatch(r"(precision \w+)?", variant) is not None
+
+
 def progress(rows: Sequence[Mapping[str, Any]], datasets: Sequence[str]) -> str:
     """How many seeds of every method, with its preset, in any precision, each graph has."""
     seeds: dict[tuple[str, str, str], set[int]] = {}
     for row in rows:
-        if row["selection"] == "last" and re.fullmatch(r"(precision \w+)?", row["variant"]):
+        if row["selection"] == "last" and _with_preset(row["variant"]):
             key = (row["dataset"], row["model"], row["protocol"])
             seeds.setdefault(key, set()).add(row["seed"])
     lines = []
@@ -854,7 +859,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.setdefault(tuple(row[key] for key in KEY), row)
         curves = map(read_history, [folder, *sorted(folder.glob("seed-*"))])
         histories[name].setdefault(method.title, []).extend(curve for curve in curves if curve)
-        if not method.variant and (folder / "embedding.npy").exists():
+        if _with_preset(method.variant) and (folder / "embedding.npy").exists():
             embeddings[name].setdefault(method.title, folder)
     for row in collected:
         if row["dataset"] in histories:

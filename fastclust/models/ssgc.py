@@ -293,7 +293,7 @@ def consensus_kmeans(
         k-means++ runs; with fewer than 4 the one of least inertia is the result.
     seed : int
         Of the runs.
-    others : sequence of Tensor [N, *]
+    others : sequence of Tensor [N, d']
         Embeddings of the same nodes that vote as well; the runs are shared out among all.
 
     Returns
