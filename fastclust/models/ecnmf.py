@@ -34,7 +34,7 @@ from fastclust.models.inputs import (
     uniform_parameter,
     unit_rows,
 )
-from fastclust.models.ssgc import consensus_kmeans, leading_directions
+from fastclust.models.ssgc import cluster_means, consensus_kmeans, leading_directions
 
 __all__ = ["ECNMFModel", "choose_propagation", "target_distribution"]
 
@@ -492,8 +492,7 @@ class ECNMFModel(nn.Module):
             y = ops.matmul(z, leading_directions(z, 2 * k, seed=seed))  # [N, 2 K]
             y = unit_rows(y) if self.row_normalise else y
             labels = consensus_kmeans(y, k, n_init=10 * self.n_init, seed=seed).labels
-            members = nn.functional.one_hot(labels, k).to(z)  # [N, K]
-            centers = ops.matmul(members.t(), z) / members.sum(0).clamp_min(1.0)[:, None]
+            centers = cluster_means(z, labels, k)
             inertia = float((z - centers[labels]).square().sum())
         n = self.ranks.n_rows(len(z))
         sharpness = n / max(inertia, EPSILON * n)
