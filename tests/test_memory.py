@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,7 +77,17 @@ def test_the_estimate_of_ssgc(monkeypatch: pytest.MonkeyPatch) -> None:
 @linux
 def test_operators_that_write_a_large_matrix() -> None:
     n = 2_000_000
-    w = SimpleNamespace(membership=torch.zeros(n, dtype=torch.int64), alpha=torch.zeros(1))
+    one = torch.zeros(1)
+    w = ops.Hardness(
+        z=(one,),
+        e=(one,),
+        alpha=one,
+        range=one,
+        labels=one,
+        membership=torch.zeros(n, dtype=torch.int64),
+        order=one,
+        beta=1.0,
+    )
     with pytest.raises(InsufficientMemoryError, match=r"dense_weights \[4000000, 4000000\]"):
         ops.dense_weights(w)
 
