@@ -272,12 +272,15 @@ def nearest_neighbor_graph(
         [N, N], float32.
     """
     from sklearn.neighbors import NearestNeighbors
+    from threadpoolctl import threadpool_limits
 
     n = int(features.shape[0])
     k = min(n_neighbors, n - 1)
     if k < 1:
         return sp.csr_array((n, n), dtype=np.float32)
-    directed = sp.csr_array(NearestNeighbors(n_neighbors=k).fit(features).kneighbors_graph())
+    # Of neighbours at one distance, as whole numbers have many, the threads decide which are kept.
+    with threadpool_limits(limits=1):
+        directed = sp.csr_array(NearestNeighbors(n_neighbors=k).fit(features).kneighbors_graph())
     return check_adjacency(directed.maximum(directed.T))
 
 

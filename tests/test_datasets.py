@@ -18,6 +18,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from threadpoolctl import threadpool_limits
 
 from fastclust import datasets, memory
 from fastclust.datasets import (
@@ -414,6 +415,16 @@ def test_nearest_neighbor_graph():
     assert nearest_neighbor_graph(x, 99).nnz == 12
     assert nearest_neighbor_graph(x[:1]).nnz == 0
     assert (nearest_neighbor_graph(sp.csr_array(x), 1) != graph).nnz == 0
+
+
+def test_nearest_neighbor_graph_is_the_same_for_any_number_of_threads():
+    """Attributes that are whole numbers have many neighbours at one distance: which are taken?"""
+    x = np.random.default_rng(0).integers(0, 4, size=(1797, 20)).astype(np.float32)
+    graphs = []
+    for threads in (1, 2, 3):
+        with threadpool_limits(limits=threads):
+            graphs.append(nearest_neighbor_graph(x, 10))
+    assert all((graph != graphs[0]).nnz == 0 for graph in graphs)
 
 
 def test_root_comes_before_the_environment(tmp_path, monkeypatch, small, uniform):

@@ -11,6 +11,7 @@ import torch
 from scipy.stats import rankdata
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.metrics import adjusted_rand_score
+from threadpoolctl import threadpool_limits
 
 import fastclust as fc
 from fastclust import ops
@@ -327,3 +328,12 @@ def test_hashed_halves_share_no_edge_and_lose_none(monkeypatch):
         assert ((first + second) != ds.adjacency).nnz == 0
         assert (first != first.T).nnz == 0 and first.has_sorted_indices
         assert abs(first.nnz - second.nnz) < 4 * 2 * np.sqrt(2000)
+
+
+@pytest.mark.parametrize("blas_threads", [1, 2])
+def test_bases_do_not_depend_on_the_threads_of_lapack(blas_threads: int) -> None:
+    m = torch.from_numpy(np.random.default_rng(0).normal(size=(2000, 500)))
+    gram = ssgc._gram([m])
+    alone = ssgc._bases(gram, [torch.ones(500)], 40)
+    with threadpool_limits(limits=blas_threads, user_api="blas"):
+        assert torch.equal(ssgc._bases(gram, [torch.ones(500)], 40), alone)

@@ -33,6 +33,7 @@ import torch
 from scipy.linalg import eigh
 from scipy.stats import rankdata
 from sklearn.metrics import normalized_mutual_info_score
+from threadpoolctl import threadpool_limits
 
 from fastclust import ops
 from fastclust.graph import Graph
@@ -543,7 +544,8 @@ def _bases(gram: torch.Tensor, scales: list[torch.Tensor], width: int) -> torch.
     """For each scaling: B [c, width] with M B = U s, the leading triplets of M diag(scale).
 
     By eigenvectors of the one small Gram matrix M^T M [c, c] in float64. Returns
-    [len(scales), c, width].
+    [len(scales), c, width]. LAPACK gets one thread: its last bits depend on their number, and where
+    two clusterings are as good (digits) the consensus takes one or the other by them.
     """
     products = gram.numpy()
     n_columns = len(products)
@@ -551,7 +553,8 @@ def _bases(gram: torch.Tensor, scales: list[torch.Tensor], width: int) -> torch.
     bases = []
     for scale in scales:
         c = scale.cpu().numpy()
-        _, vectors = eigh(c[:, None] * products * c, subset_by_index=(first, n_columns - 1))
+        with threadpool_limits(limits=1, user_api="blas"):
+            _, vectors = eigh(c[:, None] * products * c, subset_by_index=(first, n_columns - 1))
         basis = c[:, None] * vectors[:, ::-1]  # [c, width]
         largest = np.abs(basis).argmax(axis=0)
         bases.append(basis * np.sign(basis[largest, np.arange(basis.shape[1])]))
