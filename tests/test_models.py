@@ -554,6 +554,25 @@ def test_spectral_head_finds_planted_clusters_whatever_the_other_directions_hold
     assert (nearest == labels).float().mean() > 0.98
 
 
+@pytest.mark.parametrize("width", [200, 300, 400])
+def test_head_is_the_same_for_any_number_of_threads(width):
+    """Above 32768 elements torch's sum over all of them depends on the number of threads."""
+    rng = np.random.default_rng(width)
+    x = as_tensor(rng.normal(size=(500, 30)).astype(np.float32))
+    upper = np.triu(rng.random((500, 500)) < 0.02, 1)
+    graph = Graph(sp.csr_array((upper | upper.T).astype(np.float32)), norm="rw")
+    heads, before = set(), torch.get_num_threads()
+    try:
+        for n_threads in (1, 2, 3, 4, 8):
+            torch.set_num_threads(n_threads)
+            model = ECNMFModel(x, ops.low_rank(x, 8), graph, n_clusters=4, width=width, n_init=1)
+            model.begin()
+            heads.add(model.head_w.detach().numpy().tobytes())
+    finally:
+        torch.set_num_threads(before)
+    assert len(heads) == 1
+
+
 def test_pseudo_labels_and_target_follow_their_periods(graph_data):
     model = ecnmf(*graph_data, update_every=4, target_every=3, pseudo_start=2)
     model.begin()

@@ -493,7 +493,9 @@ class ECNMFModel(nn.Module):
             y = unit_rows(y) if self.row_normalise else y
             labels = consensus_kmeans(y, k, n_init=10 * self.n_init, seed=seed).labels
             centers = cluster_means(z, labels, k)
-            inertia = float((z - centers[labels]).square().sum())
+            # A sum by rows, then numpy's: torch's over all elements depends on the threads.
+            errors = (z - centers[labels]).square().sum(1)  # [N]
+            inertia = float(errors.cpu().numpy().sum(dtype=np.float64))
         n = self.ranks.n_rows(len(z))
         sharpness = n / max(inertia, EPSILON * n)
         self.head_w.copy_(2.0 * sharpness * centers.T)  # centers [K, d]
