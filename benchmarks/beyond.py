@@ -27,6 +27,7 @@ from fastclust.graph import Graph
 from fastclust.metrics import clustering_scores
 from fastclust.models import back_ends, ssgc
 from fastclust.models.ecnmf import target_distribution
+from fastclust.models.hsan import confident_nodes
 from fastclust.models.inputs import (
     derive_seed,
     inverse_document_frequency,
@@ -252,10 +253,14 @@ def _averaged(parameters: list[torch.Tensor], lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=lr, betas=(0.99999, 0.99999))
 
 
-def infonce(t: Task, seed: int) -> Results:
-    """HSAN's loss (W = 1, structure off) from the joined views before the cut, at the identity."""
-    parts = leading_pairs(t.x, seed)
-    x = views(smoothed(Graph(t.a, norm="sym"), parts, 8), parts, 2 * t.k)
+def _contrast(
+    x: torch.Tensor, k: int, seed: int, confident: float | None, beta: float = 1.0
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Epochs 0 to 100 of HSAN's loss without structure, encoders near the identity: views [2N, d].
+
+    ``confident``: fraction of the nodes whose pairs are weighted by hardness (renewed every tenth
+    epoch; with the consensus of many starts for pseudo labels), None for W = 1.
+    """
     generator = torch.Generator().manual_seed(derive_seed(seed, 0))
     d = x.shape[1]
     encoders = [
@@ -263,18 +268,43 @@ def infonce(t: Task, seed: int) -> Results:
         for _ in range(2)
     ]
     optimizer = _averaged(encoders, 3e-3)
-    alpha = torch.tensor(1.0)
-    for epoch in range(41):
-        if epoch in (0, 10, 20, 40):
-            with torch.no_grad():
-                z = sum(unit_rows(x @ w) for w in encoders) / 2
-            yield f"epoch {epoch}", consensus(z, t.k, seed)
-            yield f"epoch {epoch}, cut to 2 K", consensus(cut(z, 2 * t.k), t.k, seed)
+    alpha, weights = torch.tensor(1.0), None
+    for epoch in range(101):
         z = stacked_unit_rows(*(x @ w for w in encoders))
-        loss = ops.hard_infonce(z, None, alpha)
+        yield epoch, z.detach()
+        if confident is not None and epoch % 10 == 0:
+            mean = z.detach().unflatten(0, (2, -1)).mean(0)
+            labels = torch.from_numpy(consensus(cut(mean, 2 * k), k, seed))
+            clear = confident_nodes(mean, ssgc.cluster_means(mean, labels, k), confident)
+            weights = ops.hardness(z.detach(), None, alpha, labels, clear, beta)
+        loss = ops.hard_infonce(z, None, alpha, weights=weights)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+def infonce(t: Task, seed: int) -> Results:
+    """HSAN's loss (W = 1, structure off) from the joined views before the cut, at the identity."""
+    parts = leading_pairs(t.x, seed)
+    x = views(smoothed(Graph(t.a, norm="sym"), parts, 8), parts, 2 * t.k)
+    for epoch, z in _contrast(x, t.k, seed, None):
+        if epoch in (0, 10, 20, 40):
+            mean = z.unflatten(0, (2, -1)).mean(0)
+            yield f"epoch {epoch}", consensus(mean, t.k, seed)
+            yield f"epoch {epoch}, cut to 2 K", consensus(cut(mean, 2 * t.k), t.k, seed)
+
+
+def hard_samples(t: Task, seed: int) -> Results:
+    """The same with hard-sample weights, from the joined views and from their cut to 2 K."""
+    parts = leading_pairs(t.x, seed)
+    joined = views(smoothed(Graph(t.a, norm="sym"), parts, 8), parts, 2 * t.k)
+    for name, x in (("joined", joined), ("cut", cut(joined, 2 * t.k))):
+        for confident, beta in ((None, 1.0), (0.3, 1.0), (0.9, 1.0), (0.9, 3.0), (1.0, 1.0)):
+            for epoch, z in _contrast(x, t.k, seed, confident, beta):
+                if epoch in (0, 10, 30, 100):
+                    mean = cut(z.unflatten(0, (2, -1)).mean(0), 2 * t.k)
+                    weights = "W = 1" if confident is None else f"tau {confident}, beta {beta}"
+                    yield f"{name}, {weights}, epoch {epoch}", consensus(mean, t.k, seed)
 
 
 def _walk(a: sp.csr_array, nodes: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
@@ -399,6 +429,7 @@ IDEAS: dict[str, Callable[[Task, int], Results]] = {
     "bagging": bagging,
     "reweighting": reweighting,
     "infonce": infonce,
+    "hard-samples": hard_samples,
     "neighbours": neighbours,
     "self-training": self_training,
     "spectral": spectral,
