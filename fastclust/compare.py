@@ -649,7 +649,7 @@ def swept(
 ) -> dict[tuple[str, str, str], list[Mapping[str, Any]]]:
     """Rows at the last epoch by graph, model and setting, of settings with two numbers or more.
 
-    The preset's number is one of them, if it was run.
+    The preset's number is one of them, if it was run: as the plain method unless it was swept too.
     """
     found: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     last = [row for row in rows if (row["selection"], row["protocol"]) == ("last", "standard")]
@@ -659,7 +659,8 @@ def swept(
             found.setdefault((row["dataset"], row["model"], key), []).append(row)
     for (dataset, model, key), members in found.items():
         value = MODELS[model].for_dataset(dataset).get_params()[key]
-        if isinstance(value, int | float):
+        run = {float(row["variant"].split()[1]) for row in members}
+        if isinstance(value, int | float) and value not in run:
             plain = [
                 r for r in last if (r["dataset"], r["model"], r["variant"]) == (dataset, model, "")
             ]

@@ -235,6 +235,20 @@ def test_a_sweep_makes_a_variant_and_a_point_of_each_value(
     assert points == {"beta 0.5", "beta 0.1"}, "the preset's value is a point too"
 
 
+def test_a_sweep_over_the_preset_s_value_has_it_once(tmp_path: Path) -> None:
+    """1 as it was typed and 1.0 of the preset are one number."""
+    common = {"dataset": "digits", "model": "ecnmf", "protocol": "standard", "selection": "last"}
+    rows = [
+        {**common, "variant": variant, "acc": 0.5, "nmi": 0.4}
+        for variant in ("", "alpha 1", "alpha 0.3")
+    ]
+    ((_, _, key), members) = compare.swept(rows).popitem()
+    assert [row["variant"] for row in members] == ["alpha 1", "alpha 0.3"]
+    pytest.importorskip("matplotlib")
+    compare.plot_sweep(members, "digits", key, tmp_path / "alpha.svg")
+    assert (tmp_path / "alpha.svg").stat().st_size > 1000
+
+
 def test_a_method_that_fails_is_told_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
