@@ -254,9 +254,14 @@ def _averaged(parameters: list[torch.Tensor], lr: float) -> torch.optim.Adam:
 
 
 def _contrast(
-    x: torch.Tensor, k: int, seed: int, confident: float | None, beta: float = 1.0
+    x: torch.Tensor,
+    k: int,
+    seed: int,
+    epochs: tuple[int, ...],
+    confident: float | None = None,
+    beta: float = 1.0,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Epochs 0 to 100 of HSAN's loss without structure, encoders near the identity: views [2N, d].
+    """HSAN's loss without structure, encoders near the identity: Z [N, d] after these epochs.
 
     ``confident``: fraction of the nodes whose pairs are weighted by hardness (renewed every tenth
     epoch; with the consensus of many starts for pseudo labels), None for W = 1.
@@ -269,11 +274,12 @@ def _contrast(
     ]
     optimizer = _averaged(encoders, 3e-3)
     alpha, weights = torch.tensor(1.0), None
-    for epoch in range(101):
+    for epoch in range(epochs[-1] + 1):
         z = stacked_unit_rows(*(x @ w for w in encoders))
-        yield epoch, z.detach()
+        mean = z.detach().unflatten(0, (2, -1)).mean(0)
+        if epoch in epochs:
+            yield epoch, mean
         if confident is not None and epoch % 10 == 0:
-            mean = z.detach().unflatten(0, (2, -1)).mean(0)
             labels = torch.from_numpy(consensus(cut(mean, 2 * k), k, seed))
             clear = confident_nodes(mean, ssgc.cluster_means(mean, labels, k), confident)
             weights = ops.hardness(z.detach(), None, alpha, labels, clear, beta)
@@ -287,11 +293,9 @@ def infonce(t: Task, seed: int) -> Results:
     """HSAN's loss (W = 1, structure off) from the joined views before the cut, at the identity."""
     parts = leading_pairs(t.x, seed)
     x = views(smoothed(Graph(t.a, norm="sym"), parts, 8), parts, 2 * t.k)
-    for epoch, z in _contrast(x, t.k, seed, None):
-        if epoch in (0, 10, 20, 40):
-            mean = z.unflatten(0, (2, -1)).mean(0)
-            yield f"epoch {epoch}", consensus(mean, t.k, seed)
-            yield f"epoch {epoch}, cut to 2 K", consensus(cut(mean, 2 * t.k), t.k, seed)
+    for epoch, z in _contrast(x, t.k, seed, (0, 10, 20, 40)):
+        yield f"epoch {epoch}", consensus(z, t.k, seed)
+        yield f"epoch {epoch}, cut to 2 K", consensus(cut(z, 2 * t.k), t.k, seed)
 
 
 def hard_samples(t: Task, seed: int) -> Results:
@@ -300,11 +304,10 @@ def hard_samples(t: Task, seed: int) -> Results:
     joined = views(smoothed(Graph(t.a, norm="sym"), parts, 8), parts, 2 * t.k)
     for name, x in (("joined", joined), ("cut", cut(joined, 2 * t.k))):
         for confident, beta in ((None, 1.0), (0.3, 1.0), (0.9, 1.0), (0.9, 3.0), (1.0, 1.0)):
-            for epoch, z in _contrast(x, t.k, seed, confident, beta):
-                if epoch in (0, 10, 30, 100):
-                    mean = cut(z.unflatten(0, (2, -1)).mean(0), 2 * t.k)
-                    weights = "W = 1" if confident is None else f"tau {confident}, beta {beta}"
-                    yield f"{name}, {weights}, epoch {epoch}", consensus(mean, t.k, seed)
+            weights = "W = 1" if confident is None else f"tau {confident}, beta {beta}"
+            for epoch, z in _contrast(x, t.k, seed, (0, 10, 30, 100), confident, beta):
+                labels = consensus(cut(z, 2 * t.k), t.k, seed)
+                yield f"{name}, {weights}, epoch {epoch}", labels
 
 
 def _walk(a: sp.csr_array, nodes: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
