@@ -32,6 +32,7 @@ ranks; on another number the order of sums differs, and results agree to roundin
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -218,7 +219,7 @@ def session() -> Iterator[Ranks]:
         backend = "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=_timeout())
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        join(backend, timeout)
     except (RuntimeError, ValueError) as error:
         raise LaunchError(
             f"rank {rank} of {size} could not join the others at {os.environ['MASTER_ADDR']}:"
@@ -238,6 +239,18 @@ def session() -> Iterator[Ranks]:
         _active = False
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def join(backend: str, timeout: timedelta) -> None:
+    """Join the other processes, such that ``destroy_process_group`` ends the threads of the group.
+
+    Modules that torch's optimizers import have the group of that moment as default arguments. One
+    that exists by then lives as long as they do: its threads, still freeing what they have sent,
+    meet the end of the interpreter, which aborts the process after all its work. So these modules
+    come first.
+    """
+    importlib.import_module("torch._dynamo")
+    dist.init_process_group(backend, timeout=timeout)
 
 
 def current(n_nodes: int) -> Ranks:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from datetime import timedelta
 from pathlib import Path
 
@@ -220,12 +221,14 @@ def child(rank: int, size: int, port: int, names: list[str]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    distributed.join("gloo", timedelta(seconds=60))
+    group = weakref.ref(dist.distributed_c10d.GroupMember.WORLD)
     try:
         for name in names:
             globals()[name](size)
     finally:
         dist.destroy_process_group()
+    assert group() is None, "its threads live on, and may abort the process at its end"
 
 
 def free_port() -> int:
