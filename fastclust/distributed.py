@@ -54,7 +54,16 @@ from fastclust.ops.kmeans import (
     _check_spread,
 )
 
-__all__ = ["ONE", "LaunchError", "RankLostError", "Ranks", "ShardedRanks", "current", "session"]
+__all__ = [
+    "ONE",
+    "LaunchError",
+    "RankLostError",
+    "Ranks",
+    "ShardedRanks",
+    "current",
+    "join",
+    "session",
+]
 
 T = TypeVar("T")
 
