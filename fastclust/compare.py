@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,9 @@ from fastclust.report import LABEL_SCORES
 from fastclust.rundir import read_toml, write_atomically
 from fastclust.train import MODELS, parameter_types
 from fastclust.training import SELECTIONS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["main"]
 
@@ -584,6 +587,15 @@ def page(
 # --- plots -------------------------------------------------------------------------------------
 
 
+def _save(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a figure with neither date nor random names, so that equal results are equal files."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": path.name}):
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, metadata=metadata, **options)
+
+
 def plot_curves(
     dataset: str, histories: Mapping[str, list[list[dict[str, Any]]]], path: Path
 ) -> None:
@@ -601,7 +613,7 @@ def plot_curves(
         )
     axes.set(title=dataset, xlabel="epoch", ylabel="ACC (%)")
     axes.legend(fontsize="small")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_bars(rows: Sequence[Mapping[str, Any]], dataset: str, path: Path) -> None:
@@ -618,7 +630,7 @@ def plot_bars(rows: Sequence[Mapping[str, Any]], dataset: str, path: Path) -> No
     axes.barh(titles, [float(v.mean()) for v in values], xerr=errors, height=0.7)
     axes.invert_yaxis()
     axes.set(title=f"{dataset}, last epoch", xlabel="ACC (%)")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_sweep(rows: Sequence[Mapping[str, Any]], title: str, key: str, path: Path) -> None:
@@ -641,7 +653,7 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], title: str, key: str, path: Pa
         )
     axes.set(title=title, xlabel=key, ylabel="%")
     axes.legend(fontsize="small")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def swept(
@@ -680,7 +692,7 @@ def plot_embeddings(dataset: Dataset, folders: Mapping[str, Path], path: Path) -
         placed = plot.project(z, method="t-sne", max_nodes=1000)
         plot.embedding(z, dataset.labels, projection=placed, ax=axes)
         axes.set_title(f"{title}, {placed.method}", fontsize="small")
-    figure.savefig(path, dpi=80)
+    _save(figure, path, dpi=80)
 
 
 def draw(

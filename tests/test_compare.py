@@ -207,6 +207,8 @@ def test_collecting_runs_nothing_and_names_what_differs_from_the_preset(
     assert code == 0, err
     text = (tmp_path / "again" / "results.csv").read_text()
     assert text == (tmp_path / "made" / "results.csv").read_text()
+    figures = (tmp_path / folder / "methods-digits.svg" for folder in ("made", "again"))
+    assert len({figure.read_bytes() for figure in figures}) == 1, "equal results, another figure"
     assert made.strip() in (tmp_path / "again" / "results.md").read_text()
 
 
