@@ -22,6 +22,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 import fastclust as fc
 from fastclust import ops
+from fastclust.cli import parse_seeds
 from fastclust.datasets import load_dataset, nearest_neighbor_graph
 from fastclust.graph import Graph
 from fastclust.metrics import clustering_scores
@@ -446,22 +447,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("idea", choices=IDEAS)
     parser.add_argument("--datasets", default="cora,citeseer,amap,amac")
-    parser.add_argument("--seeds", default="0-4", help="first-last")
+    parser.add_argument("--seeds", default="0-4", type=parse_seeds)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    first, last = (int(seed) for seed in arguments.seeds.split("-"))
     for name in arguments.datasets.split(","):
         t = task(name)
         begin = time.process_time()
         scores: dict[str, list[tuple[float, float]]] = {}
         found: dict[str, list[np.ndarray]] = {}
-        for seed in range(first, last + 1):
+        for seed in arguments.seeds:
             for variant, labels in IDEAS[arguments.idea](t, seed):
                 score = clustering_scores(t.y, labels)
                 scores.setdefault(variant, []).append((100 * score["acc"], 100 * score["nmi"]))
                 found.setdefault(variant, []).append(labels)
-        seconds = (time.process_time() - begin) / (last + 1 - first)
+        seconds = (time.process_time() - begin) / len(arguments.seeds)
         print(f"{name}: {seconds:.1f} CPU seconds a seed")
         for variant, pairs in scores.items():
             mean = np.mean(pairs, axis=0)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from fastclust import ops
+from fastclust.cli import parse_seeds
 from fastclust.datasets import load_dataset
 from fastclust.metrics import clustering_scores
 from fastclust.models.ssgc import consensus_kmeans, leading_directions
@@ -26,7 +27,7 @@ from fastclust.rundir import read_toml
 STARTS = (50, 100, 200, 400)
 
 
-def scores(z: torch.Tensor, y: np.ndarray, seeds: range) -> dict[str, list[float]]:
+def scores(z: torch.Tensor, y: np.ndarray, seeds: list[int]) -> dict[str, list[float]]:
     """ACC of every variant, per seed, from the embedding z [N, d] and the classes y [N]."""
     k = len(np.unique(y))
     found: dict[str, list[float]] = {}
@@ -47,11 +48,10 @@ def scores(z: torch.Tensor, y: np.ndarray, seeds: range) -> dict[str, list[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
-    parser.add_argument("--seeds", default="0-9", help="first-last, of the clustering")
+    parser.add_argument("--seeds", default="0-9", type=parse_seeds, help="of the clustering")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    first, last = (int(seed) for seed in arguments.seeds.split("-"))
     for run in arguments.runs:
         kept = sorted(run.rglob("embedding.npy"))
         if not kept:
@@ -59,10 +59,8 @@ def main() -> None:
         y = load_dataset(read_toml(run / "config.toml")["dataset"]).labels
         if y is None:
             parser.error(f"{run} is of a graph without labels: there is nothing to score by")
-        each = [
-            scores(torch.from_numpy(np.load(z)).float(), y, range(first, last + 1)) for z in kept
-        ]
-        print(f"{run}: {len(kept)} embeddings, {last + 1 - first} clusterings of each")
+        each = [scores(torch.from_numpy(np.load(z)).float(), y, arguments.seeds) for z in kept]
+        print(f"{run}: {len(kept)} embeddings, {len(arguments.seeds)} clusterings of each")
         for variant in each[0]:
             acc = np.array([one[variant] for one in each])  # [embeddings, seeds]
             within = np.sqrt(acc.var(axis=1, ddof=1).mean()) if acc.shape[1] > 1 else 0.0
