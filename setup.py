@@ -60,11 +60,7 @@ class NinjaBuild(build_ext):
             stale = Path(self.build_lib) / self.get_ext_filename(CUDA_LIBRARY)
             stale.unlink(missing_ok=True)
 
-        includes = [str(ROOT / "csrc"), *torch.includes]
-        include_flags = ["-I", includes[0]]
-        for path in includes[1:]:
-            include_flags += ["-isystem", path]
-        common = [*include_flags, *toolchain.TORCH_DEFINES]
+        common = ["-I", str(ROOT / "csrc")]
         if toolchain.is_x86_64():
             common.append("-DFASTCLUST_X86_SIMD")
         compiler = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
@@ -103,17 +99,18 @@ class NinjaBuild(build_ext):
             objects = []
             for source in map(Path, ext.sources):
                 source = (ROOT / source).resolve()
+                headers = toolchain.torch_flags(source, torch)
                 name = source.relative_to(ROOT / "csrc").with_suffix("")
                 obj = build_dir / f"{name}{source.suffix}.o"
                 if source.suffix == ".cu":
                     hopper_only = source.stem.endswith("_sm90")
                     gencode = toolchain.gencode_flags(archs, hopper_only=hopper_only)
-                    flags = [*toolchain.NVCC_FLAGS, *gencode, *common, *nvcc_defines]
+                    flags = [*toolchain.NVCC_FLAGS, *gencode, *common, *headers, *nvcc_defines]
                     flags.append(f"-ccbin={cxx}")
                     graph.build("nvcc", obj, [source], flags)
                 else:
-                    flags = [*toolchain.CXX_FLAGS, *toolchain.simd_flags(source), *common]
-                    if source.name == "python_module.cpp":
+                    flags = [*toolchain.CXX_FLAGS, *toolchain.simd_flags(source), *common, *headers]
+                    if source.name == toolchain.PYTHON_MODULE:
                         flags += python_flags
                     graph.build("cxx", obj, [source], flags)
                 objects.append(obj)

@@ -42,6 +42,9 @@ NVCC_FLAGS = [
 # LibTorch stable ABI of torch 2.10: the result loads in that release and in every later one.
 TORCH_DEFINES = ["-DTORCH_TARGET_VERSION=0x020A000000000000ULL"]
 
+# The one source that includes pybind11, and nothing of torch.
+PYTHON_MODULE = "python_module.cpp"
+
 DEFAULT_CUDA_ARCHS = "8.0;9.0a;8.0+PTX"
 
 
@@ -179,6 +182,17 @@ def gencode_flags(archs: list[str], *, hopper_only: bool) -> list[str]:
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
+
+
+def torch_flags(source: Path, torch: Torch) -> list[str]:
+    """Headers and defines of torch; none for the Python module.
+
+    torch carries headers of pybind11, and up to 2.12 they refuse to be included by whoever asks
+    for the stable ABI.
+    """
+    if source.name == PYTHON_MODULE:
+        return []
+    return [*(flag for path in torch.includes for flag in ("-isystem", path)), *TORCH_DEFINES]
 
 
 def simd_flags(source: Path) -> list[str]:

@@ -33,8 +33,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import platformdirs
-import pooch
 import scipy.sparse as sp
 
 from fastclust.memory import InsufficientMemoryError, require_memory
@@ -216,7 +214,6 @@ def load_dataset(
         )
 
     tried = []
-    cache = _cache_dir()
     for folder in _search_folders(root):
         found = _find_in(folder, key, source)
         if found is None:
@@ -233,6 +230,7 @@ def load_dataset(
             )
         return dataset
 
+    cache = _cache_dir()
     cached = cache / f"{key}.npz"
     try:
         return _read_verified(cached, key, source)
@@ -339,6 +337,8 @@ def _search_folders(root: str | os.PathLike[str] | None) -> list[Path]:
 
 
 def _cache_dir() -> Path:
+    import platformdirs  # here: whoever reads files of their own needs neither this nor pooch
+
     return Path(platformdirs.user_cache_dir("fastclust"))
 
 
@@ -425,6 +425,7 @@ def _download_dataset(key: str, source: _Source, cache: Path, tried: list[str]) 
 
 def _fetch(url: str, blob_id: str | None) -> bytes:
     """The content behind a URL, with the given git blob id where there is one."""
+    import pooch
     import requests
 
     _log.info("downloading %s", url)

@@ -149,6 +149,18 @@ def test_simd_flags_follow_the_suffix(toolchain):
     assert "-mavx512bf16" in toolchain.simd_flags(Path("csrc/x/x_avx512bf16.cpp"))
 
 
+def test_pybind11_and_torch_never_meet_in_a_source(toolchain):
+    """torch up to 2.12 carries headers of pybind11 that refuse the defines of the stable ABI."""
+    torch = toolchain.find_torch()
+    mixed = []
+    for source in (ROOT / "csrc").rglob("*.c*"):
+        takes_torch = bool(toolchain.torch_flags(source, torch))
+        takes_pybind11 = "<pybind11/" in source.read_text()
+        assert takes_pybind11 == (source.name == toolchain.PYTHON_MODULE)
+        mixed += [source.name] * (takes_torch and takes_pybind11)
+    assert not mixed
+
+
 def test_no_source_is_compiled_for_the_build_machine():
     for path in [ROOT / "setup.py", *(ROOT / "build_support").glob("*.py")]:
         assert "march=native" not in path.read_text()
@@ -169,11 +181,11 @@ def test_the_portable_sources_compile_where_x86_does_not_exist(toolchain, tmp_pa
     sources = [
         path
         for path in sorted((ROOT / "csrc").rglob("*.cpp"))
-        if not toolchain.has_simd_suffix(path) and path.name != "python_module.cpp"
+        if not toolchain.has_simd_suffix(path) and path.name != toolchain.PYTHON_MODULE
     ]
-    flags = [*toolchain.CXX_FLAGS, *toolchain.TORCH_DEFINES, "-O0", "-fsyntax-only"]
-    flags += ["-I", str(ROOT / "csrc"), *(f"-isystem{path}" for path in torch.includes)]
+    flags = [*toolchain.CXX_FLAGS, "-O0", "-fsyntax-only", "-I", str(ROOT / "csrc")]
     for source in sources:
-        command = ["aarch64-linux-gnu-g++", *flags, str(source)]
+        headers = toolchain.torch_flags(source, torch)
+        command = ["aarch64-linux-gnu-g++", *flags, *headers, str(source)]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, f"{source.name}:\n{result.stderr}"

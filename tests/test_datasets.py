@@ -9,6 +9,8 @@ import io
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -258,6 +260,20 @@ def test_uniform_format(tmp_path, small, uniform):
     assert array_digest(loaded) == array_digest(small)
     assert_same(load_dataset(str(tmp_path / "mine.npz")), small)
     assert_same(load_dataset(tmp_path / "mine.npz"), small)
+
+
+def test_files_need_no_package_for_downloads(tmp_path, uniform):
+    """A machine without a network need not have them."""
+    np.savez(tmp_path / "mine.npz", **uniform)
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['pooch', 'platformdirs', 'requests']));"
+        "import fastclust, fastclust.train, fastclust.info;"
+        "print(fastclust.load_dataset(sys.argv[1]).n_nodes)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "mine.npz")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 40
 
 
 def test_uniform_format_without_labels_and_with_weights(tmp_path, small, uniform):
