@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Blocks have 256 threads: 128 registers let two of them share a multiprocessor, 255 one.
 TWO_BLOCKS, ONE_BLOCK = 128, 255
-TILE_WORDS = 80  # bytes of local memory that the epilogue of T may take, once per tile
+TILE_WORDS = 96  # bytes of local memory for the epilogue of T, in the few tiles at an edge
 LOOP_GAP = 64  # instructions; matrix instructions of one loop follow each other more closely
 
 

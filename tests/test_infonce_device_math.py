@@ -7,7 +7,8 @@ float64 twin. What a GPU alone can show (the instructions themselves, timing) is
 Faults seeded once into the sources, and the test that turned red:
     last tile dropped, diagonal tile counted twice, 1/r_k term skipped: matches_the_twin (among
     others); chunk table shifted: seams_of_panels_and_chunks; a barrier of the pipeline
-    removed, or one copy too few waited for: no_race (and the twins); no swizzle: bank_conflict.
+    removed, or one copy too few waited for: no_race (and the twins); no swizzle: bank_conflict;
+    a tile on the diagonal or at the end taken for an ordinary one: matches_the_twin.
 """
 
 from __future__ import annotations

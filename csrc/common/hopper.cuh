@@ -89,6 +89,13 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// Ties d to this place: products and waits name no registers or all of them, and the compiler would
+// be free to move a use of d across a wait or a fence.
+__device__ __forceinline__ void wgmma_hold(float (&d)[1][16][4]) {
+#pragma unroll
+  for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[0][i / 4][i % 4])::"memory");
+}
+
 // d += a b^T: a 64 x 16 and b 128 x 16 bf16 through descriptors; kMajor 1: stored [k][m] or [k][n].
 template <int kMajorA, int kMajorB>
 __device__ __forceinline__ void wgmma_m64n128k16(float (&d)[1][16][4], uint64_t a, uint64_t b) {

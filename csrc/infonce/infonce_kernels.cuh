@@ -31,6 +31,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/mma.cuh"
 #include "infonce/infonce.h"
@@ -112,6 +113,10 @@ struct MmaPath {
     return fragment_column(kWarpsM, kNj, threadIdx.x >> 5, threadIdx.x & 31, nj, element);
   }
   static __device__ __forceinline__ void sync() { __syncthreads(); }
+  // Where operands are rounded to bf16 or tf32, an error of 2e-7 more does not show.
+  static __device__ __forceinline__ float exponential(float x) {
+    return kProducts == 1 ? fast_exp(x) : exp(x);
+  }
 
   // 128 rows from row0, a multiple of 128, and 64 bytes of k.
   static __device__ __forceinline__ void load_k_major(unsigned char* tile,
@@ -307,14 +312,15 @@ struct MmaPath {
   }
   // Two neighbouring elements of T in one store, at byte `at` of both parts.
   static __device__ __forceinline__ void store_pair(const Packed& t, uint32_t at, float a, float b) {
-    Element h[2], l[2];
-    encode(a, &h[0], &l[0]);
-    encode(b, &h[1], &l[1]);
     if constexpr (kBf16) {
-      *reinterpret_cast<uint32_t*>(t.hi + at) = h[0] | uint32_t{h[1]} << 16;
-      if constexpr (kParts == 2) *reinterpret_cast<uint32_t*>(t.lo + at) = l[0] | uint32_t{l[1]} << 16;
+      const uint32_t hi = to_bf16_pair(a, b);
+      *reinterpret_cast<uint32_t*>(t.hi + at) = hi;
+      if constexpr (kParts == 2) {
+        const float rest_a = a - bits_float(hi << 16), rest_b = b - bits_float(hi & 0xffff0000u);
+        *reinterpret_cast<uint32_t*>(t.lo + at) = to_bf16_pair(rest_a, rest_b);
+      }
     } else {
-      *reinterpret_cast<float2*>(t.hi + at) = make_float2(h[0], h[1]);
+      *reinterpret_cast<float2*>(t.hi + at) = make_float2(to_tf32(a), to_tf32(b));
     }
   }
 };
@@ -339,6 +345,7 @@ struct PlainPath {
     return fragment_column(kWarpsM, kNj, threadIdx.x >> 5, threadIdx.x & 31, nj, element);
   }
   static __device__ __forceinline__ void sync() { __syncthreads(); }
+  static __device__ __forceinline__ T exponential(T x) { return exp(x); }
 
   static __device__ __forceinline__ void compute(const T* left, const T* right, Fragment& acc) {
     for (int k = 0; k < kStep; ++k) {
@@ -651,6 +658,15 @@ struct ForwardArgs : PairArgs<Acc> {
   Acc* positives;    // [padded rows] W S of the positive pair
 };
 
+// Whether a tile holds pairs other than two different nodes of the graph: only there an element asks
+// what it is, which would cost the others more instructions than their exponential. Where rows alone
+// lie past the end, below the diagonal, nothing of them is kept.
+template <typename Acc>
+__device__ __forceinline__ bool is_edge(const PairArgs<Acc>& args, Tile tile, int edge) {
+  return args.patch.on_diagonal(tile) ||
+         args.patch.column_begin + (tile.j + 1) * edge > args.n_rows;
+}
+
 // Row and column sums of exp(W S) over one tile. w is not read without weights. shared: free, of
 // (kWarpsM + kWarpsN) kTile words.
 template <typename Path, bool kWeighted>
@@ -664,19 +680,27 @@ __device__ __forceinline__ void forward_epilogue(const ForwardArgs<typename Path
   const int row0 = static_cast<int>(args.patch.row_begin) + tile.i * kTile;
   const int column0 = static_cast<int>(args.patch.column_begin) + tile.j * kTile;
   Acc row_sum[kMi][2] = {}, column_sum[kNj][2] = {};
+  const auto add_terms = [&](auto at_edge) {
 #pragma unroll
-  for (int mi = 0; mi < kMi; ++mi)
+    for (int mi = 0; mi < kMi; ++mi)
 #pragma unroll
-    for (int nj = 0; nj < kNj; ++nj)
+      for (int nj = 0; nj < kNj; ++nj)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int i = row0 + Path::row_of(mi, c >> 1), k = column0 + Path::column_of(nj, c & 1);
-        const Acc logit = kWeighted ? w[mi][nj][c] * acc[mi][nj][c] : acc[mi][nj][c];
-        const Acc term = pair_term(logit, i, k, args.n_rows);
-        row_sum[mi][c >> 1] += term;
-        column_sum[nj][c & 1] += term;
-        if (is_positive_pair(i, k)) args.positives[i] = logit;
-      }
+        for (int c = 0; c < 4; ++c) {
+          const Acc logit = kWeighted ? w[mi][nj][c] * acc[mi][nj][c] : acc[mi][nj][c];
+          Acc term;
+          if constexpr (at_edge) {
+            const int i = row0 + Path::row_of(mi, c >> 1), k = column0 + Path::column_of(nj, c & 1);
+            term = is_pair(i, k, args.n_rows) ? Path::exponential(logit) : Acc(0);
+            if (is_positive_pair(i, k)) args.positives[i] = logit;
+          } else {
+            term = Path::exponential(logit);
+          }
+          row_sum[mi][c >> 1] += term;
+          column_sum[nj][c & 1] += term;
+        }
+  };
+  is_edge(args, tile, kTile) ? add_terms(std::true_type{}) : add_terms(std::false_type{});
 
   // Lanes of equal g share a row, lanes of equal t a column; then one word per warp and row.
   Acc* rows = reinterpret_cast<Acc*>(shared);  // [kWarpsN, kTile]
@@ -836,32 +860,46 @@ __device__ __forceinline__ void tile_epilogue(const TileArgs<typename Path::Acc>
   constexpr int kMi = Path::kMi, kNj = Path::kNj, kTile = Path::kTile;
   const int row0 = static_cast<int>(args.patch.row_begin) + tile.i * kTile;
   const int column0 = static_cast<int>(args.patch.column_begin) + tile.j * kTile;
+  struct alignas(2 * sizeof(Acc)) Two {
+    Acc v[2];
+  };
+  // Few enough to keep only where a thread has two rows.
+  const Acc inverse_rows[2] = {args.inverse[row0 + Path::row_of(0, 0)],
+                               args.inverse[row0 + Path::row_of(0, 1)]};
+  const auto store_terms = [&](auto at_edge) {
 #pragma unroll
-  for (int nj = 0; nj < kNj; ++nj) {
-    const int local_k = Path::column_of(nj, 0), k = column0 + local_k;
-    const Acc inverse_k[2] = {args.inverse[k], args.inverse[k + 1]};
-    asm volatile("" ::: "memory");  // one column of fragments at a time: fewer live registers
-    // Rows 8 and 16 further on lie in the same block, at the same place of the swizzle.
-    const uint32_t first = packed_offset<uint32_t>(
-        args.t.n_blocks, tile.i * kTile + Path::row_of(0, 0),
-        (tile.j * kTile + local_k) * sizeof(typename Path::Element));
+    for (int nj = 0; nj < kNj; ++nj) {
+      const int local_k = Path::column_of(nj, 0), k = column0 + local_k;
+      const Two inverse_k = *reinterpret_cast<const Two*>(args.inverse + k);
+      asm volatile("" ::: "memory");  // one column of fragments at a time: fewer live registers
+      // Rows 8 and 16 further on lie in the same block, at the same place of the swizzle.
+      const uint32_t first = packed_offset<uint32_t>(
+          args.t.n_blocks, tile.i * kTile + Path::row_of(0, 0),
+          (tile.j * kTile + local_k) * sizeof(typename Path::Element));
 #pragma unroll
-    for (int mi = 0; mi < kMi; ++mi)
+      for (int mi = 0; mi < kMi; ++mi)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int i = row0 + Path::row_of(mi, half);
-        const Acc inverse_i = args.inverse[i];
-        Acc t[2];
+        for (int half = 0; half < 2; ++half) {
+          const int i = row0 + Path::row_of(mi, half);
+          const Acc inverse_i = kMi == 1 ? inverse_rows[half] : args.inverse[i];
+          Acc t[2];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const Acc weight = kWeighted ? w[mi][nj][half * 2 + e] : Acc(1);
-          const Acc term = pair_term(weight * acc[mi][nj][half * 2 + e], i, k + e, args.n_rows);
-          const bool positive = is_positive_pair(i, k + e) && i < args.n_rows;
-          t[e] = gradient_term(term, weight, inverse_i, inverse_k[e], positive);
+          for (int e = 0; e < 2; ++e) {
+            const Acc weight = kWeighted ? w[mi][nj][half * 2 + e] : Acc(1);
+            const Acc logit = weight * acc[mi][nj][half * 2 + e];
+            Acc term = Path::exponential(logit);
+            bool positive = false;
+            if constexpr (at_edge) {
+              if (!is_pair(i, k + e, args.n_rows)) term = 0;
+              positive = is_positive_pair(i, k + e) && i < args.n_rows;
+            }
+            t[e] = gradient_term(term, weight, inverse_i, inverse_k.v[e], positive);
+          }
+          Path::store_pair(args.t, first + (16 * mi + 8 * half) * kBlockColumns, t[0], t[1]);
         }
-        Path::store_pair(args.t, first + (16 * mi + 8 * half) * kBlockColumns, t[0], t[1]);
-      }
-  }
+    }
+  };
+  is_edge(args, tile, kTile) ? store_terms(std::true_type{}) : store_terms(std::false_type{});
 }
 
 template <typename Path, typename WPath, bool kWeighted>

@@ -34,6 +34,9 @@ struct WgmmaPath {
     return fragment_column(kWarpsM, kNj, threadIdx.x >> 5, threadIdx.x & 31, nj, element);
   }
   static __device__ __forceinline__ void sync() { named_barrier<1, kConsumers>(); }
+  static __device__ __forceinline__ float exponential(float x) {
+    return MmaPath<uint16_t, kProducts>::exponential(x);
+  }
   static __device__ __forceinline__ void fill(Fragment& acc, float value) {
 #pragma unroll
     for (int nj = 0; nj < kNj; ++nj)
@@ -179,11 +182,14 @@ __device__ __forceinline__ void consume(const Ring& ring, Cursor& cursor, int st
                                         float ratio, typename Path::Fragment& acc) {
   const bool leader = (threadIdx.x & 31) == 0;
   int before = -1;
+  wgmma_hold(acc);
   for (int step = 0; step < steps; ++step) {
     mbarrier_wait(ring.full(cursor.stage), cursor.filled());
     if (step == scale_at) {
       wgmma_wait<0>();
+      wgmma_hold(acc);
       Path::scale(acc, ratio);
+      wgmma_hold(acc);
     }
     wgmma_fence();
     multiply_stage<Path, kMajorA, kMajorB>(ring.stage(cursor.stage), acc);
@@ -194,6 +200,7 @@ __device__ __forceinline__ void consume(const Ring& ring, Cursor& cursor, int st
     cursor.advance(Ring::kStages);
   }
   wgmma_wait<0>();
+  wgmma_hold(acc);
   if (before >= 0 && leader) mbarrier_arrive(ring.empty(before));
 }
 

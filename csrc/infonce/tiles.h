@@ -234,6 +234,16 @@ FASTCLUST_HD uint16_t to_bf16(float value) {
   const uint32_t bits = float_bits(value);
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
+// Two of them in a word, the first below: one instruction on the device.
+FASTCLUST_HD uint32_t to_bf16_pair(float first, float second) {
+#if defined(__CUDA_ARCH__)
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+#else
+  return to_bf16(first) | uint32_t{to_bf16(second)} << 16;
+#endif
+}
 FASTCLUST_HD float from_bf16(uint16_t value) { return bits_float(uint32_t{value} << 16); }
 
 // tf32 (10 bits of mantissa) by round to nearest, ties away from zero.
@@ -267,11 +277,8 @@ FASTCLUST_HD T hardness_power(T base, T beta) {
   return exp2(beta * log2(base));
 }
 
-// exp(w s) off the diagonal of the true 2N x 2N matrix, 0 elsewhere.
-template <typename T>
-FASTCLUST_HD T pair_term(T logit, int i, int k, int n_rows) {
-  return (i < n_rows && k < n_rows && i != k) ? exp(logit) : T(0);
-}
+// Whether two different rows of the true 2N x 2N matrix meet: only they have a term exp(w s).
+FASTCLUST_HD bool is_pair(int i, int k, int n_rows) { return i < n_rows && k < n_rows && i != k; }
 
 // Entry of T without its factor 1 / (2N): (P W)(1/r_i + 1/r_k) - 2 Pi W.
 template <typename T>

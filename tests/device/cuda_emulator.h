@@ -522,6 +522,8 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   mma(emulator::Operation::kMmaTf32, c, a, b);
 }
 
+inline float fast_exp(float x) { return exp2f(x * 1.4426950408889634f); }
+
 // ---- Hopper ---------------------------------------------------------------------------------------
 
 inline uint32_t shared_address(const void* shared) {
@@ -579,6 +581,7 @@ void registers_up() {}
 template <int kCount>
 void registers_down() {}
 inline void wgmma_fence() {}
+inline void wgmma_hold(float (&)[1][16][4]) {}
 inline void wgmma_commit() {
   auto& thread = emulator::self();
   thread.products.push_back(std::move(thread.open_products));
