@@ -92,7 +92,8 @@ BUDGETS = {
     r"lowrank/(column_means|center|normal|gram|apply|shift|shifted)_kernel(<(float|double)>)?": (
         Budget(64, {}, 40)
     ),
-    r"lowrank/(cholesky|gram_schmidt|jacobi)_kernel": Budget(TWO_BLOCKS, {}, 64),
+    r"lowrank/gram_schmidt_kernel": Budget(TWO_BLOCKS, {}, 64),
+    r"lowrank/(cholesky|jacobi)_kernel<(true|false)>": Budget(64, {}, 64),  # of 1024 threads
     r"kmeans/(assign|measure|repair|sums)_kernel<(float|double)>": Budget(TWO_BLOCKS, {}),
     r"kmeans/(column_sums|square_norms|sample|draw|choose|count|means|inertia)_kernel<.*>": (
         Budget(64, {}, 40)

@@ -697,7 +697,9 @@ def test_device_rows_and_numbers_equal_the_native_ones(device, batch, layout, dt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("m", "n", "width"), [(1, 1, 1), (2, 7, 3), (2, 300, 33), (1, 600, 70)])
+@pytest.mark.parametrize(  # the last beyond shared memory
+    ("m", "n", "width"), [(1, 1, 1), (2, 7, 3), (2, 300, 33), (1, 600, 70), (1, 300, 120)]
+)
 def test_device_factorisations_equal_the_native_ones(device, m, n, width, dtype):
     g = torch.Generator().manual_seed(n)
     y = torch.randn(m, n, width, generator=g, dtype=dtype) * 0.9 ** torch.arange(width, dtype=dtype)

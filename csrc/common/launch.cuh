@@ -25,6 +25,16 @@ void enqueue(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t
             Args... args) {
   kernel<<<grid, threads, 0, stream>>>(args...);
 }
+// With dynamic shared memory. An error is the caller's cudaGetLastError.
+template <typename... Parameters, typename... Args>
+void enqueue_shared(void (*kernel)(Parameters...), dim3 grid, int threads, size_t bytes,
+                    cudaStream_t stream, Args... args) {
+  if (bytes > 48 * 1024) {  // above this a kernel has to ask
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(bytes));
+  }
+  kernel<<<grid, threads, bytes, stream>>>(args...);
+}
 #endif
 
 __device__ inline double warp_sum(double v) {

@@ -2,31 +2,31 @@
 // with its Gram matrix are cuBLAS's, in fastclust/ops/lowrank_device.py; the algorithm is lowrank.py's.
 //
 // Work split: products with the sketch (Y^T Y by slots of rows, Y W) go by 32 x 32 tiles, summed in
-// double; the small factorisations, one block per batch: a right-looking Cholesky, back substitution
-// by columns, one-sided Jacobi with a warp per pair of rows and the round-robin order that rotates
-// l / 2 disjoint pairs at once. Their matrices (l^2 doubles, 51 kB at l = 80) stay in the first-level
-// cache, so no limit on l comes from shared memory. Sums run in a fixed order, nothing is atomic, the
-// host never waits: the whole of batched_svd can be captured in a CUDA graph.
+// double; the small factorisations, one block of 1024 threads per batch: a right-looking Cholesky that
+// carries the inverse along, one barrier a step, and one-sided Jacobi with half a warp per pair of rows
+// and the round-robin order that rotates l / 2 disjoint pairs at once. Their matrices (l (l + 1)
+// doubles, 52 kB at l = 80) lie in shared memory up to l = 110, above it in device memory. Sums run in
+// a fixed order, nothing is atomic, the host never waits: all of batched_svd can be captured in a CUDA
+// graph.
 //
 // Bound, by arithmetic (no GPU was to be had), AMAC r = 70, l = 80, M = 14, B = 1024, H100: centring
 // 4 passes x 84 MB = 0.11 ms; the Gram matrices 17 GF and five products 6.6 GF of fp32 at 40 TF/s =
-// 0.6 ms; Y^T Y and Y W of six orthonormalisations 1.7 GF of fp64 at 5 TF/s = 0.35 ms; six Cholesky
-// factors with inverses, each 80 steps of two barriers and a back substitution of 80 dependent rows,
-// about 0.1 ms = 0.6 ms; Jacobi 79 rounds x 8 sweeps x 0.5 us = 0.3 ms, twice. In sum about 2.2 ms
-// and 70 launches (0.2 ms hidden in a graph): at the edge of the 2 ms aimed at. The factorisations,
-// bound by latency on 14 of 132 multiprocessors, are the place to look first.
+// 0.6 ms; Y^T Y and Y W of eight orthonormalisations 1.7 GF of fp64 at 5 TF/s = 0.35 ms; eight Cholesky
+// factors of 80 steps of about 250 cycles (a pivot's reciprocal, loads, a barrier) = 0.1 ms; the power
+// iterations of the bound 0.05 ms; Jacobi 79 rounds x 7 sweeps x 600 cycles (two sums over half a warp,
+// a rotation, a barrier) = 0.2 ms. In sum 1.4 ms and 70 launches (0.2 ms hidden in a graph), where 2 ms
+// are aimed at. The factorisations, bound by latency on 14 of 132 multiprocessors, are no longer most
+// of it: with 256 threads, quotients of 64-bit indices and matrices in device memory they were 3 ms.
 //
 // Double data have no wider type to square into: Gram-Schmidt, twice, one block per batch; right, not
 // fast.
-#if defined(FASTCLUST_DEVICE_EMULATOR)
-#include FASTCLUST_DEVICE_EMULATOR
-#endif
 #include "lowrank/lowrank_cuda.h"
 
 #include <algorithm>
 #include <limits>
 #include <type_traits>
 
+#include "common/mma.cuh"
 #include "common/rng.h"
 #include "lowrank/lowrank_map.h"
 
@@ -34,6 +34,7 @@ namespace fastclust::lowrank {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kFactorThreads = 1024;  // of the factorisations: as many rows or pairs at a time
 constexpr int kTile = kCudaTile;
 
 // --- rows ---------------------------------------------------------------------------------------
@@ -184,46 +185,52 @@ __global__ void shifted_kernel(int64_t size, const T* y, const T* v, const doubl
 
 // --- small factorisations, a block per batch ---------------------------------------------------
 
-// inverse of the upper triangle r [l, l], a thread per column; zero rows and columns stay zero.
-__device__ void invert(int64_t l, const double* r, double* inverse) {
+// w [l, pitch] = the transposed inverse of the upper triangle r [l, l], a thread per row; rows of zero
+// columns are zero.
+__device__ void invert(int64_t l, const double* r, double* w, int64_t pitch) {
   for (int64_t j = threadIdx.x; j < l; j += blockDim.x) {
-    for (int64_t i = 0; i < l; ++i) inverse[i * l + j] = 0.0;
+    double* row = w + j * pitch;
+    for (int64_t i = 0; i < l; ++i) row[i] = 0.0;
     if (r[j * l + j] == 0.0) continue;
     for (int64_t k = j; k >= 0; --k) {
       const double pivot = r[k * l + k];
       if (pivot == 0.0) continue;
       double sum = k == j ? 1.0 : 0.0;
-      for (int64_t i = k + 1; i <= j; ++i) sum -= r[k * l + i] * inverse[i * l + j];
-      inverse[k * l + j] = sum / pivot;
+      for (int64_t i = k + 1; i <= j; ++i) sum -= r[k * l + i] * row[i];
+      row[k] = sum / pivot;
     }
   }
   __syncthreads();
 }
 
-// Smallest singular value of r from its inverse, by power iteration. x [2, l] is scratch.
-__device__ double smallest(int64_t l, const double* inverse, double* x, double* scratch) {
+// Smallest singular value of r from w, its transposed inverse, by power iteration. x [2, l] is scratch.
+__device__ double smallest(int l, const double* w, int pitch, double* x, double* scratch) {
   constexpr int kSteps = 5;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
   double* z = x + l;
   double zeros = 0.0;
-  for (int64_t j = threadIdx.x; j < l; j += blockDim.x) {
-    zeros += inverse[j * l + j] == 0.0;
+  for (int j = threadIdx.x; j < l; j += blockDim.x) {
+    zeros += w[j * pitch + j] == 0.0;
     x[j] = 1.0;
   }
   if (block_sum(zeros, scratch) > 0.0) return 0.0;
   double norm = 0.0;
   for (int step = 0; step < kSteps; ++step) {
     double square = 0.0;
-    for (int64_t j = threadIdx.x; j < l; j += blockDim.x) {
+    for (int j = warp; j < l; j += n_warps) {
       double sum = 0.0;
-      for (int64_t i = 0; i <= j; ++i) sum += inverse[i * l + j] * x[i];
-      z[j] = sum;
-      square += sum * sum;
+      for (int i = lane; i <= j; i += 32) sum += w[j * pitch + i] * x[i];
+      sum = warp_sum(sum);
+      if (lane == 0) {
+        z[j] = sum;
+        square += sum * sum;
+      }
     }
     const double scale = 1.0 / sqrt(block_sum(square, scratch));
     square = 0.0;
-    for (int64_t i = threadIdx.x; i < l; i += blockDim.x) {
+    for (int i = threadIdx.x; i < l; i += blockDim.x) {
       double sum = 0.0;
-      for (int64_t j = i; j < l; ++j) sum += inverse[i * l + j] * z[j];
+      for (int j = i; j < l; ++j) sum += w[j * pitch + i] * z[j];
       x[i] = sum * scale;
       square += sum * sum * scale * scale;
     }
@@ -239,67 +246,94 @@ struct BoundRule {
   double* new_bound;    // [M], or nullptr: not wanted
 };
 
-__device__ void update_bound(const BoundRule& rule, int64_t l, const double* inverse, double* x,
-                             double* scratch) {
+// w [l, pitch]: the transposed inverse of r.
+__device__ void update_bound(const BoundRule& rule, int64_t l, const double* w, int64_t pitch,
+                             double* x, double* scratch) {
   if (rule.new_bound == nullptr) return;
   const double old = rule.bound == nullptr ? 0.0 : rule.bound[blockIdx.x];
   double value = old;
   if (rule.shift != nullptr) {
-    value = max(old, smallest(l, inverse, x, scratch) - rule.shift[blockIdx.x]);
+    const double least = smallest(static_cast<int>(l), w, static_cast<int>(pitch), x, scratch);
+    value = max(old, least - rule.shift[blockIdx.x]);
   }
   if (threadIdx.x == 0) rule.new_bound[blockIdx.x] = value;
 }
 
 // g = the sum of the slots = r^T r; r, its inverse and the bound. A column whose pivot is rounding
 // noise depends on earlier ones: its row of r and its column of the inverse are zero.
-__global__ void __launch_bounds__(kThreads)
-    cholesky_kernel(int64_t l, int64_t n_slots, const double* partial, double* g, double* r,
-                    double* inverse, BoundRule rule, double* x) {
+//
+// Elimination without roots of [L^-1 | g], L = r^T: row i of the work space holds L^-1 up to its
+// diagonal and g from there, l + 1 columns. Step k subtracts multiples of row k from the rows below
+// it and writes nothing that it reads, so that one barrier a step is enough.
+template <bool kShared>
+__global__ void __launch_bounds__(kFactorThreads)
+    cholesky_kernel(int64_t width, int64_t n_slots, const double* partial, double* work_all,
+                    double* r, double* inverse, BoundRule rule) {
+  FASTCLUST_DYNAMIC_SHARED(shared);
   __shared__ double scratch[32];
-  const int64_t batch = blockIdx.x;
-  partial += batch * n_slots * l * l;
-  g += batch * l * l;
-  r += batch * l * l;
-  inverse += batch * l * l;
-  for (int64_t i = threadIdx.x; i < l * l; i += blockDim.x) {
-    double sum = 0.0;
-    if (i / l / kTile <= i % l / kTile) {  // tiles below the diagonal were not written
-      for (int64_t s = 0; s < n_slots; ++s) sum += partial[s * l * l + i];
+  const int64_t batch = blockIdx.x, size = width * width;
+  const int l = static_cast<int>(width), pitch = static_cast<int>(pitch_of(width));
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+  double* const work =
+      kShared ? reinterpret_cast<double*>(shared) : work_all + batch * work_size(width);
+  partial += batch * n_slots * size;
+  r += batch * size;
+  inverse += batch * size;
+  for (int i = warp; i < l; i += n_warps) {
+    for (int j = lane; j <= l; j += 32) {
+      double sum = j == i ? 1.0 : 0.0;
+      if (j > i) {  // tiles below the diagonal were not written
+        for (int64_t s = 0; s < n_slots; ++s) sum += partial[s * size + i * l + j - 1];
+      }
+      work[i * pitch + j] = sum;
     }
-    g[i] = sum;
-    r[i] = 0.0;
   }
   __syncthreads();
   double largest = 0.0;
-  for (int64_t j = 0; j < l; ++j) largest = max(largest, g[j * l + j]);
-  for (int64_t k = 0; k < l; ++k) {
-    const double pivot = g[k * l + k];
-    if (!(pivot > kFloatNoise * largest)) continue;
-    const double scale = 1.0 / sqrt(pivot);
-    for (int64_t j = k + threadIdx.x; j < l; j += blockDim.x) r[k * l + j] = g[k * l + j] * scale;
-    __syncthreads();
-    const int64_t left = l - k - 1;
-    for (int64_t e = threadIdx.x; e < left * left; e += blockDim.x) {
-      const int64_t i = k + 1 + e / left, j = k + 1 + e % left;
-      if (i <= j) g[i * l + j] -= r[k * l + i] * r[k * l + j];
+  for (int j = 0; j < l; ++j) largest = max(largest, work[j * pitch + j + 1]);
+  const double noise = kFloatNoise * largest;
+  __syncthreads();
+  for (int k = 0; k < l; ++k) {
+    const double* __restrict__ source = work + k * pitch;
+    const double pivot = source[k + 1];
+    if (!(pivot > noise)) continue;
+    const double scale = 1.0 / pivot;
+    for (int i = k + 1 + warp; i < l; i += n_warps) {
+      double* __restrict__ row = work + i * pitch;
+      const double multiple = source[i + 1] * scale;
+      for (int j = lane; j <= l; j += 32) {
+        if (j <= k || j > i) row[j] -= multiple * source[j];
+      }
     }
     __syncthreads();
   }
+  const auto scale_of = [&](int i) {
+    const double pivot = work[i * pitch + i + 1];
+    return pivot > noise ? 1.0 / sqrt(pivot) : 0.0;
+  };
+  for (int i = warp; i < l; i += n_warps) {
+    const double scale = scale_of(i);
+    for (int j = lane; j < l; j += 32) {
+      r[i * l + j] = j < i ? 0.0 : work[i * pitch + j + 1] * scale;
+      if (j <= i) work[i * pitch + j] *= scale;
+    }
+  }
   __syncthreads();
-  invert(l, r, inverse);
-  update_bound(rule, l, inverse, x + batch * 2 * l, scratch);
+  for (int i = warp; i < l; i += n_warps) {
+    for (int j = lane; j < l; j += 32) inverse[i * l + j] = j < i ? 0.0 : work[j * pitch + i];
+  }
+  update_bound(rule, l, work, pitch, work + l * pitch, scratch);
 }
 
 // q [n, l] by Gram-Schmidt in place, twice over for every column, and r.
 __global__ void __launch_bounds__(kThreads)
-    gram_schmidt_kernel(int64_t n, int64_t l, double* q, double* r, double* inverse, BoundRule rule,
-                        double* x) {
+    gram_schmidt_kernel(int64_t n, int64_t l, double* q, double* r, double* work, BoundRule rule) {
   __shared__ double scratch[32];
   const int64_t batch = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
   q += batch * n * l;
   r += batch * l * l;
-  double* projection = x + batch * 2 * l;
+  double* projection = work + batch * work_size(l) + l * pitch_of(l);
   for (int64_t i = threadIdx.x; i < l * l; i += blockDim.x) r[i] = 0.0;
   for (int64_t j = 0; j < l; ++j) {
     const auto length = [&] {
@@ -335,75 +369,89 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   if (rule.new_bound == nullptr) return;
-  inverse += batch * l * l;
-  invert(l, r, inverse);
-  update_bound(rule, l, inverse, projection, scratch);
+  double* w = work + batch * work_size(l);
+  invert(l, r, w, l);
+  update_bound(rule, l, w, l, projection, scratch);
 }
 
 // SVD of the triangle second first (second may be nullptr: first alone): s [l], vt [l, l], and the
-// factor [l, rank] = first v / s that makes left vectors. a [l, l], norm [l], order [l]: scratch.
-__global__ void __launch_bounds__(kThreads)
-    jacobi_kernel(int64_t l, int64_t rank, double tolerance, const double* first,
-                  const double* second, double* a, double* norm, int32_t* order, double* s,
-                  double* vt, double* factor) {
-  constexpr int kMaxSweeps = 40;
+// factor [l, rank] = first v / s that makes left vectors. order [l]: scratch. The rows that become
+// s vt lie in the work space, half a warp rotates a pair of them.
+template <bool kShared>
+__global__ void __launch_bounds__(kFactorThreads)
+    jacobi_kernel(int64_t width, int64_t rank, double tolerance, const double* first,
+                  const double* second, double* work_all, int32_t* order, double* s, double* vt,
+                  double* factor) {
+  constexpr int kMaxSweeps = 40, kTeam = 16;
+  FASTCLUST_DYNAMIC_SHARED(shared);
   __shared__ int rotated;
   const int64_t batch = blockIdx.x;
+  const int l = static_cast<int>(width), pitch = static_cast<int>(pitch_of(width));
+  const int member = threadIdx.x % kTeam, team = threadIdx.x / kTeam;
+  const int n_teams = blockDim.x / kTeam;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+  double* const a =
+      kShared ? reinterpret_cast<double*>(shared) : work_all + batch * work_size(width);
+  double* const norm = a + l * pitch;
   first += batch * l * l;
   second = second == nullptr ? nullptr : second + batch * l * l;
-  a += batch * l * l;
-  norm += batch * l;
   order += batch * l;
   s += batch * l;
   vt += batch * l * l;
   factor += batch * l * rank;
-  for (int64_t e = threadIdx.x; e < l * l; e += blockDim.x) {
-    const int64_t i = e / l, j = e % l;
-    double sum = 0.0;
-    if (second == nullptr) {
-      sum = first[e];
-    } else {
-      for (int64_t k = i; k <= j; ++k) sum += second[i * l + k] * first[k * l + j];
+  for (int i = warp; i < l; i += n_warps) {
+    for (int j = lane; j < l; j += 32) {
+      double sum = 0.0;
+      if (second == nullptr) {
+        sum = first[i * l + j];
+      } else {
+        for (int k = i; k <= j; ++k) sum += second[i * l + k] * first[k * l + j];
+      }
+      a[i * pitch + j] = sum;
     }
-    a[e] = sum;
   }
   __syncthreads();
-  const auto dot = [&](const double* x, const double* y) {
+  // Of a team, on its every lane; all teams of a warp must come, those without rows with length 0.
+  const auto dot = [&](const double* x, const double* y, int length) {
     double sum = 0.0;
-    for (int64_t i = lane; i < l; i += 32) sum += x[i] * y[i];
-    return warp_sum(sum);
+    for (int i = member; i < length; i += kTeam) sum += x[i] * y[i];
+#pragma unroll
+    for (int offset = kTeam / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    return sum;
   };
   const auto measure = [&] {
-    for (int64_t i = warp; i < l; i += n_warps) {
-      const double square = dot(a + i * l, a + i * l);
-      if (lane == 0) norm[i] = square;
+    for (int i0 = 0; i0 < l; i0 += n_teams) {
+      const int i = i0 + team;
+      const double square = dot(a + i * pitch, a + i * pitch, i < l ? l : 0);
+      if (i < l && member == 0) norm[i] = square;
     }
     __syncthreads();
   };
-  const int64_t players = l + l % 2;
+  const int players = l + l % 2, n_pairs = players / 2;
   for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
     if (threadIdx.x == 0) rotated = 0;
     measure();
     double largest = 0.0;
-    for (int64_t i = 0; i < l; ++i) largest = max(largest, norm[i]);
-    for (int64_t round = 0; round + 1 < players; ++round) {
+    for (int i = 0; i < l; ++i) largest = max(largest, norm[i]);
+    for (int round = 0; round + 1 < players; ++round) {
       __syncthreads();
-      for (int64_t pair = warp; pair < players / 2; pair += n_warps) {
-        int64_t p, q;
-        pair_of(players, round, pair, &p, &q);
-        if (q >= l) continue;  // the odd one out; the whole warp
-        double* x = a + p * l;
-        double* y = a + q * l;
-        const double np = norm[p], nq = norm[q], cross = dot(x, y);
-        if (is_orthogonal(np, nq, cross, largest, tolerance)) continue;
+      for (int pair0 = 0; pair0 < n_pairs; pair0 += n_teams) {
+        int p, q;
+        pair_of(players, round, pair0 + team, &p, &q);
+        const bool real = pair0 + team < n_pairs && q < l;  // without the odd one out
+        double* x = a + p * pitch;
+        double* y = a + q * pitch;
+        const double np = real ? norm[p] : 0.0, nq = real ? norm[q] : 0.0;
+        const double cross = dot(x, y, real ? l : 0);
+        __syncwarp();  // the team has read the norms that its first member is about to change
+        if (!real || is_orthogonal(np, nq, cross, largest, tolerance)) continue;
         const Rotation rotation = rotation_of(np, nq, cross);
-        for (int64_t i = lane; i < l; i += 32) {
+        for (int i = member; i < l; i += kTeam) {
           const double xi = x[i], yi = y[i];
           x[i] = rotation.c * xi - rotation.s * yi;
           y[i] = rotation.s * xi + rotation.c * yi;
         }
-        if (lane == 0) {
+        if (member == 0) {
           rotated = 1;
           norm[p] = max(0.0, np - rotation.t * cross);
           norm[q] = nq + rotation.t * cross;
@@ -416,50 +464,55 @@ __global__ void __launch_bounds__(kThreads)
     if (!again) break;
   }
   measure();
-  for (int64_t i = threadIdx.x; i < l; i += blockDim.x) {
-    int64_t place = 0;
-    for (int64_t k = 0; k < l; ++k) place += norm[k] > norm[i] || (norm[k] == norm[i] && k < i);
-    order[place] = static_cast<int32_t>(i);
+  for (int i = threadIdx.x; i < l; i += blockDim.x) {
+    int place = 0;
+    for (int k = 0; k < l; ++k) place += norm[k] > norm[i] || (norm[k] == norm[i] && k < i);
+    order[place] = i;
   }
   __syncthreads();
-  for (int64_t e = threadIdx.x; e < l * l; e += blockDim.x) {
-    const int64_t k = e / l, row = order[k];
+  for (int k = warp; k < l; k += n_warps) {
+    const int row = order[k];
     const double length = sqrt(norm[row]);
-    if (e % l == 0) s[k] = length;
-    vt[e] = length > 0.0 ? a[row * l + e % l] / length : 0.0;
+    if (lane == 0) s[k] = length;
+    for (int j = lane; j < l; j += 32) {
+      vt[k * l + j] = length > 0.0 ? a[row * pitch + j] / length : 0.0;
+    }
   }
   __syncthreads();
-  for (int64_t e = threadIdx.x; e < l * rank; e += blockDim.x) {
-    const int64_t i = e / rank, k = e % rank;
-    double sum = 0.0;
-    for (int64_t j = i; j < l; ++j) sum += first[i * l + j] * vt[k * l + j];
-    factor[e] = s[k] > 0.0 ? sum / s[k] : 0.0;
+  for (int i = warp; i < l; i += n_warps) {
+    for (int k = lane; k < rank; k += 32) {
+      double sum = 0.0;
+      for (int j = i; j < l; ++j) sum += first[i * l + j] * vt[k * l + j];
+      factor[i * rank + k] = s[k] > 0.0 ? sum / s[k] : 0.0;
+    }
   }
 }
 
 // --- launchers ----------------------------------------------------------------------------------
 
-// Scratch of the small factorisations of M matrices of width l.
-struct Small {
-  Small(const Allocate& allocate, int64_t m, int64_t l)
-      : g(take<double>(allocate, m * l * l)),
-        inverse(take<double>(allocate, m * l * l)),
-        x(take<double>(allocate, m * 2 * l)) {}
-  double* g;
-  double* inverse;
-  double* x;
-};
+// Most dynamic shared memory of a block that every card from sm_80 on has.
+constexpr size_t kSharedBytes = 98 * 1024;
 
-// The Cholesky factor r [M, l, l] of y^T y and its inverse in `small`.
-void factor(int64_t m, int64_t n, int64_t l, const float* y, double* partial, const Small& small,
-            double* r, const BoundRule& rule, cudaStream_t stream) {
+// Runs one of the factorisations, a block per matrix, in shared memory where its work space fits.
+template <typename... Parameters, typename... Args>
+void factorise(void (*in_shared)(Parameters...), void (*in_memory)(Parameters...), int64_t m,
+               int64_t l, cudaStream_t stream, Args... args) {
+  const size_t bytes = static_cast<size_t>(work_size(l)) * sizeof(double);
+  const bool fits = bytes <= kSharedBytes;
+  enqueue_shared(fits ? in_shared : in_memory, static_cast<unsigned>(m), kFactorThreads,
+                 fits ? bytes : 0, stream, args...);
+}
+
+// The Cholesky factor r [M, l, l] of y^T y and its inverse [M, l, l].
+void factor(int64_t m, int64_t n, int64_t l, const float* y, double* partial, double* work,
+            double* r, double* inverse, const BoundRule& rule, cudaStream_t stream) {
   const int64_t tiles = (l + kTile - 1) / kTile, slots = slots_of(n);
   enqueue(gram_kernel<float>,
          dim3(static_cast<unsigned>(tiles * (tiles + 1) / 2), static_cast<unsigned>(slots),
               static_cast<unsigned>(m)),
          kThreads, stream, n, l, y, partial);
-  enqueue(cholesky_kernel, static_cast<unsigned>(m), kThreads, stream, l, slots, partial, small.g, r,
-         small.inverse, rule, small.x);
+  factorise(cholesky_kernel<true>, cholesky_kernel<false>, m, l, stream, l, slots, partial, work, r,
+            inverse, rule);
 }
 
 template <typename T>
@@ -502,7 +555,7 @@ template <typename T>
 cudaError_t orthonormalize_cuda(const Orthonormalize<T>& p, const Allocate& allocate,
                                 cudaStream_t stream) {
   const int64_t m = p.n_batches, n = p.n_rows, l = p.width, size = n * l;
-  const Small small(allocate, m, l);
+  double* work = take<double>(allocate, m * work_size(l));
   double* r = take<double>(allocate, m * l * l);
   double* shift = take<double>(allocate, m);
   if (p.v != nullptr) {
@@ -514,19 +567,20 @@ cudaError_t orthonormalize_cuda(const Orthonormalize<T>& p, const Allocate& allo
   if constexpr (std::is_same_v<T, float>) {
     float* t = take<float>(allocate, m * size);
     double* partial = take<double>(allocate, m * slots_of(n) * l * l);
+    double* inverse = take<double>(allocate, m * l * l);
     float* from = p.passes == 1 ? t : p.q;  // every pass writes to the other one of t and q
     enqueue(shifted_kernel<T>, grid, kThreads, stream, size, p.y, p.v, shift, from);
-    factor(m, n, l, from, partial, small, r, rule, stream);
+    factor(m, n, l, from, partial, work, r, inverse, rule, stream);
     float* to = p.passes == 1 ? p.q : t;
-    apply(m, n, l, l, from, small.inverse, to, stream);
+    apply(m, n, l, l, from, inverse, to, stream);
     if (p.passes == 2) {
-      factor(m, n, l, t, partial, small, r, kNoBound, stream);
-      apply(m, n, l, l, t, small.inverse, p.q, stream);
+      factor(m, n, l, t, partial, work, r, inverse, kNoBound, stream);
+      apply(m, n, l, l, t, inverse, p.q, stream);
     }
   } else {
     enqueue(shifted_kernel<T>, grid, kThreads, stream, size, p.y, p.v, shift, p.q);
-    enqueue(gram_schmidt_kernel, static_cast<unsigned>(m), kThreads, stream, n, l, p.q, r,
-           small.inverse, rule, small.x);
+    enqueue(gram_schmidt_kernel, static_cast<unsigned>(m), kThreads, stream, n, l, p.q, r, work,
+            rule);
   }
   return cudaGetLastError();
 }
@@ -534,7 +588,7 @@ cudaError_t orthonormalize_cuda(const Orthonormalize<T>& p, const Allocate& allo
 template <typename T>
 cudaError_t thin_svd_cuda(const ThinSvd<T>& p, const Allocate& allocate, cudaStream_t stream) {
   const int64_t m = p.n_batches, n = p.n_rows, l = p.width, size = n * l;
-  const Small small(allocate, m, l);
+  double* work = take<double>(allocate, m * work_size(l));
   double* first = take<double>(allocate, m * l * l);
   double* left = take<double>(allocate, m * l * std::max<int64_t>(p.rank, 1));
   auto* order = take<int32_t>(allocate, m * l);
@@ -542,24 +596,25 @@ cudaError_t thin_svd_cuda(const ThinSvd<T>& p, const Allocate& allocate, cudaStr
   double* second = nullptr;
   if constexpr (std::is_same_v<T, float>) {
     double* partial = take<double>(allocate, m * slots_of(n) * l * l);
+    double* inverse = take<double>(allocate, m * l * l);
     second = take<double>(allocate, m * l * l);
-    factor(m, n, l, p.y, partial, small, first, kNoBound, stream);
-    apply(m, n, l, l, p.y, small.inverse, q, stream);
-    factor(m, n, l, q, partial, small, second, kNoBound, stream);
+    factor(m, n, l, p.y, partial, work, first, inverse, kNoBound, stream);
+    apply(m, n, l, l, p.y, inverse, q, stream);
+    factor(m, n, l, q, partial, work, second, inverse, kNoBound, stream);
   } else {
     enqueue(shifted_kernel<T>, dim3(blocks(size, kThreads), static_cast<unsigned>(m)), kThreads,
            stream, size, p.y, nullptr, nullptr, q);
-    enqueue(gram_schmidt_kernel, static_cast<unsigned>(m), kThreads, stream, n, l, q, first, nullptr,
-           kNoBound, small.x);
+    enqueue(gram_schmidt_kernel, static_cast<unsigned>(m), kThreads, stream, n, l, q, first, work,
+            kNoBound);
   }
   constexpr double kTolerance =
       std::is_same_v<T, float> ? 0.01 * std::numeric_limits<float>::epsilon() : 1e-15;
-  enqueue(jacobi_kernel, static_cast<unsigned>(m), kThreads, stream, l, p.rank, kTolerance, first,
-         second, small.g, small.x, order, p.s, p.vt, left);
+  factorise(jacobi_kernel<true>, jacobi_kernel<false>, m, l, stream, l, p.rank, kTolerance, first,
+            second, work, order, p.s, p.vt, left);
   apply(m, n, l, p.rank, q, left, p.u, stream);
   if constexpr (std::is_same_v<T, double>) {  // short columns come out of a cancellation: once more
     enqueue(gram_schmidt_kernel, static_cast<unsigned>(m), kThreads, stream, n, p.rank, p.u, first,
-           nullptr, kNoBound, small.x);
+            work, kNoBound);
   }
   return cudaGetLastError();
 }

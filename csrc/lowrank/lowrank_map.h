@@ -13,6 +13,12 @@ inline constexpr int kSlotRows = 256;  // rows of a partial Gram matrix
 // Half a unit of float rounding, squared: a column shorter than that is noise.
 inline constexpr double kFloatNoise = 3.6e-15;
 
+// Doubles from one row to the next of a small matrix with one column more than its width l: odd, so
+// that a column meets all banks of shared memory.
+FASTCLUST_HD int64_t pitch_of(int64_t l) { return (l + 1) | 1; }
+// Doubles that the factorisations of one matrix work in: its rows and two vectors.
+FASTCLUST_HD int64_t work_size(int64_t l) { return l * pitch_of(l) + 2 * l; }
+
 FASTCLUST_HD int64_t slots_of(int64_t n) { return (n + kSlotRows - 1) / kSlotRows; }
 
 // Tile (i, j), i <= j, number index = j (j + 1) / 2 + i.
@@ -25,10 +31,12 @@ FASTCLUST_HD void tile_of(int64_t index, int64_t* i, int64_t* j) {
 
 // Round-robin tournament of an even number of players: in players - 1 rounds of players / 2 disjoint
 // pairs everyone meets everyone once. p < q.
-FASTCLUST_HD void pair_of(int64_t players, int64_t round, int64_t pair, int64_t* p, int64_t* q) {
-  const int64_t ring = players - 1;  // all but the last, who stays
-  const int64_t a = (round + pair) % ring;
-  const int64_t b = pair == 0 ? ring : (round + ring - pair) % ring;
+FASTCLUST_HD void pair_of(int players, int round, int pair, int* p, int* q) {
+  const int ring = players - 1;  // all but the last, who stays
+  int a = round + pair, b = round + ring - pair;
+  if (a >= ring) a -= ring;
+  if (b >= ring) b -= ring;
+  if (pair == 0) b = ring;
   *p = a < b ? a : b;
   *q = a < b ? b : a;
 }
@@ -45,12 +53,18 @@ FASTCLUST_HD bool is_orthogonal(double np, double nq, double cross, double large
          square <= tolerance * tolerance * shorter * shorter || square <= 1e-30 * np * nq;
 }
 
-// Makes rows x, y orthogonal: x' = c x - s y, y' = s x + c y.
+// Makes rows x, y orthogonal: x' = c x - s y, y' = s x + c y. The tangent is good to float: what it
+// leaves of `cross` is 1e-7 of it, for later sweeps, of which it costs none; c^2 + s^2 is 1 to double.
 FASTCLUST_HD Rotation rotation_of(double np, double nq, double cross) {
-  const double zeta = (nq - np) / (2.0 * cross);
-  const double root = std::sqrt(1.0 + zeta * zeta);
-  const double t = zeta < 0.0 ? -1.0 / (root - zeta) : 1.0 / (root + zeta);
+  const auto zeta = static_cast<float>((nq - np) / (2.0 * cross));
+  const float size = std::fabs(zeta);
+  const float tangent = size > 1e8f ? 0.5f / size : 1.0f / (size + std::sqrt(1.0f + size * size));
+  const double t = zeta < 0.0f ? -tangent : tangent;
+#if defined(__CUDA_ARCH__)
+  const double c = rsqrt(1.0 + t * t);
+#else
   const double c = 1.0 / std::sqrt(1.0 + t * t);
+#endif
   return {c, c * t, t};
 }
 

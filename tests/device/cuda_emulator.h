@@ -459,6 +459,7 @@ T __shfl_sync(unsigned, T value, int lane) {
   emulator::shuffle(emulator::Operation::kFromLane, &value, &out, sizeof(T), lane);
   return out;
 }
+inline void __syncwarp() { __shfl_xor_sync(~0u, 0, 0); }
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   unsigned bits = static_cast<unsigned>(predicate) << emulator::state().running % emulator::kWarp;
   for (int offset = 16; offset > 0; offset /= 2) bits |= __shfl_xor_sync(mask, bits, offset);

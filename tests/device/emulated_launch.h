@@ -8,12 +8,17 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 namespace fastclust {
 
 template <typename... Parameters, typename... Args>
-void enqueue(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream,
-            Args... args) {
+void enqueue_shared(void (*kernel)(Parameters...), dim3 grid, int threads, size_t bytes,
+                    cudaStream_t stream, Args... args) {
   const auto call = [&] { kernel(args...); };
   using Call = decltype(call);
   void (*run)(const Call*) = [](const Call* c) { (*c)(); };
-  launch(run, grid, threads, 0, stream, &call);
+  launch(run, grid, threads, bytes, stream, &call);
+}
+template <typename... Parameters, typename... Args>
+void enqueue(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream,
+            Args... args) {
+  enqueue_shared(kernel, grid, threads, 0, stream, args...);
 }
 
 }  // namespace fastclust

@@ -64,9 +64,9 @@ int64_t tile_row(int64_t index) {
   return i * 1000000 + j;
 }
 int64_t pair(int64_t players, int64_t round, int64_t index) {
-  int64_t p, q;
-  pair_of(players, round, index, &p, &q);
-  return p * 1000000 + q;
+  int p, q;
+  pair_of(static_cast<int>(players), static_cast<int>(round), static_cast<int>(index), &p, &q);
+  return p * int64_t{1000000} + q;
 }
 
 }  // extern "C"
