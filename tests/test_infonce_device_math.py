@@ -14,6 +14,7 @@ Faults seeded once into the sources, and the test that turned red:
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -102,6 +103,7 @@ class Case:
     precision: int
     problem: Problem = field(default_factory=Problem)
     kept: list = field(default_factory=list)
+    guards: list = field(default_factory=list)
     workspace: int = 0
 
     def __post_init__(self) -> None:
@@ -135,9 +137,11 @@ class Case:
         return tensor.data_ptr()
 
     def _out(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        out = torch.full(shape, torch.nan, dtype=dtype or self.dtype)
-        self.kept.append(out)
-        return out
+        """NaN, followed by -0, which becomes +0 even where a zero is added."""
+        size = math.prod(shape)
+        memory = torch.full((size + 256,), -0.0, dtype=dtype or self.dtype)
+        self.guards.append(memory[size:])
+        return memory[:size].fill_(torch.nan).view(shape)
 
     def _call(self, operation: int) -> None:
         double = self.dtype == torch.float64
@@ -145,6 +149,8 @@ class Case:
         self.workspace = function(ctypes.byref(self.problem), operation)
         assert self.workspace != -2, "a kernel wrote outside its workspace"
         assert self.workspace > 0
+        for guard in self.guards:
+            assert guard.signbit().all() and not guard.any(), "a kernel wrote past a result"
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         self.loss, self.row_sums = self._out(1), self._out(self.z.shape[0], dtype=torch.float64)

@@ -66,6 +66,26 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Sums by the memory itself: nothing waits for what is there. Pairs begin on twice their size.
+__device__ __forceinline__ void add_one(float* to, float a) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to), "f"(a) : "memory");
+}
+__device__ __forceinline__ void add_one(double* to, double a) {
+  asm volatile("red.relaxed.gpu.global.add.f64 [%0], %1;" ::"l"(to), "d"(a) : "memory");
+}
+template <typename T>
+__device__ __forceinline__ void add_pair(T* to, T a, T b) {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (sizeof(T) == sizeof(float)) {
+    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(a), "f"(b)
+                 : "memory");
+    return;
+  }
+#endif
+  add_one(to, a);
+  add_one(to + 1, b);
+}
+
 // exp(x) by one product and the unit for powers of two: relative error about 2^-22, 0 below 2^-126.
 __device__ __forceinline__ float fast_exp(float x) {
   float power;

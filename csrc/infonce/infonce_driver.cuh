@@ -208,10 +208,7 @@ cudaError_t pack(const Views<typename Path::Acc>& views, int64_t n_nodes, const 
                  Snapshot<typename Path::Acc>* table_entry = nullptr) {
   PackArgs<Path> args{views.z,   views.e, views.dz, views.de, n_nodes, order,
                       row_begin, rows,    x,        snapshot, table_entry};
-  const int64_t chunks = rows * x.n_blocks * (kBlockColumns / kChunk);
-  const unsigned grid =
-      static_cast<unsigned>(std::clamp<int64_t>(ceil_div(chunks, 2 * kThreads), 1, 65536));
-  return launch(&pack_kernel<Path>, dim3(grid), kThreads, 0, stream, args);
+  return launch(&pack_kernel<Path>, dim3(blocks(rows, kWarps)), kThreads, 0, stream, args);
 }
 
 // Everything the weights of a patch are computed from.

@@ -24,8 +24,8 @@
 // Snapshot products are bf16x3 in every float32 mode, since |Q - minmax(S)| near 0 magnifies their
 // error; the range of S adds the lo*lo product, which the diagonal needs.
 //
-// No atomics, no host synchronisation, no allocation: results have the same bits every time, and
-// the launches can be captured in a CUDA graph.
+// No two threads of a launch add to one place, no host synchronisation, no allocation: results have
+// the same bits every time, and the launches can be captured in a CUDA graph.
 #pragma once
 
 #include <algorithm>
@@ -302,23 +302,38 @@ struct MmaPath {
         for (int c = 0; c < 4; ++c) acc[mi][nj][c] *= factor;
   }
 
-  static __device__ __forceinline__ void encode(float value, Element* hi, Element* lo) {
-    if constexpr (kBf16) {
-      *hi = to_bf16(value);
-      if constexpr (kParts == 2) *lo = to_bf16(value - from_bf16(*hi));
-    } else {
-      *hi = to_tf32(value);
+  struct alignas(kChunk) Chunk {
+    uint32_t words[4];
+  };
+  // Two neighbouring elements as a word of each part.
+  static __device__ __forceinline__ void encode_pair(float a, float b, uint32_t* hi, uint32_t* lo) {
+    *hi = to_bf16_pair(a, b);
+    if constexpr (kParts == 2) {
+      *lo = to_bf16_pair(a - bits_float(*hi << 16), b - bits_float(*hi & 0xffff0000u));
     }
+  }
+  // 16 bytes of a packed row, at byte `at` of both parts.
+  static __device__ __forceinline__ void store_chunk(const Packed& x, int64_t at,
+                                                     const float (&v)[kChunk / sizeof(Element)]) {
+    Chunk hi, lo;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      if constexpr (kBf16) {
+        encode_pair(v[2 * w], v[2 * w + 1], &hi.words[w], &lo.words[w]);
+      } else {
+        hi.words[w] = float_bits(to_tf32(v[w]));
+      }
+    }
+    *reinterpret_cast<Chunk*>(x.hi + at) = hi;
+    if constexpr (kParts == 2) *reinterpret_cast<Chunk*>(x.lo + at) = lo;
   }
   // Two neighbouring elements of T in one store, at byte `at` of both parts.
   static __device__ __forceinline__ void store_pair(const Packed& t, uint32_t at, float a, float b) {
     if constexpr (kBf16) {
-      const uint32_t hi = to_bf16_pair(a, b);
+      uint32_t hi, lo;
+      encode_pair(a, b, &hi, &lo);
       *reinterpret_cast<uint32_t*>(t.hi + at) = hi;
-      if constexpr (kParts == 2) {
-        const float rest_a = a - bits_float(hi << 16), rest_b = b - bits_float(hi & 0xffff0000u);
-        *reinterpret_cast<uint32_t*>(t.lo + at) = to_bf16_pair(rest_a, rest_b);
-      }
+      if constexpr (kParts == 2) *reinterpret_cast<uint32_t*>(t.lo + at) = lo;
     } else {
       *reinterpret_cast<float2*>(t.hi + at) = make_float2(to_tf32(a), to_tf32(b));
     }
@@ -426,7 +441,12 @@ struct PlainPath {
 #pragma unroll
     for (int c = 0; c < kMi * kNj * 4; ++c) acc[c / (kNj * 4)][c / 4 % kNj][c % 4] *= factor;
   }
-  static __device__ __forceinline__ void encode(T value, T* hi, T*) { *hi = value; }
+  static __device__ __forceinline__ void store_chunk(const Packed& x, int64_t at,
+                                                     const T (&v)[kChunk / sizeof(T)]) {
+    for (int c = 0; c < static_cast<int>(kChunk / sizeof(T)); ++c) {
+      reinterpret_cast<T*>(x.hi + at)[c] = v[c];
+    }
+  }
   static __device__ __forceinline__ void store_pair(const Packed& t, uint32_t at, T a, T b) {
     T* to = reinterpret_cast<T*>(t.hi + at);
     to[0] = a, to[1] = b;
@@ -434,10 +454,6 @@ struct PlainPath {
 };
 
 // ---- packing ----------------------------------------------------------------------------------
-
-struct alignas(kChunk) Chunk {
-  unsigned char bytes[kChunk];
-};
 
 template <typename Path>
 struct PackArgs {
@@ -452,39 +468,56 @@ struct PackArgs {
   Snapshot<Acc>* table_entry;  // written with `snapshot`, or nullptr
 };
 
-// One 16-byte chunk a thread.
+// v = kCount columns of a row of which `left` remain, zero beyond. With `quads` rows begin on 16 bytes.
+template <int kCount, typename T>
+__device__ __forceinline__ void load_columns(const T* from, int64_t left, bool quads, T (&v)[kCount]) {
+  struct alignas(kChunk) Quad {
+    T v[kChunk / sizeof(T)];
+  };
+  if (quads && left >= kCount) {
+#pragma unroll
+    for (int c = 0; c < kCount; c += kChunk / sizeof(T)) {
+      const Quad quad = *reinterpret_cast<const Quad*>(from + c);
+#pragma unroll
+      for (int q = 0; q < static_cast<int>(kChunk / sizeof(T)); ++q) v[c + q] = quad.v[q];
+    }
+  } else {
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) v[c] = c < left ? from[c] : T(0);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ bool begins_on_quads(const T* rows, int64_t width) {
+  return (reinterpret_cast<uintptr_t>(rows) | width * sizeof(T)) % kChunk == 0;
+}
+
+// A warp per row, a lane per 16 bytes of it.
 template <typename Path>
 __global__ void pack_kernel(PackArgs<Path> args) {
-  using Element = typename Path::Element;
-  constexpr int kCount = kChunk / sizeof(Element);
+  using Acc = typename Path::Acc;
+  constexpr int kCount = kChunk / sizeof(typename Path::Element);
   const Packed& x = args.x;
   const int64_t e_begin = int64_t{x.e_begin} * Path::kStep;
-  const int64_t chunks = int64_t{x.n_blocks} * (kBlockColumns / kChunk);
-  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
-  const int64_t start = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (start == 0 && args.table_entry) *args.table_entry = args.snapshot;
-  for (int64_t index = start; index < args.rows * chunks; index += stride) {
-    const int64_t local = index / chunks, chunk = index % chunks, q = args.row_begin + local;
-    const bool real = q < 2 * args.n_nodes;
-    const int64_t row = real ? source_row(q, args.n_nodes, args.order) : 0;
-    union {
-      Chunk chunk;
-      Element elements[kCount];
-    } hi, lo;
-#pragma unroll
-    for (int c = 0; c < kCount; ++c) {
-      const int64_t column = chunk * kCount + c;
-      typename Path::Acc value = 0;
-      if (real && column < args.dz) {
-        value = args.z[row * args.dz + column];
-      } else if (real && column >= e_begin && column < e_begin + args.de) {
-        value = args.e[row * args.de + column - e_begin];
-      }
-      Path::encode(value, &hi.elements[c], &lo.elements[c]);
+  const bool z_quads = begins_on_quads(args.z, args.dz), e_quads = begins_on_quads(args.e, args.de);
+  const int chunks = x.n_blocks * (kBlockColumns / kChunk);
+  const int64_t local = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
+  if (blockIdx.x == 0 && threadIdx.x == 0 && args.table_entry) *args.table_entry = args.snapshot;
+  if (local >= args.rows) return;
+  const int64_t q = args.row_begin + local;
+  const bool real = q < 2 * args.n_nodes;
+  const int64_t row = real ? source_row(q, args.n_nodes, args.order) : 0;
+  for (int chunk = threadIdx.x % 32; chunk < chunks; chunk += 32) {
+    const int64_t column = int64_t{chunk} * kCount;
+    Acc v[kCount];
+    if (column < e_begin) {
+      load_columns(args.z + row * args.dz + column, real ? args.dz - column : 0, z_quads, v);
+    } else {
+      const int64_t of_e = column - e_begin;
+      load_columns(args.e + row * args.de + of_e, real ? args.de - of_e : 0, e_quads, v);
     }
-    const auto to = packed_offset<int64_t>(x.n_blocks, local, chunk * kChunk);
-    *reinterpret_cast<Chunk*>(x.hi + to) = hi.chunk;
-    if constexpr (Path::kParts == 2) *reinterpret_cast<Chunk*>(x.lo + to) = lo.chunk;
+    const auto to = packed_offset<int64_t>(x.n_blocks, local, int64_t{chunk} * kChunk);
+    Path::store_chunk(x, to, v);
   }
 }
 
@@ -948,6 +981,8 @@ FASTCLUST_HD ProductTile product_tile(const ProductArgs<Acc>& args, int index) {
           args.first_column + index % args.column_tiles * edge};
 }
 
+// Adds to the gradients where they are, without a word from memory to wait for. Every element has one
+// thread in a launch, so that the order of the sums is that of the launches.
 template <typename Path>
 __device__ __forceinline__ void product_epilogue(const ProductArgs<typename Path::Acc>& args,
                                                  ProductTile tile,
@@ -965,26 +1000,42 @@ __device__ __forceinline__ void product_epilogue(const ProductArgs<typename Path
       const bool real = q < 2 * args.n_nodes;
       rows[mi][half] = real ? static_cast<int>(source_row(q, args.n_nodes, args.order)) : -1;
     }
+  // Columns of a group are all of Z or all of E, which begins at a whole block.
+  constexpr int kGroup = kNj < 8 ? kNj : 8;
 #pragma unroll
-  for (int nj = 0; nj < kNj; ++nj)
+  for (int nj0 = 0; nj0 < kNj; nj0 += kGroup) {
+    const int64_t column = tile.column0 + Path::column_of(nj0, 0);
+    const bool in_z = column < args.e_column;
+    const int64_t width = in_z ? args.dz : args.de;
+    const int64_t local = in_z ? column : column - args.e_column;
+    Acc* out = in_z ? args.grad_z : args.grad_e;
+    if (out == nullptr) continue;
+    const bool in_pairs = width % 2 == 0;
+    const bool plain = in_pairs && !fresh && local + 8 * (kGroup - 1) < width;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int64_t column = tile.column0 + Path::column_of(nj, e);
-      const bool in_z = column < args.e_column;
-      const int64_t local = in_z ? column : column - args.e_column;
-      const int64_t width = in_z ? args.dz : args.de;
-      Acc* out = in_z ? args.grad_z : args.grad_e;
-      if (out == nullptr || local >= width) continue;
+    for (int mi = 0; mi < kMi; ++mi)
 #pragma unroll
-      for (int mi = 0; mi < kMi; ++mi)
+      for (int half = 0; half < 2; ++half) {
+        if (rows[mi][half] < 0) continue;
+        Acc* to = out + rows[mi][half] * width + local;
+        if (plain) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (rows[mi][half] < 0) continue;
-          Acc& target = out[rows[mi][half] * width + local];
-          const Acc value = acc[mi][nj][half * 2 + e];
-          target = fresh ? value : target + value;
+          for (int nj = 0; nj < kGroup; ++nj) {
+            const Acc* sum = &acc[mi][nj0 + nj][half * 2];
+            add_pair(to + 8 * nj, sum[0], sum[1]);
+          }
+        } else {
+#pragma unroll
+          for (int nj = 0; nj < kGroup; ++nj)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              if (local + 8 * nj + e >= width) continue;
+              const Acc sum = acc[mi][nj0 + nj][half * 2 + e];
+              fresh ? void(to[8 * nj + e] = sum) : add_one(to + 8 * nj + e, sum);
+            }
         }
-    }
+      }
+  }
 }
 
 template <typename Path>

@@ -242,16 +242,15 @@ bool rows_aligned(const T* p, int64_t stride) {
   return p == nullptr || (reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride * sizeof(T) % 16 == 0);
 }
 
+// A warp per row.
 template <typename T>
 __global__ void mask_rows_kernel(int64_t n_nodes, int64_t n_cols, const T* h, int64_t h_stride,
                                  const uint32_t* h_mask, T* out) {
-  const int64_t words = mask_words(n_cols);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  int64_t k = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  for (; k < n_nodes * n_cols; k += step) {
-    const int64_t i = k / n_cols, col = k % n_cols;
-    const uint32_t bit = lane_bits(h_mask[i * words + col / 32], col, 1);
-    out[k] = bit ? h[i * h_stride + col] : T{};
+  const int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (i >= n_nodes) return;
+  const uint32_t* words = h_mask + i * mask_words(n_cols);
+  for (int64_t col = threadIdx.x % 32; col < n_cols; col += 32) {
+    out[i * n_cols + col] = lane_bits(words[col / 32], col, 1) ? h[i * h_stride + col] : T{};
   }
 }
 
@@ -271,10 +270,9 @@ cudaError_t propagate_cuda(const PropagateParams<T>& p, cudaStream_t stream) {
 template <typename T>
 cudaError_t mask_rows_cuda(int64_t n_nodes, int64_t n_cols, const T* h, int64_t h_stride,
                            const uint32_t* h_mask, T* out, cudaStream_t stream) {
-  const int64_t size = n_nodes * n_cols;
-  if (size == 0) return cudaSuccess;
-  const unsigned grid = blocks(size < 8192 * 256 ? size : 8192 * 256, 256);
-  enqueue(mask_rows_kernel<T>, grid, 256, stream, n_nodes, n_cols, h, h_stride, h_mask, out);
+  if (n_nodes == 0 || n_cols == 0) return cudaSuccess;
+  enqueue(mask_rows_kernel<T>, dim3(blocks(n_nodes, kWarps)), 32 * kWarps, stream, n_nodes, n_cols, h,
+          h_stride, h_mask, out);
   return cudaGetLastError();
 }
 

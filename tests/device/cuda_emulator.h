@@ -523,6 +523,16 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   mma(emulator::Operation::kMmaTf32, c, a, b);
 }
 
+template <typename T>
+void add_one(T* to, T a) {
+  *to += a;
+}
+template <typename T>
+void add_pair(T* to, T a, T b) {
+  if (reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T))) emulator::fail("misaligned pair");
+  to[0] += a, to[1] += b;
+}
+
 inline float fast_exp(float x) { return exp2f(x * 1.4426950408889634f); }
 
 // ---- Hopper ---------------------------------------------------------------------------------------
