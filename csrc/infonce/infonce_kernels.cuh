@@ -1004,20 +1004,19 @@ __device__ __forceinline__ void product_epilogue(const ProductArgs<typename Path
   constexpr int kGroup = kNj < 8 ? kNj : 8;
 #pragma unroll
   for (int nj0 = 0; nj0 < kNj; nj0 += kGroup) {
-    const int64_t column = tile.column0 + Path::column_of(nj0, 0);
+    const int column = tile.column0 + Path::column_of(nj0, 0);
     const bool in_z = column < args.e_column;
-    const int64_t width = in_z ? args.dz : args.de;
-    const int64_t local = in_z ? column : column - args.e_column;
+    const int width = static_cast<int>(in_z ? args.dz : args.de);
+    const int local = in_z ? column : column - static_cast<int>(args.e_column);
     Acc* out = in_z ? args.grad_z : args.grad_e;
-    if (out == nullptr) continue;
-    const bool in_pairs = width % 2 == 0;
-    const bool plain = in_pairs && !fresh && local + 8 * (kGroup - 1) < width;
+    const int left = out == nullptr ? 0 : width - local;  // columns from this thread's first one on
+    const bool plain = width % 2 == 0 && !fresh && left > 8 * (kGroup - 1);
 #pragma unroll
     for (int mi = 0; mi < kMi; ++mi)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (rows[mi][half] < 0) continue;
-        Acc* to = out + rows[mi][half] * width + local;
+        Acc* to = out + (int64_t{rows[mi][half]} * width + local);
         if (plain) {
 #pragma unroll
           for (int nj = 0; nj < kGroup; ++nj) {
@@ -1029,7 +1028,7 @@ __device__ __forceinline__ void product_epilogue(const ProductArgs<typename Path
           for (int nj = 0; nj < kGroup; ++nj)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-              if (local + 8 * nj + e >= width) continue;
+              if (8 * nj + e >= left) continue;
               const Acc sum = acc[mi][nj0 + nj][half * 2 + e];
               fresh ? void(to[8 * nj + e] = sum) : add_one(to + 8 * nj + e, sum);
             }

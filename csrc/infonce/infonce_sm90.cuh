@@ -1,15 +1,16 @@
 // Hopper kernels of the loss (sm_90a): the same patches, packed operands, epilogues and results as
 // infonce_kernels.cuh, with the products by wgmma on shared memory that one warp fills by bulk copies.
 //
-// Roles: two warpgroups multiply 64 x 128 of a tile each; one thread of a third runs ahead of them, through the ring of stages and into the next tile, so that an epilogue overlaps the copies
-// for what follows. Blocks are persistent; with one product and no weights two of them share a
+// Roles: two warpgroups multiply 64 x 128 of a tile each; one thread of a third runs ahead of them,
+// through the ring of stages and into the next tile, so that an epilogue overlaps the copies for what
+// follows. Blocks are persistent; with one product and no weights two of them share a
 // multiprocessor and one's epilogue also overlaps the other's products.
 // Precision: bf16 one product, bf16x3 three; sums of lo hi, hi lo, hi hi in this order per 16 k.
 //
 // Not yet run on a card: chosen only if FASTCLUST_SM90=1 (infonce_cuda.cu).
 // Predictions to test there, H100 at 650 TFLOP/s of matrix rate, AMAC, D = 1000, no weights:
 // bf16 4.7 ms and bf16x3 14 ms of products (4 M^2 D); T recomputed inside panels + 4 to 7 % of the
-// recomputation; packing 0.3 ms; the gradients' read-modify-write 0.3 to 0.6 ms.
+// recomputation; whole tiles leave 12 % of the block slots of the gradient idle; packing 0.1 ms.
 #pragma once
 
 #include "common/hopper.cuh"

@@ -1,0 +1,120 @@
+"""Trainings on a CUDA device that is made of CPU memory: the Python path of a GPU, without one."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from pretended_cuda import OnCuda, pretended_cuda
+
+import fastclust as fc
+from fastclust import cli, train
+from fastclust.models.ecnmf import ECNMFModel
+from fastclust.models.hsan import HSANModel
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is here")
+
+SMALL = ("--set", "width=16", "--set", "n_init=2")
+HSAN = ("--model", "hsan", *SMALL, "--epochs")
+ECNMF = ("--model", "ecnmf", *SMALL, "--set", "rank=4", "--epochs")
+RUNS = {
+    "ecnmf": (*ECNMF, "4"),
+    "ecnmf-bf16": (*ECNMF, "4", "--set", "precision=bf16"),
+    "ecnmf-batches": (*ECNMF, "2", "--set", "train_batch_size=64"),
+    "hsan": (*HSAN, "12"),
+    "hsan-paper-code": (*HSAN, "12", "--protocol", "paper-code"),
+    "hsan-batches": (*HSAN, "2", "--set", "batch_size=64"),
+    "ssgc": ("--model", "ssgc"),
+    "ssgc-cut": ("--model", "ssgc", "--set", "back_end=auto"),
+}
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three planted blocks with sparse binary attributes."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 40)
+    upper = np.triu(rng.random((120, 120)) < np.where(labels[:, None] == labels, 0.3, 0.02), 1)
+    adjacency = sp.csr_array((upper | upper.T).astype(np.float32))
+    likely = rng.random((3, 30)) ** 3
+    x = sp.csr_array((rng.random((120, 30)) < likely[labels]).astype(np.float32))
+    path = tmp_path_factory.mktemp("data") / "blocks.npz"
+    np.savez(
+        path, adj_indptr=adjacency.indptr, adj_indices=adjacency.indices, x_indptr=x.indptr,
+        x_indices=x.indices, x_data=x.data, shape_x=np.array(x.shape), labels=labels,
+    )  # fmt: skip
+    return path
+
+
+def test_the_device_keeps_to_itself() -> None:
+    with pretended_cuda():
+        x = torch.ones(3).cuda()
+        assert isinstance(x, OnCuda) and x.is_cuda and x.device == torch.device("cuda", 0)
+        assert isinstance(x + 1, OnCuda) and isinstance(torch.zeros(2, device="cuda"), OnCuda)
+        assert not isinstance(x.cpu(), OnCuda) and (x * torch.tensor(2.0)).tolist() == [2, 2, 2]
+        with pytest.raises(RuntimeError, match=r"add on cuda:0 got a tensor \[3\] on the CPU"):
+            x + torch.ones(3)
+        with pytest.raises(RuntimeError, match=r"matmul on cuda:0 got a tensor \[2, 2\]"):
+            torch.ops.fastclust.matmul(torch.ones(2, 2).cuda(), torch.ones(2, 2), None)
+        with pytest.raises(TypeError, match=r"\.cpu\(\) comes first"):
+            x.numpy()
+        leaf = torch.ones(3, device="cuda", requires_grad=True)
+        (leaf * x).sum().backward()
+        assert isinstance(leaf.grad, OnCuda)
+    assert not torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("run", list(RUNS))
+def test_a_training_ends_as_on_the_cpu(graph, tmp_path, run: str) -> None:
+    command = ["--dataset", str(graph), "--seeds", "0", "--quiet", *RUNS[run]]
+    assert train.main([*command, "--device", "cpu", "--out", str(tmp_path / "cpu")]) == 0
+    with pretended_cuda():
+        assert train.main([*command, "--device", "cuda", "--out", str(tmp_path / "cuda")]) == 0
+    cpu, cuda = (json.loads((tmp_path / d / "result.json").read_text()) for d in ("cpu", "cuda"))
+    assert cuda["mean"]["acc"] == pytest.approx(cpu["mean"]["acc"], abs=0.02)
+
+
+@pytest.mark.parametrize("run", ["ecnmf", "hsan", "hsan-paper-code"])
+def test_a_training_resumes(graph, tmp_path, monkeypatch, run: str) -> None:
+    """What a checkpoint of the GPU holds comes back onto it."""
+    model = ECNMFModel if run == "ecnmf" else HSANModel
+    after_step = model.after_step
+
+    def interrupted(self, epoch: int) -> None:
+        after_step(self, epoch)
+        if epoch == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    command = ["--dataset", str(graph), "--seeds", "0", "--quiet", *RUNS[run], "--device", "cuda"]
+    scores = []
+    with pretended_cuda():
+        assert train.main([*command, "--out", str(tmp_path / "whole")]) == 0
+        monkeypatch.setattr(model, "after_step", interrupted)
+        with pytest.raises(cli.Interrupted, match="checkpoint"):
+            train.main([*command, "--out", str(tmp_path / "parts")])
+        monkeypatch.undo()
+        assert train.main([*command, "--out", str(tmp_path / "parts"), "--resume"]) == 0
+    for folder in ("whole", "parts"):
+        scores.append(json.loads((tmp_path / folder / "result.json").read_text())["mean"])
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("model", [fc.HSAN, fc.ECNMF, fc.SSGC])
+def test_an_estimator_is_saved_and_predicts(graph, tmp_path, model: type) -> None:
+    data = fc.load_dataset(graph)
+    epochs = {} if model is fc.SSGC else {"epochs": 3}
+    with pretended_cuda():
+        estimator = model(3, device="cuda", **epochs).fit(data.features, adjacency=data.adjacency)
+        assert isinstance(estimator.labels_, np.ndarray)
+        estimator.save(tmp_path)
+        again = model.load(tmp_path)
+        np.testing.assert_array_equal(
+            again.predict(data.features, adjacency=data.adjacency),
+            estimator.predict(data.features, adjacency=data.adjacency),
+        )
+        assert again.transform(data.features, adjacency=data.adjacency).shape[0] == 120
