@@ -3,7 +3,9 @@
 # every kernel beside its peers, whole trainings.
 #
 #   benchmarks/gpu.sh OUT              on a machine with an NVIDIA GPU, torch with CUDA, nvcc, ninja,
-#                                      pybind11, cupy and pytest; no network is used
+#                                      pybind11, cupy, pytest, hypothesis and what fastclust needs
+#                                      (pooch and platformdirs, for downloads, may be missing);
+#                                      no network is used
 #   benchmarks/gpu.sh --dry-run OUT    the same parts on CPU tensors of tiny shapes, nothing built
 #
 # FASTCLUST_DATA may name the folder of benchmark graphs; without it graphs of the same shapes are
