@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -171,6 +172,36 @@ def test_jobs_respect_max_jobs(toolchain, monkeypatch):
     assert toolchain.parallel_jobs() == 3
     monkeypatch.delenv("MAX_JOBS")
     assert toolchain.parallel_jobs() >= 1
+
+
+@pytest.mark.skipif(
+    not os.environ.get("FASTCLUST_OLDEST_TORCH"),
+    reason="FASTCLUST_OLDEST_TORCH is not set: the folder of the oldest torch, its headers suffice",
+)
+def test_sources_compile_beside_the_oldest_torch(toolchain, tmp_path):
+    root = Path(os.environ["FASTCLUST_OLDEST_TORCH"])
+    version = ".".join(map(str, toolchain.MIN_TORCH))
+    assert f"__version__ = '{version}." in (root / "version.py").read_text()
+    headers = toolchain.torch_flags(Path("x.cpp"), toolchain.Torch(root, version))
+    common = ["-I", str(ROOT / "csrc"), *headers]
+    nvcc = toolchain.find_nvcc()
+    everything = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu"))
+    checked = 0
+    for source in everything:
+        if "_ops" not in source.stem and "#include <torch/" not in source.read_text():
+            continue
+        if source.suffix == ".cpp":
+            compiler = [toolchain.find_compiler(), *toolchain.CXX_FLAGS, "-O0", "-fsyntax-only"]
+        elif nvcc is not None:
+            arch = toolchain.gencode_flags(["9.0a"], hopper_only=False)
+            compiler = [nvcc.path, *toolchain.NVCC_FLAGS, "-O0", *arch, "-c"]
+            compiler += ["-o", str(tmp_path / "object.o")]
+        else:
+            continue
+        result = subprocess.run([*compiler, *common, str(source)], capture_output=True, text=True)
+        assert result.returncode == 0, f"{source.name}:\n{result.stderr}"
+        checked += 1
+    assert checked >= 6
 
 
 @pytest.mark.skipif(
