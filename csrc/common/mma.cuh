@@ -108,9 +108,12 @@ cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_b
                    cudaStream_t stream, const Args& args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
   if (shared_bytes > 48 * 1024) {  // above this a kernel has to ask
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes));
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+    // As much of the first-level cache as there is: two blocks are to fit a multiprocessor.
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
     if (error != cudaSuccess) return error;
   }
   kernel<<<grid, threads, shared_bytes, stream>>>(args);
