@@ -93,7 +93,8 @@ BUDGETS = {
         Budget(64, {}, 40)
     ),
     r"lowrank/gram_schmidt_kernel": Budget(TWO_BLOCKS, {}, 64),
-    r"lowrank/(cholesky|jacobi)_kernel<(true|false)>": Budget(64, {}, 64),  # of 1024 threads
+    r"lowrank/(cholesky|jacobi)_kernel<true>": Budget(64, {}, 0),  # 1024 threads
+    r"lowrank/(cholesky|jacobi)_kernel<false>": Budget(128, {}, 0),  # 512
     r"kmeans/(assign|measure|repair|sums)_kernel<(float|double)>": Budget(TWO_BLOCKS, {}),
     r"kmeans/(column_sums|square_norms|sample|draw|choose|count|means|inertia)_kernel<.*>": (
         Budget(64, {}, 40)

@@ -2,9 +2,9 @@
 // with its Gram matrix are cuBLAS's, in fastclust/ops/lowrank_device.py; the algorithm is lowrank.py's.
 //
 // Work split: products with the sketch (Y^T Y by slots of rows, Y W) go by 32 x 32 tiles, summed in
-// double; the small factorisations, one block of 1024 threads per batch: a right-looking Cholesky that
-// carries the inverse along, one barrier a step, and one-sided Jacobi with half a warp per pair of rows
-// and the round-robin order that rotates l / 2 disjoint pairs at once. Their matrices (l (l + 1)
+// double; the small factorisations, one block per batch: a right-looking Cholesky that carries the
+// inverse along, one barrier a step, and one-sided Jacobi with half a warp per pair of rows and the
+// round-robin order that rotates l / 2 disjoint pairs at once. Their matrices (l (l + 1)
 // doubles, 52 kB at l = 80) lie in shared memory up to l = 110, above it in device memory. Sums run in
 // a fixed order, nothing is atomic, the host never waits: all of batched_svd can be captured in a CUDA
 // graph.
@@ -34,7 +34,10 @@ namespace fastclust::lowrank {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kFactorThreads = 1024;  // of the factorisations: as many rows or pairs at a time
+// Threads of the factorisations: many rows or pairs at a time. Pointers into device memory take more
+// registers than 1024 threads have.
+template <bool kShared>
+constexpr int kFactorThreads = kShared ? 1024 : 512;
 constexpr int kTile = kCudaTile;
 
 // --- rows ---------------------------------------------------------------------------------------
@@ -266,7 +269,7 @@ __device__ void update_bound(const BoundRule& rule, int64_t l, const double* w, 
 // diagonal and g from there, l + 1 columns. Step k subtracts multiples of row k from the rows below
 // it and writes nothing that it reads, so that one barrier a step is enough.
 template <bool kShared>
-__global__ void __launch_bounds__(kFactorThreads)
+__global__ void __launch_bounds__((kFactorThreads<kShared>), 1)
     cholesky_kernel(int64_t width, int64_t n_slots, const double* partial, double* work_all,
                     double* r, double* inverse, BoundRule rule) {
   FASTCLUST_DYNAMIC_SHARED(shared);
@@ -378,7 +381,7 @@ __global__ void __launch_bounds__(kThreads)
 // factor [l, rank] = first v / s that makes left vectors. order [l]: scratch. The rows that become
 // s vt lie in the work space, half a warp rotates a pair of them.
 template <bool kShared>
-__global__ void __launch_bounds__(kFactorThreads)
+__global__ void __launch_bounds__((kFactorThreads<kShared>), 1)
     jacobi_kernel(int64_t width, int64_t rank, double tolerance, const double* first,
                   const double* second, double* work_all, int32_t* order, double* s, double* vt,
                   double* factor) {
@@ -499,8 +502,9 @@ void factorise(void (*in_shared)(Parameters...), void (*in_memory)(Parameters...
                int64_t l, cudaStream_t stream, Args... args) {
   const size_t bytes = static_cast<size_t>(work_size(l)) * sizeof(double);
   const bool fits = bytes <= kSharedBytes;
-  enqueue_shared(fits ? in_shared : in_memory, static_cast<unsigned>(m), kFactorThreads,
-                 fits ? bytes : 0, stream, args...);
+  enqueue_shared(fits ? in_shared : in_memory, static_cast<unsigned>(m),
+                 fits ? kFactorThreads<true> : kFactorThreads<false>, fits ? bytes : 0, stream,
+                 args...);
 }
 
 // The Cholesky factor r [M, l, l] of y^T y and its inverse [M, l, l].
