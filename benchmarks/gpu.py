@@ -1,4 +1,4 @@
-"""The parts of ``benchmarks/gpu.sh``: tests, sanitizer, ceilings, kernels and trainings on a GPU.
+"""The parts of ``benchmarks/gpu.sh``: tests, sanitizer, ceilings, kernels, trainings, profiles.
 
 Every part runs in a process of its own with a time limit, since a faulty kernel takes the CUDA
 context of its process with it, and writes its JSON after every case, so that a part cut short keeps
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import importlib.util
 import json
 import os
@@ -889,6 +890,102 @@ def sanitizer(report: Report) -> None:
         report.write()
 
 
+# ---- where the time of a kernel goes ------------------------------------------------------------
+
+# What Nsight Compute says of a kernel, by the names of its report, and as rows hold it.
+PROFILE = {
+    "Duration": "us",
+    "Compute (SM) Throughput": "sm_percent",
+    "Memory Throughput": "memory_percent",
+    "L1/TEX Cache Throughput": "l1_percent",
+    "L2 Cache Throughput": "l2_percent",
+    "DRAM Throughput": "dram_percent",
+    "Issue Slots Busy": "issue_percent",
+    "Achieved Occupancy": "occupancy_percent",
+    "Registers Per Thread": "registers",
+}
+MICROSECONDS = {"nsecond": 1e-3, "ns": 1e-3, "usecond": 1.0, "us": 1.0, "msecond": 1e3, "ms": 1e3}
+
+
+def profiled_calls(name: str, device: str, tiny: bool) -> None:
+    """The call behind one profile: the loss, a propagation or a low-rank factorisation at AMAC."""
+    from fastclust import Graph, ops
+
+    n, entries, width, _, k, rank = SHAPES["tiny" if tiny else "amac"]
+    if name.startswith("bf16"):
+        z, e = (
+            normalize(randn(2 * n, 500, device=device, seed=s)).requires_grad_() for s in (0, 1)
+        )
+        alpha = torch.tensor(0.7, device=device, requires_grad=True)
+        loss = ops.hard_infonce(z, e, alpha, precision=name)
+        torch.autograd.grad(loss, (z, e, alpha))
+    elif name == "propagate":
+        graph = Graph(sibling("test_propagate").community_graph.__wrapped__(n, entries, k))
+        h = randn(n, 500, device=device)
+        ops.propagate(graph.to(device), h, residual=h, activation="relu")
+    else:
+        ops.batched_svd(randn(n, width, device=device), rank, batch_size=min(n, 1024))
+
+
+def profile(report: Report) -> None:
+    """The main kernels under Nsight Compute: which unit of the card each keeps busy."""
+    found = sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"))
+    path = shutil.which("ncu") or (str(found[-1]) if found else "/usr/local/cuda/bin/ncu")
+    sections = ["SpeedOfLight", "ComputeWorkloadAnalysis", "Occupancy", "LaunchStats"]
+    command = [path, "--clock-control", "none", "--csv", "--page", "details"]
+    command += [word for section in sections for word in ("--section", section)]
+    # Not torch's own; and the first patches of a loss are as good as all of them.
+    ours = "(forward|tile|product|pack|sum|finish|gram|apply|cholesky|jacobi|center|shifted)_kernel"
+    command += ["--kernel-name", f"regex:^{ours}|^propagate_|gemm", "--launch-count", "48"]
+    for name, hopper in (
+        ("bf16", "1"), ("bf16x3", "1"), ("bf16", "0"), ("bf16x3", "0"),
+        ("propagate", "0"), ("lowrank", "0"),
+    ):  # fmt: skip
+        child = [sys.executable, str(Path(__file__)), "--profile-calls", name]
+        child += ["--out", str(report.out), *(["--tiny"] if report.tiny else [])]
+        rows: list[dict[str, Any]] = [{"ok": True}] if report.tiny else []
+
+        def run(child: list[str] = child, hopper: str = hopper, rows: Any = rows) -> None:
+            done = subprocess.run(
+                [*([] if report.tiny else command), *child], capture_output=True, text=True,
+                timeout=60, env=os.environ | {"FASTCLUST_SM90": hopper},
+            )  # fmt: skip
+            if done.returncode:
+                raise RuntimeError(
+                    f"exit code {done.returncode}: {(done.stdout + done.stderr)[-600:]}"
+                )
+            rows.extend(kernel_rows(done.stdout))
+
+        labels = {"call": name, "sm90": hopper == "1"}
+        report.case("profile", run, **labels)
+        for row in rows:
+            report.case("profile", lambda row=row: row, **labels)
+
+
+def kernel_rows(text: str) -> list[dict[str, Any]]:
+    """Means over the launches of each kernel, the longest first, from Nsight Compute's CSV."""
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    launches: dict[str, dict[str, list[float]]] = {}
+    for line in csv.DictReader(lines[start:]):
+        key = PROFILE.get(line.get("Metric Name") or "")
+        if key is None:
+            continue
+        try:
+            value = float(line["Metric Value"].replace(",", ""))
+        except ValueError:  # not available on this card
+            continue
+        value *= MICROSECONDS.get(line["Metric Unit"], 1.0) if key == "us" else 1.0
+        name = line["Kernel Name"].partition("(")[0]
+        launches.setdefault(name, {}).setdefault(key, []).append(value)
+    rows: list[dict[str, Any]] = [
+        {"kernel": name, "launches": len(next(iter(values.values())))}
+        | {key: statistics.mean(numbers) for key, numbers in values.items()}
+        for name, values in launches.items()
+    ]
+    return sorted(rows, key=lambda row: -row["launches"] * row.get("us", 0.0))[:12]
+
+
 # ---- all parts ----------------------------------------------------------------------------------
 
 # part: function, time limit in seconds. The order is that of importance.
@@ -902,9 +999,12 @@ PARTS: dict[str, tuple[Callable[[Report], None], float]] = {
     "lowrank": (lowrank, 25),
     "kmeans": (kmeans, 25),
     "propagate-large": (propagate_large, 70),
+    "profile": (profile, 120),
 }
 # One file per subject: parts of one subject share it.
-SUBJECTS = {"tests": "checks", "sanitizer": "checks", "propagate-large": "propagate"}
+SUBJECTS = {
+    "tests": "checks", "sanitizer": "checks", "propagate-large": "propagate", "profile": "ceilings",
+}  # fmt: skip
 
 
 def run_part(name: str, out: Path, tiny: bool) -> int:
@@ -1009,6 +1109,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=560, help="for all parts together")
     parser.add_argument("--one", metavar="PART", help="run this part in this process")
     parser.add_argument("--small-calls", action="store_true", help="call every kernel once")
+    parser.add_argument("--profile-calls", metavar="CALL", help="what a profile looks at, once")
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all"
     )
@@ -1023,6 +1124,10 @@ def main(argv: list[str] | None = None) -> int:
         for name, step in small_calls("cpu" if arguments.tiny else "cuda"):
             step()
             print(name, flush=True)
+        return 0
+    if arguments.profile_calls:
+        device = "cpu" if arguments.tiny else "cuda"
+        profiled_calls(arguments.profile_calls, device, arguments.tiny)
         return 0
     if arguments.one:
         return run_part(arguments.one, arguments.out, arguments.tiny)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and under ten minutes: build, tests, sanitizer, ceilings,
-# every kernel beside its peers, whole trainings.
+# every kernel beside its peers, whole trainings, and what Nsight Compute says of the main kernels.
 #
 #   benchmarks/gpu.sh OUT              on a machine with an NVIDIA GPU, torch with CUDA, nvcc, ninja,
 #                                      pybind11, cupy, pytest, hypothesis and what fastclust needs

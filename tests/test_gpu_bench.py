@@ -45,7 +45,10 @@ def made_up_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "part",
-    ["ceilings", "infonce", "propagate", "propagate-large", "lowrank", "kmeans", "sanitizer"],
+    [
+        *["ceilings", "infonce", "propagate", "propagate-large", "lowrank", "kmeans"],
+        *["sanitizer", "profile"],
+    ],
 )
 def test_every_part_runs_on_tiny_shapes(gpu, tmp_path, made_up_graphs, part) -> None:
     assert gpu.run_part(part, tmp_path, tiny=True) == 0
@@ -56,7 +59,7 @@ def test_every_part_runs_on_tiny_shapes(gpu, tmp_path, made_up_graphs, part) -> 
     assert content["tiny"] and content["device"] == "cpu" and not content["errors"]
     assert content["rows"] and all(row["part"] == part for row in content["rows"])
     assert "torch" in content["versions"]
-    if part != "sanitizer":
+    if part not in ("sanitizer", "profile"):
         assert all(row["ms"] > 0 for row in content["rows"])
 
 
@@ -144,6 +147,30 @@ def test_made_up_graph_has_the_shape_of_its_model(gpu, tmp_path, made_up_graphs)
     assert dataset.adjacency.shape == (n, n) and abs(dataset.adjacency.nnz - entries) <= 2
     assert dataset.features.shape == (n, width) and dataset.n_clusters == k
     assert 0.5 * density < dataset.features.nnz / (n * width) < 2 * density
+
+
+def test_profiles_are_read_by_kernel(gpu) -> None:
+    """Nsight Compute's CSV: a line per launch and metric, after lines of its own."""
+    header = (
+        '"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"'
+    )
+    lines = ["==PROF== Connected to process 7", header]
+    for launch, (kernel, duration, unit) in enumerate(
+        [("tile_kernel(Args)", "1,500", "nsecond"), ("tile_kernel(Args)", "2.5", "usecond"),
+         ("sum_kernel(Args)", "1", "usecond")]
+    ):  # fmt: skip
+        start = f'"{launch}","7","{kernel}","GPU Speed Of Light Throughput"'
+        lines += [
+            f'{start},"Duration","{unit}","{duration}"',
+            f'{start},"Elapsed Cycles","cycle","9"',
+        ]
+        lines += [f'{start},"L2 Cache Throughput","%","{40 + launch}"']
+        lines += [f'{start},"DRAM Throughput","%","n/a"']
+    assert gpu.kernel_rows("\n".join(lines)) == [
+        {"kernel": "tile_kernel", "launches": 2, "us": 2.0, "l2_percent": 40.5},
+        {"kernel": "sum_kernel", "launches": 1, "us": 1.0, "l2_percent": 42.0},
+    ]
+    assert gpu.kernel_rows("==ERROR== no permission") == []
 
 
 # ---- the table ----------------------------------------------------------------------------------
