@@ -34,6 +34,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -259,7 +260,21 @@ def join(backend: str, timeout: timedelta) -> None:
     come first.
     """
     importlib.import_module("torch._dynamo")
-    dist.init_process_group(backend, timeout=timeout)
+    with _stdout_for_results():
+        dist.init_process_group(backend, timeout=timeout)
+
+
+@contextlib.contextmanager
+def _stdout_for_results() -> Iterator[None]:
+    """Send what native code prints to stderr: gloo of torch 2.10 tells of its connections."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def current(n_nodes: int) -> Ranks:

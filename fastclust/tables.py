@@ -338,12 +338,12 @@ class _Table:
             with _open_text(path) as file:
                 used = ((i, line.strip()) for i, line in enumerate(file) if _is_data(line))
                 head = list(itertools.islice(used, 2))
-        except (OSError, UnicodeDecodeError, EOFError) as error:
+            if not head:
+                raise DatasetFormatError(f"{path} must hold a table, got no line of data")
+            separator = next((mark for mark in "\t,;" if mark in head[0][1]), None)
+            rows = [_split(line, separator) for _, line in head]
+        except (OSError, UnicodeDecodeError, EOFError, csv.Error) as error:
             raise DatasetFormatError(f"{path} must be a text table: {error}") from None
-        if not head:
-            raise DatasetFormatError(f"{path} must hold a table, got no line of data")
-        separator = next((mark for mark in "\t,;" if mark in head[0][1]), None)
-        rows = [_split(line, separator) for _, line in head]
         is_header = not any(map(_is_number, rows[0]))
         if edge_list and is_header:
             # Ends may be names: then only known words or numbers below tell a header.

@@ -286,6 +286,17 @@ def torchrun(size: int, *arguments: str | Path) -> subprocess.CompletedProcess[s
     )  # fmt: skip
 
 
+def test_joining_leaves_stdout_to_the_results(monkeypatch, capfd) -> None:
+    def talkative(*args: object, **kwargs: object) -> None:
+        os.write(1, b"[Gloo] Rank 0 is connected\n")
+
+    monkeypatch.setattr("torch.distributed.init_process_group", talkative)
+    distributed.join("gloo", timedelta(seconds=1))
+    print("result")
+    out, err = capfd.readouterr()
+    assert out == "result\n" and "[Gloo]" in err
+
+
 @pytest.mark.parametrize(
     ("model", "module", "name"), [("hsan", "hsan", "HSANModel"), ("ecnmf", "ecnmf", "ECNMFModel")]
 )

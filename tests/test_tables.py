@@ -158,6 +158,7 @@ def test_attributes_alone_make_a_nearest_neighbour_graph(folder):
         (("ragged.csv", "plain.csv"), "must be a table of 2 columns: .*row 2"),
         (("numbers.txt", "empty.csv"), "must hold a table, got no line of data"),
         (("numbers.txt", "binary.csv"), "must be a text table"),
+        (("numbers.txt", "field.csv"), "must be a text table: field larger than field limit"),
         (("numbers.txt", "nan.csv"), "finite values only.*NaN at row 1, column 0"),
         (("numbers.txt", "twice.csv"), "name every node once, got 'ann' 2 times"),
         (("numbers.txt", "words.csv"), "got 'tall' in column 'h'"),
@@ -181,6 +182,7 @@ def test_attributes_alone_make_a_nearest_neighbour_graph(folder):
 )
 def test_mistakes(folder, arguments, message):
     write("one.txt", "0", "1")
+    write("field.csv", f"{'x' * 200_000},y", "1,2")
     write("far.txt", "0 1", "1 4")
     write("negative.txt", "0 1 -1")
     write("ragged.csv", "source,target", "0,1", "2")
