@@ -244,7 +244,6 @@ FASTCLUST_HD uint32_t to_bf16_pair(float first, float second) {
   return to_bf16(first) | uint32_t{to_bf16(second)} << 16;
 #endif
 }
-FASTCLUST_HD float from_bf16(uint16_t value) { return bits_float(uint32_t{value} << 16); }
 
 // tf32 (10 bits of mantissa) by round to nearest, ties away from zero.
 FASTCLUST_HD float to_tf32(float value) {

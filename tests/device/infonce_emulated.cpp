@@ -150,8 +150,8 @@ void cut_of(int64_t rows, int64_t fixed_bytes, int64_t row_bytes, double entry_b
 }
 // Formats: bf16 high and low part, tf32.
 void formats(float value, float* out) {
-  out[0] = from_bf16(to_bf16(value));
-  out[1] = from_bf16(to_bf16(value - out[0]));
+  out[0] = bits_float(to_bf16_pair(value, 0.f) << 16);
+  out[1] = bits_float(to_bf16_pair(0.f, value - out[0]) & 0xffff0000u);
   out[2] = to_tf32(value);
 }
 
