@@ -175,6 +175,11 @@ def test_jobs_respect_max_jobs(toolchain, monkeypatch):
     assert toolchain.parallel_jobs() >= 1
 
 
+def assert_compiles(source: Path, command: list[str]) -> None:
+    result = subprocess.run([*command, str(source)], capture_output=True, text=True)
+    assert result.returncode == 0, f"{source.name}:\n{result.stderr}"
+
+
 @pytest.mark.skipif(
     not os.environ.get("FASTCLUST_OLDEST_TORCH"),
     reason="FASTCLUST_OLDEST_TORCH is not set: the folder of the oldest torch, its headers suffice",
@@ -199,8 +204,7 @@ def test_sources_compile_beside_the_oldest_torch(toolchain, tmp_path):
             compiler += ["-o", str(tmp_path / "object.o")]
         else:
             continue
-        result = subprocess.run([*compiler, *common, str(source)], capture_output=True, text=True)
-        assert result.returncode == 0, f"{source.name}:\n{result.stderr}"
+        assert_compiles(source, [*compiler, *common])
         checked += 1
     assert checked >= 6
 
@@ -218,6 +222,4 @@ def test_the_portable_sources_compile_where_x86_does_not_exist(toolchain, tmp_pa
     flags = [*toolchain.CXX_FLAGS, "-O0", "-fsyntax-only", "-I", str(ROOT / "csrc")]
     for source in sources:
         headers = toolchain.torch_flags(source, torch)
-        command = ["aarch64-linux-gnu-g++", *flags, *headers, str(source)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, f"{source.name}:\n{result.stderr}"
+        assert_compiles(source, ["aarch64-linux-gnu-g++", *flags, *headers])

@@ -89,8 +89,8 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Ties d to this place: products and waits name no registers or all of them, and the compiler would
-// be free to move a use of d across a wait or a fence.
+// Ties d to this place: a wait or a fence names no registers, and the compiler would be free to move a
+// use of d across it.
 __device__ __forceinline__ void wgmma_hold(float (&d)[1][16][4]) {
 #pragma unroll
   for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[0][i / 4][i % 4])::"memory");

@@ -20,20 +20,25 @@ inline unsigned blocks(int64_t count, int64_t per_block) {
 }
 
 #if !defined(FASTCLUST_DEVICE_EMULATOR)
-template <typename... Parameters, typename... Args>
-void enqueue(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream,
-            Args... args) {
-  kernel<<<grid, threads, 0, stream>>>(args...);
+// Above 48 KB of dynamic shared memory a kernel has to ask.
+template <typename Kernel>
+cudaError_t allow_shared(Kernel kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
 }
-// With dynamic shared memory. An error is the caller's cudaGetLastError.
+
+// Launches; an error is the caller's cudaGetLastError.
 template <typename... Parameters, typename... Args>
 void enqueue_shared(void (*kernel)(Parameters...), dim3 grid, int threads, size_t bytes,
                     cudaStream_t stream, Args... args) {
-  if (bytes > 48 * 1024) {  // above this a kernel has to ask
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(bytes));
-  }
+  if (allow_shared(kernel, bytes) != cudaSuccess) return;
   kernel<<<grid, threads, bytes, stream>>>(args...);
+}
+template <typename... Parameters, typename... Args>
+void enqueue(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream,
+             Args... args) {
+  enqueue_shared(kernel, grid, threads, 0, stream, args...);
 }
 #endif
 

@@ -11,6 +11,8 @@
 
 #include <cstdint>
 
+#include "common/launch.cuh"
+
 #define FASTCLUST_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define FASTCLUST_DYNAMIC_SHARED_1024(name) extern __shared__ __align__(1024) unsigned char name[]
 
@@ -107,11 +109,9 @@ template <typename Args>
 cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_bytes,
                    cudaStream_t stream, const Args& args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  if (shared_bytes > 48 * 1024) {  // above this a kernel has to ask
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-    // As much of the first-level cache as there is: two blocks are to fit a multiprocessor.
+  cudaError_t error = allow_shared(kernel, shared_bytes);
+  if (error != cudaSuccess) return error;
+  if (shared_bytes > 0) {  // as much of it as there is: two blocks are to fit a multiprocessor
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared);
     if (error != cudaSuccess) return error;

@@ -4,10 +4,9 @@
 // Work split: products with the sketch (Y^T Y by slots of rows, Y W) go by 32 x 32 tiles, summed in
 // double; the small factorisations, one block per batch: a right-looking Cholesky that carries the
 // inverse along, one barrier a step, and one-sided Jacobi with half a warp per pair of rows and the
-// round-robin order that rotates l / 2 disjoint pairs at once. Their matrices (l (l + 1)
-// doubles, 52 kB at l = 80) lie in shared memory up to l = 110, above it in device memory. Sums run in
-// a fixed order, nothing is atomic, the host never waits: all of batched_svd can be captured in a CUDA
-// graph.
+// round-robin order that rotates l / 2 disjoint pairs at once. Their matrices (l (l + 1) doubles, 52 kB
+// at l = 80) lie in shared memory up to l = 110, above it in device memory. Sums run in a fixed order,
+// nothing is atomic, the host never waits: all of batched_svd can be captured in a CUDA graph.
 //
 // Bound, by arithmetic (no GPU was to be had), AMAC r = 70, l = 80, M = 14, B = 1024, H100: centring
 // 4 passes x 84 MB = 0.11 ms; the Gram matrices 17 GF and five products 6.6 GF of fp32 at 40 TF/s =
@@ -16,7 +15,8 @@
 // iterations of the bound 0.05 ms; Jacobi 79 rounds x 7 sweeps x 600 cycles (two sums over half a warp,
 // a rotation, a barrier) = 0.2 ms. In sum 1.4 ms and 70 launches (0.2 ms hidden in a graph), where 2 ms
 // are aimed at. The factorisations, bound by latency on 14 of 132 multiprocessors, are no longer most
-// of it: with 256 threads, quotients of 64-bit indices and matrices in device memory they were 3 ms.
+// of it: with 256 threads, quotients of 64-bit indices and matrices in device memory this reckoning
+// gives 3 ms for them.
 //
 // Double data have no wider type to square into: Gram-Schmidt, twice, one block per batch; right, not
 // fast.
