@@ -43,7 +43,7 @@ class Budget:
 BUDGETS = {
     r"forward_kernel<MmaPath<bf16, 1>, MmaPath<bf16, 3>, false>": Budget(TWO_BLOCKS, {"BF16": 32}),
     r"forward_kernel<MmaPath<bf16, 1>, MmaPath<bf16, 3>, true>": Budget(ONE_BLOCK, {"BF16": 128}),
-    r"forward_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, false>": Budget(TWO_BLOCKS, {"BF16": 96}),
+    r"forward_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, false>": Budget(ONE_BLOCK, {"BF16": 96}),
     r"forward_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, true>": Budget(ONE_BLOCK, {"BF16": 192}),
     r"forward_kernel<MmaPath<float, 1>, MmaPath<bf16, 3>, false>": Budget(TWO_BLOCKS, {"TF32": 32}),
     r"forward_kernel<MmaPath<float, 1>, MmaPath<bf16, 3>, true>": Budget(
@@ -56,7 +56,7 @@ BUDGETS = {
         ONE_BLOCK, {"BF16": 128}, TILE_WORDS
     ),
     r"tile_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, false>": Budget(
-        TWO_BLOCKS, {"BF16": 96}, TILE_WORDS
+        ONE_BLOCK, {"BF16": 96}, TILE_WORDS
     ),
     r"tile_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, true>": Budget(
         ONE_BLOCK, {"BF16": 192}, TILE_WORDS
@@ -69,9 +69,9 @@ BUDGETS = {
     ),
     # T X and T^T X
     r"product_kernel<MmaPath<bf16, 1>>": Budget(TWO_BLOCKS, {"BF16": 64}),
-    r"product_kernel<MmaPath<bf16, 3>>": Budget(TWO_BLOCKS, {"BF16": 192}),
+    r"product_kernel<MmaPath<bf16, 3>>": Budget(ONE_BLOCK, {"BF16": 192}),
     r"product_kernel<MmaPath<float, 1>>": Budget(TWO_BLOCKS, {"TF32": 48}),  # T^T X half unrolled
-    r"range_kernel<MmaPath<bf16, 4>>": Budget(TWO_BLOCKS, {"BF16": 128}),
+    r"range_kernel<MmaPath<bf16, 4>>": Budget(ONE_BLOCK, {"BF16": 128}),
     # float64 and the small kernels around: bounded by memory or by plain arithmetic.
     r"(forward|tile|product|range)_kernel<PlainPath<double>.*>": Budget(ONE_BLOCK, {}),
     r"(pack|sum|loss|inverse|finish|alpha|range_finish|rank|tile_mask|needed)_kernel(<.*>)?": (
@@ -81,11 +81,11 @@ BUDGETS = {
     # multiprocessor start with 168 registers a thread and move them to the consumers; of blocks of
     # 288 threads two share one with 96.
     r"sm90::(forward|tile)_kernel<1, false>": Budget(96, {"HGMMA": 4}),
-    r"sm90::(forward|tile)_kernel<3, false>": Budget(168, {"HGMMA": 12}),
+    r"sm90::(forward|tile)_kernel<3, false>": Budget(168, {"HGMMA": 48}),  # two steps in flight
     r"sm90::(forward|tile)_kernel<1, true>": Budget(168, {"HGMMA": 16}),
     r"sm90::(forward|tile)_kernel<3, true>": Budget(168, {"HGMMA": 24}),
     r"sm90::product_kernel<1>": Budget(96, {"HGMMA": 24}),  # the ring of three unrolled
-    r"sm90::product_kernel<3>": Budget(168, {"HGMMA": 24}),
+    r"sm90::product_kernel<3>": Budget(168, {"HGMMA": 96}),
     # Bounded by memory: no matrix instructions, registers for at least half of the threads.
     r"propagate/.*": Budget(128, {}, 0),
     # The batched SVD: the small factorisations are one block per batch, bound by latency.

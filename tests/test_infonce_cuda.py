@@ -90,6 +90,30 @@ def test_matches_the_twin(n, dz, de, beta, refreshes, precision) -> None:
         assert abs(float(grads[2]) - float(want[2])) <= grad_bound * max(0.1, abs(float(want[2])))
 
 
+def test_digits_of_a_long_sum_are_kept() -> None:
+    """Rows that are alike; see the test of the same name in test_infonce_device_math.py."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(1, 1000, generator=g) + 0.33 * torch.randn(3000, 1000, generator=g)
+    z = torch.nn.functional.normalize(z, dim=1).cuda()
+    none, alpha = z.new_zeros(z.shape[0], 0), torch.tensor(1.0, device="cuda")
+    loss, grads = gradients(z, none, alpha, None, "bf16x3")
+    want_loss, want = double_twin(z, none, alpha, None)
+    assert abs(float(loss) - float(want_loss)) <= 3e-7 * float(want_loss)
+    error = (grads[0].cpu().double() - want[0]).norm() / want[0].norm()
+    assert float(error) <= 1.5e-5
+    s = z.double() @ z.double().T
+    got = torch.ops.fastclust.similarity_range(z, none, alpha, 0).double()
+    torch.testing.assert_close(got, torch.stack([s.min(), s.max()]), rtol=0, atol=2e-6)
+
+
+def test_nan_made_by_the_gpu_reaches_the_loss() -> None:
+    """Its mantissa is all ones, which rounding must not carry over to zero."""
+    z, e = views(50, 20, 10)
+    z[3] = z[3] * 0 / 0
+    for precision in BOUNDS:
+        assert ops.hard_infonce(z, e, 0.5, precision=precision).isnan()
+
+
 def test_float64_is_exact() -> None:
     z, e = (t.double() for t in views(200, 40, 24))
     alpha = torch.tensor(0.4, dtype=torch.float64, device="cuda")

@@ -8,6 +8,7 @@ Faults seeded once into the sources, and the test that turned red:
     last tile dropped, diagonal tile counted twice, 1/r_k term skipped: matches_the_twin (among
     others); chunk table shifted: seams_of_panels_and_chunks; a barrier of the pipeline
     removed, or one copy too few waited for: no_race (and the twins); no swizzle: bank_conflict;
+    all products added by the matrix unit: digits_of_a_long_sum;
     a tile on the diagonal or at the end taken for an ordinary one: matches_the_twin.
 """
 
@@ -374,6 +375,34 @@ def test_range_of_the_similarity(emulated, n, alpha, dtype) -> None:
     torch.testing.assert_close(case.range().double(), want, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("path", ["general", "hopper"])
+def test_digits_of_a_long_sum_are_kept(emulated, path) -> None:
+    """Rows that are alike: the matrix unit would cut every small product off at the large sum.
+
+    Added up by it alone, row sums of 1000 columns come out 5e-6 (general) and 3e-6 too small, and
+    the range errs by 7e-6.
+    """
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(1, 1000, generator=g, dtype=torch.float64)
+    z = z + 0.33 * torch.randn(140, 1000, generator=g, dtype=torch.float64)
+    z = torch.nn.functional.normalize(z, dim=1).float().double()
+    case = Case(emulated, z, z[:, :0], 1.0, None, torch.float32, BF16X3)
+    _, grads, row_sums = expected(case)
+    emulated.set_hopper(path == "hopper")
+    try:
+        _, got = case.forward()
+        grad_z = case.backward()[0]
+    finally:
+        emulated.set_hopper(0)
+    error = got / row_sums - 1
+    assert abs(float(error.mean())) <= 3e-7
+    assert float(error.abs().max()) <= 1e-6
+    assert relative(grad_z, grads[0]) <= 1e-5  # of operands with 17 bits
+    s = z @ z.T
+    want = torch.stack([s.min(), s.max()])
+    torch.testing.assert_close(case.range().double(), want, rtol=0, atol=2e-6)
+
+
 # ---- the kernels for Hopper ----------------------------------------------------------------------
 
 
@@ -610,6 +639,9 @@ def test_workspace_at_amac_and_100k_is_under_64_mb(emulated, n, refreshes, preci
 def test_number_formats(emulated) -> None:
     out = (ctypes.c_float * 3)()
     values = torch.randn(2000, generator=torch.Generator().manual_seed(0)) * 10
+    for bits in (0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000):  # the first is the NaN of a GPU
+        emulated.formats(ctypes.c_float.from_buffer(ctypes.c_uint32(bits)), out)
+        assert math.isnan(out[2])
     for value in [*values.tolist(), 0.0, 1.0, -1.0, 1 + 2**-8, 1 + 3 * 2**-9, 2.0**-100]:
         emulated.formats(ctypes.c_float(value), out)
         hi = torch.tensor(value).bfloat16().float()

@@ -96,8 +96,9 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[1][16][4]) {
   for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[0][i / 4][i % 4])::"memory");
 }
 
-// d += a b^T: a 64 x 16 and b 128 x 16 bf16 through descriptors; kMajor 1: stored [k][m] or [k][n].
-template <int kMajorA, int kMajorB>
+// d += a b^T, or d = a b^T: a 64 x 16 and b 128 x 16 bf16 through descriptors; kMajor 1: stored [k][m]
+// or [k][n].
+template <int kMajorA, int kMajorB, bool kAdd>
 __device__ __forceinline__ void wgmma_m64n128k16(float (&d)[1][16][4], uint64_t a, uint64_t b) {
 #define FASTCLUST_D4(i) "+f"(d[0][i][0]), "+f"(d[0][i][1]), "+f"(d[0][i][2]), "+f"(d[0][i][3])
   asm volatile(
@@ -106,12 +107,12 @@ __device__ __forceinline__ void wgmma_m64n128k16(float (&d)[1][16][4], uint64_t 
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, 1, 1, 1, %66, %67;"
+      "%64, %65, %66, 1, 1, %67, %68;"
       : FASTCLUST_D4(0), FASTCLUST_D4(1), FASTCLUST_D4(2), FASTCLUST_D4(3), FASTCLUST_D4(4),
         FASTCLUST_D4(5), FASTCLUST_D4(6), FASTCLUST_D4(7), FASTCLUST_D4(8), FASTCLUST_D4(9),
         FASTCLUST_D4(10), FASTCLUST_D4(11), FASTCLUST_D4(12), FASTCLUST_D4(13), FASTCLUST_D4(14),
         FASTCLUST_D4(15)
-      : "l"(a), "l"(b), "n"(kMajorA), "n"(kMajorB));
+      : "l"(a), "l"(b), "n"(int{kAdd}), "n"(kMajorA), "n"(kMajorB));
 #undef FASTCLUST_D4
 }
 

@@ -1,6 +1,6 @@
 // Host side of the CUDA infonce kernels: how the work is cut, what the workspace holds, and the
-// sequence of launches. All sizes follow from the problem, never from the device, so that results
-// do not depend on which card runs them.
+// sequence of launches. All sizes follow from the problem, never from the device: between cards only the
+// arithmetic of their matrix units differs.
 #pragma once
 
 #include <utility>

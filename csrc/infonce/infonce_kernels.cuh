@@ -18,11 +18,14 @@
 // packing panels and chunks anew: about M^2 / (2 panel rows) rows of traffic, a few percent of the
 // time of the products.
 //
-// Precision: bf16 is one product of rounded operands; bf16x3 splits operands and T into hi + lo
-// and adds lo*hi, hi*lo, hi*hi, which is float32 grade and therefore also serves fp32; tf32 is one
-// product of m16n8k8; float64 uses plain arithmetic (PlainPath), for exactness rather than speed.
+// Precision: bf16 is one product of rounded operands; bf16x3 splits operands and T into hi + lo, 17
+// bits, and adds lo*hi, hi*lo, hi*hi, which serves fp32, too; tf32 is one product of m16n8k8;
+// float64 uses plain arithmetic (PlainPath), for exactness rather than speed.
 // Snapshot products are bf16x3 in every float32 mode, since |Q - minmax(S)| near 0 magnifies their
 // error; the range of S adds the lo*lo product, which the diagonal needs.
+// A matrix unit cuts off what a product has below the last digit of the sum that it is added to,
+// always towards zero. Over 1000 columns of rows that are alike that is 3e-6 to 7e-6 of a logit, ten
+// times the error of bf16x3, whose sums are therefore made in short pieces and added up outside.
 //
 // No two threads of a launch add to one place, no host synchronisation, no allocation: results have
 // the same bits every time, and the launches can be captured in a CUDA graph.
@@ -87,8 +90,9 @@ __device__ __forceinline__ void pipeline(int total, Load load, Compute compute) 
 }
 
 // Tensor-core path: Element is uint16_t (bf16) or float (tf32). With more than one product the
-// operands have a hi and a lo part, and lo*hi + hi*lo + hi*hi is summed (four: lo*lo as well); both
-// parts of a k step are staged together, so that three products cost twice the traffic of one.
+// operands have a hi and a lo part, and lo*hi + hi*lo + hi*hi of 16 k is summed, then added to the
+// rest (four: lo*lo as well); both parts of a k step are staged together, so that three products cost
+// twice the traffic of one.
 template <typename Element_, int kProducts_>
 struct MmaPath {
   using Element = Element_;
@@ -104,6 +108,9 @@ struct MmaPath {
   static constexpr int kStageBytes = 2 * kParts * kTileBytes;  // left parts, right parts
   static constexpr int kSharedBytes = kStages * kStageBytes;
   static_assert(kSharedBytes <= 99 * 1024, "a block of sm_86 and sm_89 has no more");
+  // Blocks that share a multiprocessor. One with two parts takes all the shared memory of sm_8x. On sm_90
+  // two would fit, with 128 registers a thread: the sums of products apart would spill.
+  static constexpr int kBlocksEach = kParts == 1 ? 2 : 1;
   using Fragment = float[kMi][kNj][4];
 
   static __device__ __forceinline__ int row_of(int mi, int half) {
@@ -213,24 +220,29 @@ struct MmaPath {
         load_right<kNMajor>(right + part * kTileBytes, kk, b[part]);
       }
 #pragma unroll
-      for (int mi = 0; mi < kMi; ++mi)
+      for (int mi = 0; mi < kMi; ++mi) {
+        uint32_t a[kParts][4];
 #pragma unroll
-        for (int left = kParts - 1; left >= 0; --left) {  // lo first
-          uint32_t a[4];
-          load_left<kMMajor>(stage + left * kTileBytes, kk, mi, a);
+        for (int part = 0; part < kParts; ++part) {
+          load_left<kMMajor>(stage + part * kTileBytes, kk, mi, a[part]);
+        }
 #pragma unroll
-          for (int part = kParts - 1; part >= 0; --part) {
-            if (kProducts == 3 && left == 1 && part == 1) continue;
+        for (int nj = 0; nj < kNj; ++nj) {
+          if constexpr (!kBf16) {
+            mma_tf32(acc[mi][nj], a[0], b[0][nj]);
+          } else if constexpr (kProducts == 1) {
+            mma_bf16(acc[mi][nj], a[0], b[0][nj]);
+          } else {
+            float sum[4] = {};
+            if constexpr (kProducts == 4) mma_bf16(sum, a[1], b[1][nj]);
+            mma_bf16(sum, a[1], b[0][nj]);
+            mma_bf16(sum, a[0], b[1][nj]);
+            mma_bf16(sum, a[0], b[0][nj]);
 #pragma unroll
-            for (int nj = 0; nj < kNj; ++nj) {
-              if constexpr (kBf16) {
-                mma_bf16(acc[mi][nj], a, b[part][nj]);
-              } else {
-                mma_tf32(acc[mi][nj], a, b[part][nj]);
-              }
-            }
+            for (int c = 0; c < 4; ++c) acc[mi][nj][c] += sum[c];
           }
         }
+      }
     }
   }
 
@@ -351,6 +363,7 @@ struct PlainPath {
   static constexpr int kStepsPerBlock = 1;
   static constexpr int kPitch = kTile + 1;  // [k][row], padded against bank conflicts
   static constexpr int kSharedBytes = 2 * kStep * kPitch * sizeof(T);
+  static constexpr int kBlocksEach = 2;
   using Fragment = T[kMi][kNj][4];
 
   static __device__ __forceinline__ int row_of(int mi, int half) {
@@ -778,7 +791,7 @@ __device__ __forceinline__ bool is_mine(uint64_t needed, const WeightArgs<Acc>& 
 }
 
 template <typename Path, typename WPath, bool kWeighted>
-__global__ __launch_bounds__(kThreads, kWeighted ? 1 : 2) void forward_kernel(
+__global__ __launch_bounds__(kThreads, kWeighted ? 1 : Path::kBlocksEach) void forward_kernel(
     ForwardArgs<typename Path::Acc> args) {
   FASTCLUST_DYNAMIC_SHARED(shared);
   const Patch& patch = args.patch;
@@ -936,7 +949,7 @@ __device__ __forceinline__ void tile_epilogue(const TileArgs<typename Path::Acc>
 }
 
 template <typename Path, typename WPath, bool kWeighted>
-__global__ __launch_bounds__(kThreads, kWeighted ? 1 : 2) void tile_kernel(
+__global__ __launch_bounds__(kThreads, kWeighted ? 1 : Path::kBlocksEach) void tile_kernel(
     TileArgs<typename Path::Acc> args) {
   FASTCLUST_DYNAMIC_SHARED(shared);
   const Patch& patch = args.patch;
@@ -1038,7 +1051,7 @@ __device__ __forceinline__ void product_epilogue(const ProductArgs<typename Path
 }
 
 template <typename Path>
-__global__ __launch_bounds__(kThreads, 2) void product_kernel(
+__global__ __launch_bounds__(kThreads, Path::kBlocksEach) void product_kernel(
     ProductArgs<typename Path::Acc> args) {
   FASTCLUST_DYNAMIC_SHARED(shared);
   const ProductTile tile = product_tile(args, blockIdx.x);
@@ -1156,7 +1169,7 @@ __device__ __forceinline__ void block_range(Acc* shared, Acc& low, Acc& high) {
 }
 
 template <typename Path>
-__global__ __launch_bounds__(kThreads, 2) void range_kernel(RangeArgs<typename Path::Acc> args) {
+__global__ __launch_bounds__(kThreads, Path::kBlocksEach) void range_kernel(RangeArgs<typename Path::Acc> args) {
   using Acc = typename Path::Acc;
   constexpr int kMi = Path::kMi, kNj = Path::kNj, kTile = Path::kTile;
   FASTCLUST_DYNAMIC_SHARED(shared);

@@ -5,7 +5,7 @@
 // through the ring of stages and into the next tile, so that an epilogue overlaps the copies for what
 // follows. Blocks are persistent; with one product and no weights two of them share a
 // multiprocessor and one's epilogue also overlaps the other's products.
-// Precision: bf16 one product, bf16x3 three; sums of lo hi, hi lo, hi hi in this order per 16 k.
+// Precision: bf16 one product, bf16x3 three, summed per 64 k apart from the rest (consume_apart).
 //
 // Not yet run on a card: chosen only if FASTCLUST_SM90=1 (infonce_cuda.cu).
 // Predictions to test there, H100 at 650 TFLOP/s of matrix rate, AMAC, D = 1000, no weights:
@@ -49,6 +49,12 @@ struct WgmmaPath {
     for (int nj = 0; nj < kNj; ++nj)
 #pragma unroll
       for (int c = 0; c < 4; ++c) acc[0][nj][c] *= factor;
+  }
+  static __device__ __forceinline__ void add(Fragment& acc, const Fragment& sum) {
+#pragma unroll
+    for (int nj = 0; nj < kNj; ++nj)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) acc[0][nj][c] += sum[0][nj][c];
   }
   static __device__ __forceinline__ void store_pair(const Packed& t, uint32_t at, float a,
                                                     float b) {
@@ -156,7 +162,8 @@ __device__ __forceinline__ void produce_product(const Ring& ring, Cursor& cursor
 
 // ---- consumers: two warpgroups -------------------------------------------------------------------
 
-// Products of one stage: lo hi, hi lo, hi hi, or the last alone.
+// Products of one stage: of its 64 k lo hi, then hi lo, then hi hi, or the last alone. Several replace
+// what is in `acc`, one is added.
 template <typename Path, int kMajorA, int kMajorB>
 __device__ __forceinline__ void multiply_stage(const unsigned char* stage,
                                                typename Path::Fragment& acc) {
@@ -165,13 +172,18 @@ __device__ __forceinline__ void multiply_stage(const unsigned char* stage,
   const uint32_t left = shared_address(stage) + group * kHalfBytes;
   const uint32_t right = shared_address(stage) + kParts * kOperandBytes;
 #pragma unroll
-  for (int kk = 0; kk < kStepColumns / 16; ++kk) {
+  for (int product = 0; product < Path::kProducts; ++product) {
+    const int a = Path::kProducts == 3 && product == 0, b = product == 1;  // 1: the lo part
+    const uint32_t from_a = left + a * kOperandBytes, from_b = right + b * kOperandBytes;
 #pragma unroll
-    for (int product = 0; product < Path::kProducts; ++product) {
-      const int a = Path::kProducts == 3 && product == 0, b = product == 1;  // 1: the lo part
-      const uint32_t from_a = left + a * kOperandBytes, from_b = right + b * kOperandBytes;
-      wgmma_m64n128k16<kMajorA, kMajorB>(acc, kMajorA ? mn_major(from_a, kk) : k_major(from_a, kk),
-                                         kMajorB ? mn_major(from_b, kk) : k_major(from_b, kk));
+    for (int kk = 0; kk < kStepColumns / 16; ++kk) {
+      const uint64_t of_a = kMajorA ? mn_major(from_a, kk) : k_major(from_a, kk);
+      const uint64_t of_b = kMajorB ? mn_major(from_b, kk) : k_major(from_b, kk);
+      if (Path::kProducts > 1 && product == 0 && kk == 0) {
+        wgmma_m64n128k16<kMajorA, kMajorB, false>(acc, of_a, of_b);
+      } else {
+        wgmma_m64n128k16<kMajorA, kMajorB, true>(acc, of_a, of_b);
+      }
     }
   }
 }
@@ -179,8 +191,9 @@ __device__ __forceinline__ void multiply_stage(const unsigned char* stage,
 // acc += over `steps` stages, scaled by `ratio` before step `scale_at`. A stage is handed back once
 // the products of the next one are under way and its own are done.
 template <typename Path, int kMajorA, int kMajorB, typename Ring>
-__device__ __forceinline__ void consume(const Ring& ring, Cursor& cursor, int steps, int scale_at,
-                                        float ratio, typename Path::Fragment& acc) {
+__device__ __forceinline__ void consume_in_place(const Ring& ring, Cursor& cursor, int steps,
+                                                 int scale_at, float ratio,
+                                                 typename Path::Fragment& acc) {
   const bool leader = (threadIdx.x & 31) == 0;
   int before = -1;
   wgmma_hold(acc);
@@ -205,15 +218,80 @@ __device__ __forceinline__ void consume(const Ring& ring, Cursor& cursor, int st
   if (before >= 0 && leader) mbarrier_arrive(ring.empty(before));
 }
 
+// The same with the sum of each stage made apart and added by ordinary arithmetic: the matrix unit
+// cuts off the digits of small products that are added to a large sum. With kInFlight 2 a stage's
+// products run while those of the stage before are added.
+template <typename Path, int kMajorA, int kMajorB, int kInFlight, typename Ring>
+__device__ __forceinline__ void consume_apart(const Ring& ring, Cursor& cursor, int steps,
+                                              int scale_at, float ratio,
+                                              typename Path::Fragment& acc) {
+  const bool leader = (threadIdx.x & 31) == 0;
+  typename Path::Fragment sums[kInFlight];
+  Cursor done = cursor;
+  const auto begin = [&](typename Path::Fragment& sum) {
+    mbarrier_wait(ring.full(cursor.stage), cursor.filled());
+    wgmma_fence();
+    multiply_stage<Path, kMajorA, kMajorB>(ring.stage(cursor.stage), sum);
+    wgmma_commit();
+    cursor.advance(Ring::kStages);
+  };
+  const auto end = [&](int step, typename Path::Fragment& sum) {
+    wgmma_hold(sum);
+    if (leader) mbarrier_arrive(ring.empty(done.stage));
+    done.advance(Ring::kStages);
+    if (step == scale_at) Path::scale(acc, ratio);
+    Path::add(acc, sum);
+  };
+  if constexpr (kInFlight == 1) {
+    for (int step = 0; step < steps; ++step) {
+      begin(sums[0]);
+      wgmma_wait<0>();
+      end(step, sums[0]);
+    }
+  } else if (steps > 0) {
+    // No condition in the loop: the assembler would wait for every product.
+    int step = 0;
+    begin(sums[0]);
+    for (; step + 2 < steps; step += 2) {
+      begin(sums[1]);
+      wgmma_wait<1>();
+      end(step, sums[0]);
+      begin(sums[0]);
+      wgmma_wait<1>();
+      end(step + 1, sums[1]);
+    }
+    if (step + 1 < steps) {
+      begin(sums[1]);
+      wgmma_wait<1>();
+      end(step, sums[0]);
+      wgmma_wait<0>();
+      end(step + 1, sums[1]);
+    } else {
+      wgmma_wait<0>();
+      end(step, sums[0]);
+    }
+  }
+}
+
+template <typename Path, int kMajorA, int kMajorB, int kInFlight, typename Ring>
+__device__ __forceinline__ void consume(const Ring& ring, Cursor& cursor, int steps, int scale_at,
+                                        float ratio, typename Path::Fragment& acc) {
+  if constexpr (Path::kProducts == 1) {
+    consume_in_place<Path, kMajorA, kMajorB>(ring, cursor, steps, scale_at, ratio, acc);
+  } else {
+    consume_apart<Path, kMajorA, kMajorB, kInFlight>(ring, cursor, steps, scale_at, ratio, acc);
+  }
+}
+
 // acc = tile of S, as in MmaPath::similarity.
-template <typename Path, typename Ring>
+template <typename Path, int kInFlight, typename Ring>
 __device__ __forceinline__ void consume_similarity(const Ring& ring, Cursor& cursor,
                                                    const Packed& x, const float* alpha,
                                                    typename Path::Fragment& acc) {
   const SimilaritySteps steps = block_steps(x, *alpha);
   const Mix<float> mix = mix_of(*alpha);
   Path::fill(acc, 0.f);
-  consume<Path, 0, 0>(ring, cursor, steps.total(), steps.first_count, mix.ratio, acc);
+  consume<Path, 0, 0, kInFlight>(ring, cursor, steps.total(), steps.first_count, mix.ratio, acc);
   Path::scale(acc, mix.second_steps(x.z_steps, x.e_steps) ? mix.scale : mix.ratio * mix.scale);
 }
 
@@ -263,6 +341,7 @@ __device__ __forceinline__ void similarity_tiles(const PairArgs<float>& args, co
                                                  Epilogue epilogue) {
   using Path = typename Shape<kProducts, kWeighted>::Path;
   using WPath = typename Shape<kProducts, kWeighted>::WPath;
+  constexpr int kInFlight = kWeighted ? 1 : 2;  // the weights take the registers of one
   run_roles<Shape<kProducts, kWeighted>>(
       [&] {
         Cursor cursor;
@@ -289,12 +368,12 @@ __device__ __forceinline__ void similarity_tiles(const PairArgs<float>& args, co
               const int s = latest_common(needed, needed);
               needed ^= uint64_t{1} << s;
               const auto& snapshot = args.weights.table[s];
-              consume_similarity<WPath>(ring, cursor, snapshot.left, snapshot.alpha, acc);
+              consume_similarity<WPath, kInFlight>(ring, cursor, snapshot.left, snapshot.alpha, acc);
               weigh<WPath>(args.weights, s, static_cast<int>(args.patch.row_begin) + tile.i * kTile,
                            static_cast<int>(args.patch.column_begin) + tile.j * kTile, acc, w);
             }
           }
-          consume_similarity<Path>(ring, cursor, args.left, args.alpha, acc);
+          consume_similarity<Path, kInFlight>(ring, cursor, args.left, args.alpha, acc);
           epilogue(tile, w, acc);
         });
       });
@@ -358,9 +437,9 @@ product_kernel(ProductArgs<float> args) {
           typename Path::Fragment acc;
           Path::fill(acc, 0.f);
           if (tile.transposed) {
-            consume<Path, 1, 1>(ring, cursor, steps, -1, 0.f, acc);
+            consume<Path, 1, 1, 2>(ring, cursor, steps, -1, 0.f, acc);
           } else {
-            consume<Path, 0, 1>(ring, cursor, steps, -1, 0.f, acc);
+            consume<Path, 0, 1, 2>(ring, cursor, steps, -1, 0.f, acc);
           }
           product_epilogue<Path>(args, tile, acc);
         });

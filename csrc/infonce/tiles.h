@@ -245,9 +245,10 @@ FASTCLUST_HD uint32_t to_bf16_pair(float first, float second) {
 #endif
 }
 
-// tf32 (10 bits of mantissa) by round to nearest, ties away from zero.
+// tf32 (10 bits of mantissa) by round to nearest, ties away from zero. NaN stays: that of a GPU is all
+// ones, which would round to zero.
 FASTCLUST_HD float to_tf32(float value) {
-  return bits_float((float_bits(value) + 0x1000u) & 0xffffe000u);
+  return value == value ? bits_float((float_bits(value) + 0x1000u) & 0xffffe000u) : value;
 }
 
 // ---- elements ---------------------------------------------------------------------------------
