@@ -232,9 +232,9 @@ def hard_infonce(
             to 3e-7, of the gradients up to 1e-5 of their norm). ``"bf16"`` rounds the operands of
             the products, not those of the weights, to bfloat16 and sums in float32: on CUDA, and on
             a CPU with AVX-512 BF16 at the AVX-512 dispatch level (elsewhere it runs as
-            ``"fp32"``). Its rms error of a logit at dz + de = 1000 is 7e-5, of the gradients 1e-4 of
-            their norm; no tested case with alpha in [0, 1] erred by more than 2^-8 of the largest
-            entry.
+            ``"fp32"``). Its rms error of a logit at dz + de = 1000 is 7e-5, of the gradients 1e-4
+            of their norm; no tested case with alpha in [0, 1] erred by more than 2^-8 of the
+            largest entry.
             ``"tf32"`` (rms error of a logit 9e-6) and ``"bf16x3"`` name CUDA arithmetic; a CPU has
             nothing faster than float32 at that accuracy (three bf16 products cost 1.5 times one in
             float32), so there they are ``"fp32"``.
