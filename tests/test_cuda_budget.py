@@ -39,39 +39,40 @@ class Budget:
 
 
 # One k step of a tile is 2 x 4 x 4 matrix instructions per warp and product, and nothing unrolls
-# further; a kernel with weights holds the loop twice, the snapshot's in bf16 with three products.
+# further; of several products the loop holds half a step. A kernel with weights holds the loop
+# twice, the snapshot's in bf16 with three products.
 BUDGETS = {
     r"forward_kernel<MmaPath<bf16, 1>, MmaPath<bf16, 3>, false>": Budget(TWO_BLOCKS, {"BF16": 32}),
-    r"forward_kernel<MmaPath<bf16, 1>, MmaPath<bf16, 3>, true>": Budget(ONE_BLOCK, {"BF16": 128}),
-    r"forward_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, false>": Budget(ONE_BLOCK, {"BF16": 96}),
-    r"forward_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, true>": Budget(ONE_BLOCK, {"BF16": 192}),
+    r"forward_kernel<MmaPath<bf16, 1>, MmaPath<bf16, 3>, true>": Budget(ONE_BLOCK, {"BF16": 80}),
+    r"forward_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, false>": Budget(ONE_BLOCK, {"BF16": 48}),
+    r"forward_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, true>": Budget(ONE_BLOCK, {"BF16": 96}),
     r"forward_kernel<MmaPath<float, 1>, MmaPath<bf16, 3>, false>": Budget(TWO_BLOCKS, {"TF32": 32}),
     r"forward_kernel<MmaPath<float, 1>, MmaPath<bf16, 3>, true>": Budget(
-        ONE_BLOCK, {"TF32": 32, "BF16": 96}
+        ONE_BLOCK, {"TF32": 32, "BF16": 48}
     ),
     r"tile_kernel<MmaPath<bf16, 1>, MmaPath<bf16, 3>, false>": Budget(
         TWO_BLOCKS, {"BF16": 32}, TILE_WORDS
     ),
     r"tile_kernel<MmaPath<bf16, 1>, MmaPath<bf16, 3>, true>": Budget(
-        ONE_BLOCK, {"BF16": 128}, TILE_WORDS
+        ONE_BLOCK, {"BF16": 80}, TILE_WORDS
     ),
     r"tile_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, false>": Budget(
-        ONE_BLOCK, {"BF16": 96}, TILE_WORDS
+        ONE_BLOCK, {"BF16": 48}, TILE_WORDS
     ),
     r"tile_kernel<MmaPath<bf16, 3>, MmaPath<bf16, 3>, true>": Budget(
-        ONE_BLOCK, {"BF16": 192}, TILE_WORDS
+        ONE_BLOCK, {"BF16": 96}, TILE_WORDS
     ),
     r"tile_kernel<MmaPath<float, 1>, MmaPath<bf16, 3>, false>": Budget(
         TWO_BLOCKS, {"TF32": 32}, TILE_WORDS
     ),
     r"tile_kernel<MmaPath<float, 1>, MmaPath<bf16, 3>, true>": Budget(
-        ONE_BLOCK, {"TF32": 32, "BF16": 96}, TILE_WORDS
+        ONE_BLOCK, {"TF32": 32, "BF16": 48}, TILE_WORDS
     ),
     # T X and T^T X
     r"product_kernel<MmaPath<bf16, 1>>": Budget(TWO_BLOCKS, {"BF16": 64}),
-    r"product_kernel<MmaPath<bf16, 3>>": Budget(ONE_BLOCK, {"BF16": 192}),
+    r"product_kernel<MmaPath<bf16, 3>>": Budget(ONE_BLOCK, {"BF16": 96}),
     r"product_kernel<MmaPath<float, 1>>": Budget(TWO_BLOCKS, {"TF32": 48}),  # T^T X half unrolled
-    r"range_kernel<MmaPath<bf16, 4>>": Budget(ONE_BLOCK, {"BF16": 128}),
+    r"range_kernel<MmaPath<bf16, 4>>": Budget(ONE_BLOCK, {"BF16": 64}),
     # float64 and the small kernels around: bounded by memory or by plain arithmetic.
     r"(forward|tile|product|range)_kernel<PlainPath<double>.*>": Budget(ONE_BLOCK, {}),
     r"(pack|sum|loss|inverse|finish|alpha|range_finish|rank|tile_mask|needed)_kernel(<.*>)?": (

@@ -211,8 +211,9 @@ struct MmaPath {
   template <bool kNMajor, bool kMMajor>
   static __device__ __forceinline__ void compute(const unsigned char* stage, Fragment& acc) {
     const unsigned char* right = stage + kParts * kTileBytes;
-    // Unrolled, the single words of a tf32 operand stored [k][m] cost more registers than there are.
-#pragma unroll(kMMajor && !kBf16 ? 1 : 2)
+    // Unrolled, three products, or the single words of a tf32 operand stored [k][m], take more registers
+    // than there are.
+#pragma unroll(kProducts > 1 || (kMMajor && !kBf16) ? 1 : 2)
     for (int kk = 0; kk < 2; ++kk) {  // 32 bytes of k: 16 bf16 or 8 tf32, one instruction deep
       uint32_t b[kParts][kNj][2];
 #pragma unroll
