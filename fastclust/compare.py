@@ -46,11 +46,12 @@ from fastclust import __version__, cli, metrics, ops, plot
 from fastclust.cli import Interrupted, UsageError, note
 from fastclust.datasets import DATASET_NAMES, Dataset, load_dataset
 from fastclust.estimators import HSAN
+from fastclust.files import write_atomically
 from fastclust.info import versions
 from fastclust.models.hsan import filtered_attributes
 from fastclust.models.inputs import as_tensor
 from fastclust.report import LABEL_SCORES
-from fastclust.rundir import read_toml, write_atomically
+from fastclust.rundir import read_toml
 from fastclust.train import MODELS, parameter_types
 from fastclust.training import SELECTIONS
 

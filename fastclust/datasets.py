@@ -23,7 +23,6 @@ import logging
 import os
 import pickle
 import pickletools
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -35,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
+from fastclust.files import replacing
 from fastclust.memory import InsufficientMemoryError, require_memory
 from fastclust.validation import (
     DataWarning,
@@ -461,19 +461,11 @@ def _store(path: Path, contents: Mapping[str, bytes], source: _Source, dataset: 
     """Put a verified data set into the cache: all of it, or nothing."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                if source.blob_id is not None:
-                    file.write(contents[Path(source.files[0]).name])
-                else:
-                    np.savez_compressed(file, **_to_uniform(dataset))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            if source.blob_id is not None:
+                file.write(contents[Path(source.files[0]).name])
+            else:
+                np.savez_compressed(file, **_to_uniform(dataset))
     except OSError as error:
         warnings.warn(
             f"{path} could not be written ({error.strerror}); the download is not cached",

@@ -21,8 +21,8 @@ import numpy.typing as npt
 from fastclust import metrics, plot
 from fastclust.cli import debugging, duration, explain
 from fastclust.datasets import Dataset
+from fastclust.files import write_atomically
 from fastclust.plot import LABEL_SCORES, SCORE_NAMES
-from fastclust.rundir import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

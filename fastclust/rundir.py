@@ -19,11 +19,9 @@ are in place.
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,16 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from fastclust.cli import UsageError
+from fastclust.files import replacing, write_atomically
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-__all__ = ["RunDirectory", "read_toml", "write_atomically"]
+__all__ = ["RunDirectory", "read_toml"]
 
 _SEED_FILES = (
     "assignments.csv",
@@ -51,28 +49,6 @@ _SEED_FILES = (
     "checkpoint",
 )
 _SHARED_FILES = ("config.toml", "result.json", "report.html")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old content or the new, whole."""
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 class RunDirectory:
@@ -161,19 +137,9 @@ class RunDirectory:
         nodes = range(len(clusters)) if names is None else names
         writer.writerows(zip(nodes, clusters, strict=True))
         write_atomically(folder / "assignments.csv", table.getvalue())
-        buffer = io.BytesIO()
-        np.save(buffer, estimator.embedding_, allow_pickle=False)
-        write_atomically(folder / "embedding.npy", buffer.getvalue())
-        model = folder / "model.safetensors"
-        try:
-            estimator.save(folder)
-        except SafetensorError as error:
-            # Its input and output errors are of its own kind, with the number in the text.
-            number = re.search(r"os error (\d+)", str(error))
-            code = int(number[1]) if number else errno.EIO
-            raise OSError(code, os.strerror(code), str(model)) from None
-        # safetensors lets nobody but the owner read its files.
-        model.chmod(0o666 & ~_umask())
+        with replacing(folder / "embedding.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, estimator.embedding_, allow_pickle=False)
+        estimator.save(folder)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write ``result.json``."""

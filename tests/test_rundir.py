@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastclust import rundir
 from fastclust.cli import UsageError
-from fastclust.rundir import RunDirectory, format_toml, read_toml, write_atomically
+from fastclust.files import write_atomically
+from fastclust.rundir import RunDirectory, format_toml, read_toml
 
 
 def test_settings_survive_toml(tmp_path: Path) -> None:
@@ -36,22 +35,6 @@ def test_bad_toml(tmp_path: Path, content: bytes) -> None:
         read_toml(path)
     with pytest.raises(UsageError, match="cannot read"):
         read_toml(tmp_path / "absent.toml")
-
-
-def test_a_failed_write_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "result.json"
-    write_atomically(path, "old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_first_seed_lies_on_top(tmp_path: Path) -> None:
@@ -100,12 +83,3 @@ def test_damaged_result(tmp_path: Path) -> None:
         (tmp_path / "result.json").write_bytes(content)
         with pytest.raises(UsageError, match="damaged"):
             directory.read_result()
-
-
-def test_permissions_follow_the_umask(tmp_path: Path) -> None:
-    old = os.umask(0o027)
-    try:
-        rundir.write_atomically(tmp_path / "x", "")
-    finally:
-        os.umask(old)
-    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640

@@ -29,7 +29,7 @@ import scipy.io
 import scipy.sparse as sp
 import torch
 
-from fastclust import cli, compare, datasets, tables, train, training
+from fastclust import cli, compare, datasets, files, tables, train, training
 from fastclust.convert import convert, write_directory
 from fastclust.datasets import Dataset, DatasetFormatError
 from fastclust.estimators import ECNMF, SSGC
@@ -537,7 +537,7 @@ def _plan(arguments: list[str], saved: dict[str, Any] | None = None) -> None:
     plan, _ = module.resolve(module.gather_settings(parsed, saved))
     # what is accepted must survive the way through config.toml
     config = plan.config()
-    json.dumps(train.plain(config))
+    json.dumps(files.as_json(config))
 
 
 def _shell_words(content: bytes) -> list[str]:
