@@ -92,7 +92,11 @@ def load_files(
     path = _existing(features)
     table = None if _is_matrix(path) else _Table.read(path)
     header = [] if table is None else table.header
-    if labels is not None and os.fspath(labels) not in header and not Path(labels).exists():
+    if (
+        labels is not None
+        and os.fspath(labels) not in header
+        and not Path(labels).expanduser().exists()
+    ):
         near = difflib.get_close_matches(os.fspath(labels), header, n=1)
         raise DatasetNotFoundError(
             f"labels must be a column of the attribute table or a file, got {os.fspath(labels)!r}"
@@ -139,7 +143,7 @@ def load_files(
 def _adjacency(path: Path, n: int, names: npt.NDArray[np.str_] | None) -> sp.csr_array:
     if _is_matrix(path):
         return _checked(check_adjacency, _matrix(path), n, name=str(path))
-    table = _Table.read(path, edge_list=True)
+    table = _Table.read(path, edge_list=True, names=names)
     if table.width not in (2, 3):
         raise DatasetFormatError(
             f"{path} must have two columns, the ends of each edge, and at most a third, its "
@@ -189,11 +193,11 @@ def _nodes(
 
 
 def _labels(labels: PathLike, n: int, names: npt.NDArray[np.str_] | None) -> npt.NDArray[Any]:
-    path = Path(labels)
+    path = _existing(labels)
     if path.suffix == ".npy":
         array = _matrix(path)
         return np.asarray(array).reshape(-1)
-    table = _Table.read(path)
+    table = _Table.read(path, names=names)
     if table.width == 1:
         classes = table.text(0)
         if classes.size == n - 1 and table.header:
@@ -331,7 +335,9 @@ class _Table:
     parquet: Any = None
 
     @classmethod
-    def read(cls, path: Path, *, edge_list: bool = False) -> _Table:
+    def read(
+        cls, path: Path, *, edge_list: bool = False, names: npt.NDArray[np.str_] | None = None
+    ) -> _Table:
         if path.suffix == ".parquet":
             return cls._read_parquet(path)
         try:
@@ -349,6 +355,8 @@ class _Table:
             # Ends may be names: then only known words or numbers below tell a header.
             words = {word.lower() for word in rows[0]}
             is_header = bool(words & _EDGE_WORDS) or any(map(_is_number, rows[-1][:2]))
+        if names is not None and len(rows[0]) > 1 and rows[0][0] in names:
+            is_header = False  # it begins with the name of a node
         skip = head[0][0] + is_header
         return cls(path, rows[0] if is_header else [], len(rows[0]), separator, skip)
 

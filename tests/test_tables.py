@@ -82,6 +82,22 @@ def test_names_without_a_header_and_with_quotes(folder):
     assert load_files("edges2.csv", "quoted.csv").node_names[0] == "ann, jr"
 
 
+def test_first_row_with_the_name_of_a_node_is_no_header(folder):
+    """Names may be words of a header (u, v), and labels of a file without one are text, too."""
+    write("named.csv", "id,h,w", *(f"{n},{a},{b}" for n, (a, b) in zip("uvwx", X, strict=True)))
+    write("edges.csv", *(f"{'uvwx'[i]},{'uvwx'[j]}" for i, j in EDGES))
+    write("y.csv", *(f"{n},{c}" for n, c in zip("uvwx", CLASSES, strict=True)))
+    dataset = load_files("edges.csv", "named.csv", "y.csv", ids="id")
+    np.testing.assert_array_equal(dataset.adjacency.toarray(), A)
+    assert dataset.labels.tolist() == [1, 0, 1, 0]
+
+
+def test_home_of_every_path(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    write("y.txt", *CLASSES)
+    check(load_files("~/numbers.txt", "~/plain.csv", "~/y.txt"), labelled=True)
+
+
 def test_repeated_and_weighted_edges(folder):
     write("again.txt", *(f"{i} {j}" for i, j in EDGES), "1 0", "0 1")
     check(load_files("again.txt", "plain.csv"))
