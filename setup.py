@@ -53,8 +53,8 @@ class NinjaBuild(build_ext):
         build_dir.mkdir(parents=True, exist_ok=True)
         cxx = toolchain.find_compiler()
         nvcc = toolchain.find_nvcc()
-        archs = toolchain.cuda_archs()
         with_cuda = any(ext.name == CUDA_LIBRARY for ext in self.extensions)
+        archs = toolchain.cuda_archs() if with_cuda else []
         if not with_cuda and not self.inplace:
             # An earlier build's would go into this one's wheel.
             stale = Path(self.build_lib) / self.get_ext_filename(CUDA_LIBRARY)
@@ -187,12 +187,10 @@ def extensions() -> list[Extension]:
     """The CPU library always; the CUDA library where it can or must be built."""
     cpu = [s for s in sources(".cpp") if toolchain.is_x86_64() or not toolchain.has_simd_suffix(s)]
     result = [Extension("fastclust._C", [str(s.relative_to(ROOT)) for s in cpu])]
-    cuda = sources(".cu")
-    hopper = any(a.startswith("9.0a") for a in toolchain.cuda_archs())
-    if not hopper:
-        cuda = [s for s in cuda if not s.stem.endswith("_sm90")]
     building = any(c in sys.argv for c in ("build_ext", "bdist_wheel", "editable_wheel", "build"))
-    if cuda and building and toolchain.cuda_wanted(toolchain.find_nvcc()):
+    if building and toolchain.cuda_wanted(toolchain.find_nvcc()):
+        hopper = any(a.startswith("9.0a") for a in toolchain.cuda_archs())
+        cuda = [s for s in sources(".cu") if hopper or not s.stem.endswith("_sm90")]
         result.append(Extension(CUDA_LIBRARY, [str(s.relative_to(ROOT)) for s in cuda]))
     return result
 

@@ -154,7 +154,10 @@ def cuda_wanted(nvcc: Nvcc | None) -> bool:
 
 def cuda_archs() -> list[str]:
     """Architectures as in TORCH_CUDA_ARCH_LIST: ``8.0``, ``9.0a``, ``8.0+PTX``."""
-    names = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0a", "Blackwell": "10.0;12.0"}
+    names = {
+        "Volta": "7.0", "Turing": "7.5", "Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0a",
+        "Blackwell": "10.0;12.0",
+    }  # fmt: skip
     text = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
     for name, archs in names.items():
         text = text.replace(name, archs)

@@ -129,6 +129,17 @@ def test_default_architectures(toolchain, monkeypatch):
 def test_architecture_list_is_honoured(toolchain, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.6;12.0+PTX")
     assert toolchain.cuda_archs() == ["8.6", "12.0+PTX"]  # 7.5 has no bf16 matrix unit
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Volta;Turing;Ada")
+    assert toolchain.cuda_archs() == ["8.9"]
+
+
+def test_architectures_are_nothing_to_a_cpu_build():
+    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": "7.5", "FASTCLUST_CUDA": "0"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("text", ["eight", "8", "7.0;7.5"])
