@@ -8,6 +8,7 @@ and everything runs on the CPU.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,14 @@ except ImportError as error:
     else:
         advice = "build it: pip install . (or, in a checkout, python setup.py build_ext --inplace)"
     raise ImportError(f"the kernels of fastclust do not load ({error}); {advice}") from error
+
+_LEVELS = ("portable", "avx2", "avx512")
+_level = os.environ.get("FASTCLUST_CPU_LEVEL")
+if _level and _level not in _LEVELS:
+    warnings.warn(
+        f"FASTCLUST_CPU_LEVEL must be one of {', '.join(_LEVELS)}, got {_level!r}; it is ignored",
+        stacklevel=2,
+    )
 
 CUDA_LIBRARY = Path(__file__).parent / "libfastclust_cuda.so"
 

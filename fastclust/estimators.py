@@ -43,6 +43,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from fastclust import distributed, ops
 from fastclust._version import __version__
 from fastclust.datasets import nearest_neighbor_graph
+from fastclust.files import as_json, replacing, write_atomically
 from fastclust.graph import Graph
 from fastclust.memory import require_memory
 from fastclust.models.back_ends import (
@@ -77,7 +78,7 @@ from fastclust.models.ssgc import (
     ssgc_projection,
 )
 from fastclust.presets import preset
-from fastclust.training import SELECTIONS, Trainable, print_progress, train
+from fastclust.training import Selection, Trainable, parse_interval, print_progress, train
 from fastclust.validation import (
     DataWarning,
     align_adjacency,
@@ -330,7 +331,8 @@ class _GraphClusterer(
         tensors = {f"parameters/{k}": v.contiguous() for k, v in self.parameters_.items()}
         tensors["labels"] = torch.from_numpy(self.labels_)
         tensors["embedding"] = torch.from_numpy(self.embedding_)
-        save_file(tensors, folder / "model.safetensors", {"fastclust": __version__})
+        with replacing(folder / "model.safetensors") as temporary:
+            save_file(tensors, temporary, {"fastclust": __version__})
         fitted = {key: getattr(self, key) for key in _FITTED if hasattr(self, key)}
         if hasattr(self, "feature_names_in_"):
             fitted["feature_names_in_"] = self.feature_names_in_.tolist()
@@ -338,9 +340,9 @@ class _GraphClusterer(
             "fastclust": __version__,
             "estimator": type(self).__name__,
             "parameters": _jsonable_params(self, self.seed_),
-            "fitted": fitted,
+            "fitted": as_json(fitted),
         }
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        write_atomically(folder / "config.json", json.dumps(config, indent=1) + "\n")
 
     @classmethod
     def load(cls: type[Self], directory: str | os.PathLike[str]) -> Self:
@@ -383,7 +385,7 @@ class _TrainedClusterer(_GraphClusterer):
     protocol: Literal["standard", "paper-code"] = "standard"
     optimizer: Literal["adam", "averaged", "accumulated"] | None = None
     precision: Literal["fp32", "tf32", "bf16x3", "bf16"] = "fp32"
-    selection: Annotated[str, StrOptions(set(SELECTIONS))] = "last"
+    selection: Selection = "last"
     eval_every: Count = 10
     callbacks: Annotated[Any, "array-like", callable, None] = None
     checkpoint_dir: str | os.PathLike[str] | None = None
@@ -431,6 +433,7 @@ class _TrainedClusterer(_GraphClusterer):
             The loss is no longer finite.
         """
         features, graph, device = self._prepare(X, adjacency)
+        parse_interval(self.checkpoint_every)  # wrong without checkpoint_dir, too
         ranks = distributed.current(features.shape[0])
         if ranks.size > 1 and self._samples(features.shape[0]):
             raise distributed.LaunchError(
@@ -1005,14 +1008,16 @@ checkpoint_dir, checkpoint_every, resume, verbose
         )
 
     def _rank(self, n_nodes: int, n_features: int) -> int | float | str:
-        rows = n_nodes if self.batch_size is None else min(self.batch_size, n_nodes)
+        batch = n_nodes if self.batch_size is None else min(self.batch_size, n_nodes)
+        rows = n_nodes % batch or batch
         limit = min(rows, n_features)
         if self.rank is None:
             return min(50, limit)
         if isinstance(self.rank, Integral) and self.rank > limit:
             raise ValueError(
-                f"rank must be at most {limit}, the smaller of the rows of a batch ({rows}) and "
-                f"the columns of X ({n_features}), got {self.rank}; leave it None to have it chosen"
+                f"rank must be at most {limit}, the smaller of the rows of the shortest batch "
+                f"({rows}) and the columns of X ({n_features}), got {self.rank}; leave it None to "
+                f"have it chosen"
             )
         return self.rank
 

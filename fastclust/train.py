@@ -30,8 +30,9 @@ from fastclust._library import _C, cuda_status
 from fastclust.cli import Interrupted, UsageError, note
 from fastclust.datasets import Dataset, is_dataset_path, load_dataset
 from fastclust.estimators import ECNMF, HSAN, PRECISIONS, SSGC
+from fastclust.files import as_json, write_atomically
 from fastclust.info import cpu_name, versions
-from fastclust.rundir import RunDirectory, read_toml, write_atomically
+from fastclust.rundir import RunDirectory, read_toml
 from fastclust.tables import load_files
 from fastclust.training import SELECTIONS, internal_scores
 from fastclust.validation import check_device, check_n_clusters
@@ -414,7 +415,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _json_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(plain(row)) + "\n"
+    return json.dumps(as_json(row)) + "\n"
 
 
 def train_seed(
@@ -460,7 +461,7 @@ def train_seed(
         "selected_epoch": getattr(estimator, "selected_epoch_", None),
         "seconds": seconds,
         **peak_memory(),
-        "resolved": plain(estimator.resolved_),
+        "resolved": as_json(estimator.resolved_),
     }
     if estimator.n_clusters_evidence_ is not None:
         run["n_clusters_evidence"] = estimator.n_clusters_evidence_
@@ -548,19 +549,6 @@ def summarise(plan: Plan, dataset: Dataset, runs: list[dict[str, Any]]) -> dict[
     }
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON can hold it: NumPy scalars as Python's, NaN and infinity as None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def run(
     plan: Plan,
     dataset: Dataset,
@@ -604,13 +592,13 @@ def run(
                 advice = "the same command with --resume goes on from there"
             what = str(interrupt) or "interrupted"
             raise Interrupted(f"seed {seed}: {what}; {advice}") from None
-        runs.append(plain(entry))
+        runs.append(as_json(entry))
         if directory is not None:
-            result = plain(summarise(plan, dataset, runs))
+            result = as_json(summarise(plan, dataset, runs))
             # Where it fails the scores are still shown; the checkpoint holds the trained state.
             keep = partial(keep_seed, directory, seed, estimator, dataset, history, result)
             failure = ranks.from_first(keep) or failure
-    return plain(summarise(plan, dataset, runs)), failure
+    return as_json(summarise(plan, dataset, runs)), failure
 
 
 def open_folder(directory: RunDirectory, seed: int) -> Path:
@@ -744,6 +732,8 @@ def hyper_parameters(model: str) -> str:
     lines = [f"hyper-parameters of {model} with their defaults; a data set's preset may differ:"]
     for name, hint in hints.items():
         value = "none" if defaults[name] is None else defaults[name]
+        if name == "n_clusters":
+            value = "from labels"
         lines.append(f"  {name:<18} {value!s:<12} {cli.type_text(hint)}")
     return "\n".join(lines)
 

@@ -49,6 +49,10 @@ __all__ = [
 
 Optimizer = Literal["adam", "averaged", "accumulated"]
 
+Selection = Literal[
+    "last", "inertia", "calinski-harabasz", "silhouette", "davies-bouldin", "modularity", "loss"
+]
+
 # Rules that choose an epoch without labels, and whether more of their score is better.
 SELECTIONS: dict[str, bool | None] = {
     "last": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 import warnings
@@ -184,6 +185,41 @@ def test_save_and_load(model, two_blocks, tmp_path):
     with pytest.raises(ValueError, match="directory must hold"):
         type(fitted).load(tmp_path / "model")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["fastclust"]
+
+
+@pytest.mark.filterwarnings("ignore:n_clusters should be at least 2")
+def test_saved_settings_are_json_and_files_are_readable_by_others(two_blocks, tmp_path):
+    """One cluster has an infinite Davies-Bouldin score, for which JSON has no word."""
+    adjacency, x, _ = two_blocks
+    fitted = QUICK["hsan"](1, eval_every=1).fit(x, adjacency=adjacency)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    old = os.umask(0o022)
+    try:
+        fitted.save(tmp_path)
+    finally:
+        os.umask(old)
+    json.loads((tmp_path / "config.json").read_text(), parse_constant=refuse)
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o644}
+
+
+def test_rank_fits_the_shortest_batch(two_blocks):
+    """60 rows in batches of 25: the last has ten."""
+    adjacency, x, _ = two_blocks
+    x = np.random.default_rng(0).standard_normal((60, 30)).astype(np.float32)
+    fitted = QUICK["ecnmf"](batch_size=25).fit(x, adjacency=adjacency)
+    assert fitted.resolved_["rank"] == 10
+    with pytest.raises(ValueError, match=r"rows of the shortest batch \(10\)"):
+        QUICK["ecnmf"](batch_size=25, rank=11).fit(x, adjacency=adjacency)
+
+
+@trained_model
+def test_checkpoint_interval_is_checked_without_a_folder(model, two_blocks):
+    adjacency, x, _ = two_blocks
+    with pytest.raises(ValueError, match="checkpoint_every must be"):
+        QUICK[model](checkpoint_every="5m").fit(x, adjacency=adjacency)
 
 
 # --- new nodes, copies, number of clusters --------------------------------------------------------

@@ -42,6 +42,12 @@ def test_json_is_one_object_and_level_can_be_lowered() -> None:
     assert set(found) == {"versions", "platform", "build", "cpu", "cuda"}
 
 
+def test_level_that_does_not_exist_is_told() -> None:
+    done = run("--json", FASTCLUST_CPU_LEVEL="foo")
+    assert done.returncode == 0
+    assert "FASTCLUST_CPU_LEVEL must be one of portable, avx2, avx512, got 'foo'" in done.stderr
+
+
 def test_collect_is_what_json_shows(capsys: pytest.CaptureFixture[str]) -> None:
     assert info.main(["--json"]) == 0
     assert json.loads(capsys.readouterr().out) == info.collect()

@@ -436,6 +436,9 @@ def test_set_help_lists_hyper_parameters(capsys: pytest.CaptureFixture[str]) -> 
     assert code == 0 and "rank" in out and "recombine" in out and "callbacks" not in out
     code, out, _ = call(capsys, "--set", "help", "--model", "hsan")
     assert code == 0 and "tau" in out
+    lines = {line.split()[0]: line for line in out.splitlines()[1:]}
+    assert "from labels" in lines["n_clusters"]
+    assert "calinski-harabasz" in lines["selection"]
 
 
 # --- resuming ------------------------------------------------------------------------------------
@@ -643,7 +646,7 @@ BAD_ARGUMENTS = [
     (["--set", "lr=fast"], "lr must be a number or none"),
     (["--set", "lr=-1"], "'lr' parameter"),
     (["--set", "recombine=mrege"], "did you mean merge?"),
-    (["--set", "selection=first"], "'selection' parameter"),
+    (["--set", "selection=first"], "selection must be last or inertia"),
     (["--set", "dataset=cora"], "use --dataset instead"),
     (["--set", "callbacks=x"], "no hyper-parameter 'callbacks'"),
     (["--set", "checkpoint_every=often", "--out", "{tmp}/run"], "checkpoint_every must be"),

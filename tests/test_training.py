@@ -12,7 +12,7 @@ import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -446,3 +446,7 @@ def test_a_checkpoint_folder_that_cannot_be_made(two_blocks, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="checkpoint_dir must be a folder that can be created"):
         RUNS["ecnmf"](checkpoint_dir=tmp_path / "file" / "run").fit(x, adjacency=adjacency)
+
+
+def test_every_selection_has_a_direction() -> None:
+    assert list(get_args(training.Selection)) == list(training.SELECTIONS)
