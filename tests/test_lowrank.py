@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -729,6 +730,15 @@ def test_device_factorisations_equal_the_native_ones(device, m, n, width, dtype)
     assert (left - best).abs().max() < 64 * eps * size
 
 
+@pytest.mark.parametrize("width", [6, 120])  # the second beyond shared memory
+def test_device_numbers_that_overflow_stay_in_their_batch(device, width):
+    y = torch.randn(2, 130, width, generator=torch.Generator().manual_seed(0))
+    y[0, 5, 2] = math.inf
+    both, alone = device.lowrank_thin_svd(y, 4), device.lowrank_thin_svd(y[1:], 4)
+    assert both[1][0].isnan().all()
+    assert all(torch.equal(a[1:], b) for a, b in zip(both, alone, strict=True))
+
+
 def test_device_kernels_have_no_race(device):
     y = torch.randn(2, 290, 35)
     results = []
@@ -769,3 +779,20 @@ def test_device_index_maps(device, n):
     assert met == set(itertools.combinations(range(n), 2))
     tiles = [divmod(library.tile_row(ctypes.c_int64(i)), 10**6) for i in range(n * (n + 1) // 2)]
     assert tiles == [(i, j) for j in range(n) for i in range(j + 1)]
+
+
+@pytest.mark.parametrize(
+    ("norms", "places"),
+    [
+        ([1.0, 4.0, 0.0, 4.0], [2, 0, 3, 1]),
+        ([math.nan, 1.0, math.nan, math.inf], [2, 1, 3, 0]),
+        ([math.nan] * 3, [0, 1, 2]),
+    ],
+)
+def test_device_rows_have_places_of_their_own(device, norms, places):
+    """Also where lengths overflowed: a place left out is read as an index nobody wrote."""
+    given = (ctypes.c_double * len(norms))(*norms)
+    place = device.library.place
+    place.restype = ctypes.c_int64
+    n = ctypes.c_int64(len(norms))
+    assert [place(given, n, ctypes.c_int64(i)) for i in range(len(norms))] == places

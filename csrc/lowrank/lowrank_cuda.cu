@@ -467,11 +467,7 @@ __global__ void __launch_bounds__((kFactorThreads<kShared>), 1)
     if (!again) break;
   }
   measure();
-  for (int i = threadIdx.x; i < l; i += blockDim.x) {
-    int place = 0;
-    for (int k = 0; k < l; ++k) place += norm[k] > norm[i] || (norm[k] == norm[i] && k < i);
-    order[place] = i;
-  }
+  for (int i = threadIdx.x; i < l; i += blockDim.x) order[place_of(norm, l, i)] = i;
   __syncthreads();
   for (int k = warp; k < l; k += n_warps) {
     const int row = order[k];

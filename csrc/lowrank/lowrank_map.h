@@ -41,6 +41,18 @@ FASTCLUST_HD void pair_of(int players, int round, int pair, int* p, int* q) {
   *q = a < b ? b : a;
 }
 
+// Place of row i among l rows by descending squared length. A permutation of any numbers: what is not
+// one comes last, ties stay in order.
+FASTCLUST_HD int place_of(const double* norm, int l, int i) {
+  const double own = norm[i] >= 0.0 ? norm[i] : -1.0;
+  int place = 0;
+  for (int k = 0; k < l; ++k) {
+    const double other = norm[k] >= 0.0 ? norm[k] : -1.0;
+    place += other > own || (other == own && k < i);
+  }
+  return place;
+}
+
 struct Rotation {
   double c, s, t;
 };

@@ -63,6 +63,9 @@ int64_t tile_row(int64_t index) {
   tile_of(index, &i, &j);
   return i * 1000000 + j;
 }
+int64_t place(const double* norm, int64_t l, int64_t i) {
+  return place_of(norm, static_cast<int>(l), static_cast<int>(i));
+}
 int64_t pair(int64_t players, int64_t round, int64_t index) {
   int p, q;
   pair_of(static_cast<int>(players), static_cast<int>(round), static_cast<int>(index), &p, &q);
