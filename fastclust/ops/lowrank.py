@@ -213,7 +213,8 @@ def batched_svd(
     ------
     ValueError
         ``rank`` exceeds D or the rows of the shortest batch; wrong shapes or ranges; NaN or
-        infinite entries; ``x`` requires grad.
+        infinite entries; entries whose products leave the range of the dtype (on CUDA, where
+        that is not looked at, the factors then hold NaN); ``x`` requires grad.
     TypeError
         ``x`` is of another type or dtype.
 
@@ -254,6 +255,13 @@ def batched_svd(
         mean = means[first : first + count] if center else None
         parts.append(_factor(part, batch, mean, v, r, products, by_gram))
     u, s, vh = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
+    # The host looks only where that is free.
+    looks = not (u.is_cuda or torch.compiler.is_compiling())
+    if looks and not (torch.isfinite(u).all() and torch.isfinite(s).all()):
+        raise ValueError(
+            f"x must be such that the products of its entries stay within {u.dtype}, got products "
+            f"that overflow or vanish; divide x by its largest magnitude, or pass float64"
+        )
     if not center:
         means = torch.zeros_like(means)
     offsets = torch.arange(n_batches + 1).mul_(batch).clamp_(max=rows.n_rows)
