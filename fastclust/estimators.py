@@ -45,6 +45,7 @@ from fastclust._version import __version__
 from fastclust.datasets import nearest_neighbor_graph
 from fastclust.files import as_json, replacing, write_atomically
 from fastclust.graph import Graph
+from fastclust.interop import without_autocast
 from fastclust.memory import require_memory
 from fastclust.models.back_ends import (
     MOST_NODES,
@@ -286,6 +287,7 @@ class _GraphClusterer(
         """``fit`` followed by ``transform`` of the same data; y is ignored."""
         return self.fit(X, adjacency=adjacency).transform(X, adjacency=adjacency)
 
+    @without_autocast
     def _infer(self, X: Any, adjacency: Any) -> tuple[Any, Any]:
         check_is_fitted(self)
         features, graph = self._checked_input(X, adjacency, reset=False)
@@ -402,6 +404,7 @@ class _TrainedClusterer(_GraphClusterer):
         """
         raise NotImplementedError
 
+    @without_autocast
     def fit(self: Self, X: Any, y: Any = None, *, adjacency: Any = None) -> Self:
         """Cluster the nodes of an attributed graph.
 
@@ -1102,6 +1105,7 @@ class SSGC(_GraphClusterer):
         # the attributes' sketch and its orthonormal basis
         return 2 * 4 * n_nodes * min(LEADING_PAIRS, n_nodes, n_features)
 
+    @without_autocast
     def fit(self, X: Any, y: Any = None, *, adjacency: Any = None) -> SSGC:
         """Cluster the nodes of an attributed graph; arguments as for :meth:`HSAN.fit`."""
         features, graph, device = self._prepare(X, adjacency)

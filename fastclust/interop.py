@@ -7,13 +7,18 @@ are; ``cupy.from_dlpack(tensor)`` is the way back, again without a copy.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["as_operand", "from_foreign"]
+__all__ = ["as_operand", "from_foreign", "without_autocast"]
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 
 def from_foreign(value: Any) -> Any:
@@ -51,3 +56,17 @@ def as_operand(value: Any) -> Any:
     ):
         return value.float()
     return value
+
+
+def without_autocast(
+    function: Callable[_Parameters, _Result],
+) -> Callable[_Parameters, _Result]:
+    """Decorate a function so that ``torch.autocast`` does not reach the products inside of it."""
+
+    @functools.wraps(function)
+    def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        # not one autocast as the decorator: its state would be shared by threads and nested calls
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return call

@@ -216,8 +216,8 @@ class SoftAssignment(nn.Module):
         self.linear = nn.Linear(width, n_clusters)
 
     def forward(self, z: Tensor) -> Tensor:
-        """log Q [N, K] for z [N, width]."""
-        return torch.log_softmax(self.linear(z), dim=1)
+        """log Q [N, K] for z [N, width]; float32 under autocast."""
+        return torch.log_softmax(as_operand(self.linear(z)), dim=1)
 
     @torch.no_grad()
     def start(self, z: Tensor, *, n_init: int = 10, seed: int = 0) -> None:

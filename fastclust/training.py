@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fastclust import metrics
 from fastclust.distributed import ONE, Ranks
+from fastclust.interop import without_autocast
 
 __all__ = [
     "SELECTIONS",
@@ -227,6 +228,7 @@ def internal_scores(
     return scores
 
 
+@without_autocast
 def train(
     model: Trainable,
     *,

@@ -13,7 +13,7 @@ import torch
 from pretended_cuda import OnCuda, pretended_cuda
 
 import fastclust as fc
-from fastclust import cli, train
+from fastclust import cli, ops, train
 from fastclust.models.ecnmf import ECNMFModel
 from fastclust.models.hsan import HSANModel
 
@@ -67,6 +67,22 @@ def test_the_device_keeps_to_itself() -> None:
         (leaf * x).sum().backward()
         assert isinstance(leaf.grad, OnCuda)
     assert not torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_autocast_does_not_reach_matmul(bias: bool) -> None:
+    """Forward and backward, where the backward pass runs under autocast as well."""
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    found = []
+    for enabled in (False, True):
+        with pretended_cuda(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            a, b = (t.cuda().requires_grad_() for t in (x, x.t()))
+            out = ops.matmul(a, b, bias=b.detach()[0] if bias else None)
+            out.square().sum().backward()
+            assert isinstance(out, OnCuda)
+            found.append([t.detach().cpu() for t in (out, a.grad, b.grad)])
+    for got, want in zip(*found, strict=True):
+        assert got.dtype == want.dtype == torch.float32 and torch.equal(got, want)
 
 
 @pytest.mark.parametrize("run", list(RUNS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import runpy
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastclust as fc
 from fastclust import nn, ops
+from fastclust.models.hsan import confident_nodes
+from fastclust.ops import lowrank_device
 
 N, D = 24, 6
 
@@ -95,6 +98,41 @@ def test_autocast_takes_half_precision(name, graph, z):
     assert half.grad.dtype == torch.bfloat16 and half.grad.isfinite().all()
     with pytest.raises(TypeError, match="float32"):
         operator(half)
+
+
+def test_autocast_does_not_reach_products(z):
+    """What is made of float32 is float32, with the same bits; so are the steps on CUDA tensors."""
+    weights = ops.hardness(z, None, 0.9, LABELS, CONFIDENT, 1.0)
+    centers, square = z[:3].contiguous(), z.view(2, N, D)
+    factors = ops.low_rank(z, 2)
+    on_cuda = importlib.import_module("fastclust.ops.matmul")._on_cuda
+    calls = [
+        lambda: ops.matmul(z, z.t(), precision="bf16"),
+        lambda: ops.dense_weights(weights),
+        lambda: confident_nodes(z, centers, 0.5),
+        lambda: factors.matmul(z.t()[:, :4]),
+        factors.to_dense,
+        lambda: lowrank_device.multiply(square, square.mT),
+        lambda: on_cuda(z, z.t(), None),
+        lambda: on_cuda(z, z.t(), z[:, 0]),
+    ]
+    for call in calls:
+        with torch.autocast("cpu", torch.float16):
+            got = call()
+        same(got, call())
+
+
+@pytest.mark.parametrize("model", [fc.HSAN, fc.ECNMF, fc.SSGC])
+def test_autocast_does_not_reach_an_estimator(two_blocks, model):
+    adjacency, x, _ = two_blocks
+    options = {} if model is fc.SSGC else {"epochs": 3}
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            estimator = model(2, **options).fit(x, adjacency=adjacency)
+            found.append((estimator.embedding_, estimator.transform(x, adjacency=adjacency)))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -279,6 +317,8 @@ def test_layers_against_their_formulas(graph, two_blocks):
 
     head = nn.SoftAssignment(8, 2)
     head.start(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(x).dtype == torch.float32
     log_q = head(x)
     assert torch.equal(log_q.argmax(1), ops.kmeans(x, 2).labels)
     q = log_q.exp().detach()

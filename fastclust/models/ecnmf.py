@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fastclust import ops
 from fastclust.distributed import ONE, Ranks
 from fastclust.graph import Graph
+from fastclust.interop import without_autocast
 from fastclust.models.inputs import (
     NORM_FLOOR,
     as_tensor,
@@ -118,11 +119,13 @@ class _SparseProduct(torch.autograd.Function):
     """x w for a constant sparse CSR x [N, D]; its transpose is kept for the gradient."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, x: Tensor, x_transposed: Tensor, w: Tensor) -> Tensor:
         ctx.x_transposed = x_transposed
         return x @ w
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:
         return None, None, ctx.x_transposed @ gradients[0]
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastclust import ops
 from fastclust.distributed import ONE, Ranks
 from fastclust.graph import Graph
+from fastclust.interop import without_autocast
 from fastclust.models.inputs import (
     SAMPLE_ROWS,
     as_tensor,
@@ -94,6 +95,7 @@ def filtered_attributes(
     return ops.propagate(graph, features, steps=filter_steps)
 
 
+@without_autocast
 def confident_nodes(
     z: Tensor,
     centers: Tensor,
@@ -416,6 +418,7 @@ class HSANModel(nn.Module):
             self._clustered = (epoch, result, z)
         return self._clustered[1:]
 
+    @without_autocast
     def _consensus(self, z: Tensor, seed: int) -> ops.KMeansResult:
         """Consensus of k-means in the leading directions of z [N, d]; every rank finds the same.
 

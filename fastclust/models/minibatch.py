@@ -45,6 +45,7 @@ from torch import Tensor
 
 from fastclust import ops
 from fastclust.graph import Graph
+from fastclust.interop import without_autocast
 from fastclust.models.ecnmf import ECNMFModel, _LinearView, _SparseProduct
 from fastclust.models.hsan import HSANModel, confident_nodes
 from fastclust.models.inputs import (
@@ -152,6 +153,7 @@ def _edges_of(
     return pointers, indices[at], graph.values.cpu().numpy()[at]
 
 
+@without_autocast
 def sampled_infonce(
     z: Tensor,
     e: Tensor | None,

@@ -37,6 +37,7 @@ from threadpoolctl import threadpool_limits
 
 from fastclust import ops
 from fastclust.graph import Graph
+from fastclust.interop import without_autocast
 from fastclust.models.inputs import (
     SAMPLE_ROWS,
     as_tensor,
@@ -266,6 +267,7 @@ def ssgc_projection(
     return unit_rows(torch.cat(views, dim=1) @ projection["joined"].to(device))
 
 
+@without_autocast
 def consensus_kmeans(
     z: torch.Tensor,
     n_clusters: int,

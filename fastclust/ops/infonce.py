@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastclust._library import register_gradient
-from fastclust.interop import as_operand
+from fastclust.interop import as_operand, without_autocast
 from fastclust.memory import require_memory
 
 #: Arithmetic of the products, as numbered in csrc/infonce/infonce.h.
@@ -407,6 +407,7 @@ def _snapshot_arguments(weights: Hardness | None) -> tuple[Any, ...]:
     )
 
 
+@without_autocast
 def dense_weights(w: Hardness | StoredHardness) -> Tensor:
     """Write the weights out: [2N, 2N], dtype of the embeddings, for small graphs and tests.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastclust import _library  # noqa: F401  (registers the operators)
+from fastclust.interop import without_autocast
 from fastclust.memory import require_memory
 from fastclust.ops import lowrank_device  # noqa: F401  (the same on CUDA tensors)
 
@@ -113,6 +114,7 @@ class LowRankMatrix:
             return None
         return self._mean[0] if self._mean.shape[0] == 1 else self._mean
 
+    @without_autocast
     def matmul(self, weight: Tensor) -> Tensor:
         """Return ``X_r @ weight`` [N, k] without forming X_r; differentiable in ``weight`` [D, k].
 
@@ -138,6 +140,7 @@ class LowRankMatrix:
     def __matmul__(self, weight: Tensor) -> Tensor:
         return self.matmul(weight)
 
+    @without_autocast
     def to_dense(self) -> Tensor:
         """Return X_r [N, D], with the means when ``add_mean`` is set."""
         needed = self.shape[0] * self.shape[1] * self._right.element_size()

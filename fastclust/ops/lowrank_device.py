@@ -3,7 +3,7 @@
 Same schemas and meanings as csrc/lowrank/lowrank.h; the centred rows are held dense, once more.
 Everything that is not a product has kernels of its own in csrc/lowrank/lowrank_cuda.cu. Nothing
 here waits for the device. With ``torch.backends.cuda.matmul.allow_tf32`` the products, and with
-them the factors, have the precision of TF32.
+them the factors, have the precision of TF32; ``torch.autocast`` does not reach them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastclust.interop import without_autocast
+
 __all__: list[str] = []
 
 _Optional = Tensor | None
 
 
+@without_autocast
 def gram(
     values: Tensor,
     indptr: _Optional,
@@ -28,6 +31,7 @@ def gram(
     return x.mT @ x
 
 
+@without_autocast
 def project(
     values: Tensor,
     indptr: _Optional,
@@ -41,6 +45,7 @@ def project(
     return x @ v
 
 
+@without_autocast
 def project_transposed(
     values: Tensor,
     indptr: _Optional,
@@ -54,6 +59,7 @@ def project_transposed(
     return x.mT @ q
 
 
+@without_autocast
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastclust._library import register_gradient
-from fastclust.interop import as_operand
+from fastclust.interop import as_operand, without_autocast
 
 __all__ = ["matmul"]
 
@@ -24,7 +24,8 @@ def matmul(
     """The product a b + bias of two dense matrices.
 
     On the CPU this is fastclust's own packed product: the same bits for any number of threads
-    (torch's may differ), and transposed factors are read where they lie. Elsewhere it is torch's.
+    (torch's may differ), and transposed factors are read where they lie. On CUDA it is torch's,
+    in the dtype of ``a`` under ``torch.autocast``, too.
 
     Parameters
     ----------
@@ -61,11 +62,10 @@ def matmul(
     a, b, bias = as_operand(a), as_operand(b), as_operand(bias)
     _check(a, b, bias, out)
     if precision == "bf16":
-        product = (a.bfloat16() @ b.bfloat16()).to(a.dtype)
+        with torch.autocast(a.device.type, enabled=False):  # might make float16 of them
+            product = (a.bfloat16() @ b.bfloat16()).to(a.dtype)
         product = product if bias is None else product + bias
         return product if out is None else out.copy_(product)
-    if a.device.type != "cpu":
-        return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     bias = None if bias is None else bias.contiguous()
     if out is not None:
         torch.ops.fastclust.matmul_out(out, a, b, bias)
@@ -100,6 +100,23 @@ def _check(a: Any, b: Any, bias: Tensor | None, out: Tensor | None) -> None:
         inputs = [x for x in (a, b, bias, out) if x is not None]
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
             raise ValueError("out takes no part in autograd: call under torch.no_grad()")
+
+
+@without_autocast
+def _on_cuda(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+@without_autocast
+def _on_cuda_out(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
+
+
+torch.library.impl("fastclust::matmul", "cuda", func=_on_cuda)
+torch.library.impl("fastclust::matmul_out", "cuda", func=_on_cuda_out)
 
 
 @torch.library.register_fake("fastclust::matmul")
