@@ -46,7 +46,7 @@ struct Step {
   T b[kCudaStep][kPitch];
 };
 template <typename T>
-union TileStorage {
+union alignas(16) TileStorage {  // steps are read 16 bytes at a time
   Step<T> step;
   T tile[kCudaTile][kCudaTile + 1];
 };
