@@ -20,12 +20,21 @@ inline unsigned blocks(int64_t count, int64_t per_block) {
 }
 
 #if !defined(FASTCLUST_DEVICE_EMULATOR)
-// Above 48 KB of dynamic shared memory a kernel has to ask.
+// Above 48 KB of shared memory, static and dynamic together, a kernel has to ask. It asks for all that
+// there is, whatever one launch needs: threads that launch it with other sizes ask for the same.
 template <typename Kernel>
 cudaError_t allow_shared(Kernel kernel, size_t bytes) {
-  if (bytes <= 48 * 1024) return cudaSuccess;
+  if (bytes <= 32 * 1024) return cudaSuccess;  // static memory is far below the rest
+  cudaFuncAttributes attributes{};
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  int device = 0, most = 0;
+  if (error == cudaSuccess) error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error != cudaSuccess) return error;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
+                              most - static_cast<int>(attributes.sharedSizeBytes));
 }
 
 // Launches; an error is the caller's cudaGetLastError.
