@@ -48,11 +48,12 @@ def collect() -> dict[str, Any]:
     dict
         ``versions``, ``platform``, ``build`` (torch, compiler, cuda, cuda_archs), ``cpu`` (name,
         logical_cores, features, dispatch_level, dispatch_level_forced, torch_threads) and ``cuda``
-        (library, architectures, torch_cuda, gpus, usable).
+        (library, architectures, least_capability, torch_cuda, gpus, usable).
     """
     import torch
 
-    from fastclust._library import _C, cuda_loaded, cuda_status
+    from fastclust._library import _C, cuda_status
+    from fastclust.validation import LEAST_CAPABILITY, why_not_cuda
 
     build = dict(_C.build_info())
     gpus = []
@@ -65,6 +66,7 @@ def collect() -> dict[str, Any]:
                     "capability": f"{properties.major}.{properties.minor}",
                     "memory_bytes": int(properties.total_memory),
                     "multiprocessors": int(properties.multi_processor_count),
+                    "usable": why_not_cuda(index) is None,
                 }
             )
     return {
@@ -82,9 +84,10 @@ def collect() -> dict[str, Any]:
         "cuda": {
             "library": cuda_status,
             "architectures": build.get("cuda_archs", "").split(),
+            "least_capability": ".".join(map(str, LEAST_CAPABILITY)),
             "torch_cuda": torch.version.cuda,
             "gpus": gpus,
-            "usable": bool(cuda_loaded and gpus),
+            "usable": any(gpu["usable"] for gpu in gpus),
         },
     }
 
@@ -109,7 +112,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     features = [name for name, on in cpu["features"].items() if on]
     gpus = [
         f"{gpu['name']}, compute {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, "
-        f"{gpu['multiprocessors']} multiprocessors"
+        f"{gpu['multiprocessors']} multiprocessors{'' if gpu['usable'] else ', not used'}"
         for gpu in cuda["gpus"]
     ]
     return [
@@ -121,6 +124,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("torch threads", str(cpu["torch_threads"])),
         ("built with", f"torch {found['build']['torch']}, {found['build']['compiler']}"),
         ("cuda library", cuda["library"]),
+        ("cuda needs", f"compute {cuda['least_capability']} or later"),
         ("cuda compiled for", " ".join(cuda["architectures"]) or "nothing"),
         ("torch cuda", cuda["torch_cuda"] or "none: the installed torch is a CPU build"),
         ("gpu", "; ".join(gpus) or "none seen: everything runs on the CPU"),

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 
 from fastclust import cli, distributed, metrics, report
-from fastclust._library import _C, cuda_status
+from fastclust._library import _C
 from fastclust.cli import Interrupted, UsageError, note
 from fastclust.datasets import Dataset, is_dataset_path, load_dataset
 from fastclust.estimators import ECNMF, HSAN, PRECISIONS, SSGC
@@ -35,7 +35,7 @@ from fastclust.info import cpu_name, versions
 from fastclust.rundir import RunDirectory, read_toml
 from fastclust.tables import load_files
 from fastclust.training import SELECTIONS, internal_scores
-from fastclust.validation import check_device, check_n_clusters
+from fastclust.validation import check_device, check_n_clusters, why_not_cuda
 
 __all__ = ["main"]
 
@@ -702,7 +702,7 @@ def place(device: str) -> str:
     level = f"{_C.cpu_level()}, {torch.get_num_threads()} threads"
     if device != "auto":
         return f"on the CPU ({level})"
-    why = "no GPU seen" if not torch.cuda.is_available() else f"CUDA library {cuda_status}"
+    why = why_not_cuda() if torch.cuda.is_available() else "no GPU seen"
     return f"on the CPU ({level}; {why})"
 
 

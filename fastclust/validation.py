@@ -10,6 +10,7 @@ Isolated nodes, disconnected graphs and all-zero feature rows are ordinary data 
 
 from __future__ import annotations
 
+import functools
 import numbers
 import warnings
 from typing import Any
@@ -33,7 +34,11 @@ __all__ = [
     "check_n_clusters",
     "is_graph_data",
     "unpack_graph_data",
+    "why_not_cuda",
 ]
+
+#: Of a GPU that can run the kernels: their instructions begin with Ampere.
+LEAST_CAPABILITY = (8, 0)
 
 # Two entries A_ij and A_ji count as equal up to this fraction of the largest weight: weights that
 # were normalised in float32 differ by rounding and deserve no warning.
@@ -272,26 +277,58 @@ def check_n_clusters(n_clusters: Any, n_nodes: int | None = None, *, minimum: in
     return k
 
 
+def why_not_cuda(index: int | None = None) -> str | None:
+    """Why a CUDA device cannot be used, the current one if ``index`` is None; None if it can be."""
+    if not cuda_loaded:
+        return f"CUDA library {cuda_status}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    count = torch.cuda.device_count()
+    if index is not None and index >= count:
+        return f"torch sees {count} CUDA device{'' if count == 1 else 's'}, counted from 0"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < LEAST_CAPABILITY:
+        found, least = (".".join(map(str, c)) for c in (capability, LEAST_CAPABILITY))
+        name = torch.cuda.get_device_name(index)
+        return f"{name} has compute capability {found}, the kernels need {least} or later"
+    return None
+
+
+@functools.cache  # once per reason
+def _tell_why_cpu(reason: str) -> None:
+    warnings.warn(
+        f"device='auto' takes the CPU although there is a GPU: {reason}; 'cpu' silences this",
+        stacklevel=3,
+    )
+
+
 def check_device(device: str | torch.device) -> torch.device:
-    """Return the device to run on; ``"auto"`` takes CUDA where torch and fastclust both have it.
+    """Return the device to run on.
+
+    ``"auto"`` takes CUDA where torch, fastclust and the GPU allow it, else the CPU; it warns where
+    there is a GPU that it does not take.
 
     Raises
     ------
     ValueError
         Not "auto", a CPU or a CUDA device, or a CUDA device that cannot be used.
     """
-    usable = cuda_loaded and torch.cuda.is_available()
     if device == "auto":
-        return torch.device("cuda" if usable else "cpu")
+        reason = why_not_cuda()
+        if reason is not None and torch.cuda.is_available():
+            _tell_why_cpu(reason)
+        return torch.device("cuda" if reason is None else "cpu")
     try:
         resolved = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}") from None
     if resolved.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}")
-    if resolved.type == "cuda" and not usable:
-        reason = f"CUDA library {cuda_status}" if not cuda_loaded else "torch sees no CUDA device"
-        raise ValueError(f"device must be one that is there, got {device!r}: {reason}; use 'cpu'")
+    reason = why_not_cuda(resolved.index) if resolved.type == "cuda" else None
+    if reason is not None:
+        raise ValueError(
+            f"device must be one that can be used, got {str(device)!r}: {reason}; use 'cpu'"
+        )
     return resolved
 
 

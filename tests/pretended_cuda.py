@@ -28,6 +28,7 @@ OF_TWO_DEVICES = {"aten::copy_", "aten::index", "aten::index_put_", "aten::_inde
 # What torch.cuda answers here.
 ANSWERS = {
     "is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "pretended",
+    "get_device_capability": (9, 0),
     "is_current_stream_capturing": False, "mem_get_info": (2**34, 2**34), "memory_reserved": 0,
     "memory_allocated": 0, "max_memory_allocated": 0, "reset_peak_memory_stats": None,
     "synchronize": None,

@@ -530,7 +530,7 @@ def test_cuda_where_there_is_none(two_blocks):
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     adjacency, x, _ = two_blocks
-    with pytest.raises(ValueError, match="device must be one that is there, got 'cuda'"):
+    with pytest.raises(ValueError, match="device must be one that can be used, got 'cuda'"):
         QUICK["hsan"](device="cuda").fit(x, adjacency=adjacency)
 
 

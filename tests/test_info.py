@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import fastclust
 from fastclust import info
@@ -51,6 +53,22 @@ def test_level_that_does_not_exist_is_told() -> None:
 def test_collect_is_what_json_shows(capsys: pytest.CaptureFixture[str]) -> None:
     assert info.main(["--json"]) == 0
     assert json.loads(capsys.readouterr().out) == info.collect()
+
+
+def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = SimpleNamespace(
+        name="GeForce", major=7, minor=5, total_memory=2**33, multi_processor_count=40
+    )
+    answers = {"is_available": True, "device_count": 1, "get_device_properties": old,
+               "get_device_capability": (7, 5), "get_device_name": "GeForce"}  # fmt: skip
+    for name, value in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setattr("fastclust.validation.cuda_loaded", True)
+    found = info.collect()
+    assert not found["cuda"]["usable"] and not found["cuda"]["gpus"][0]["usable"]
+    rows = dict(info._rows(found))
+    assert rows["gpu"].endswith("40 multiprocessors, not used")
+    assert rows["cuda needs"] == "compute 8.0 or later"
 
 
 def test_unknown_argument_is_one_line() -> None:

@@ -13,9 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastclust import validation
 from fastclust.validation import (
     DataWarning,
     check_adjacency,
+    check_device,
     check_features,
     check_labels,
     check_n_clusters,
@@ -336,3 +338,48 @@ def test_torch_geometric_like_data_with_transposed_adjacency():
     stored = SimpleNamespace(to_scipy=lambda layout: sp.csr_array(PATH))
     _, adjacency = unpack_graph_data(SimpleNamespace(x=X, adj_t=stored))
     np.testing.assert_array_equal(adjacency.toarray(), PATH)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs of the compute capability that is given."""
+
+    def there_are(capability: tuple[int, int]) -> None:
+        answers = {
+            "is_available": True, "device_count": 2, "get_device_capability": capability,
+            "get_device_name": "GeForce",
+        }  # fmt: skip
+        for name, value in answers.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+        monkeypatch.setattr("fastclust.validation.cuda_loaded", True)
+
+    validation._tell_why_cpu.cache_clear()
+    return there_are
+
+
+def test_a_gpu_that_the_kernels_run_on(gpus):
+    gpus((8, 0))
+    assert check_device("auto").type == "cuda"
+    assert check_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"got 'cuda:7': torch sees 2 CUDA devices.*use 'cpu'"):
+        check_device("cuda:7")
+
+
+def test_a_gpu_that_is_too_old(gpus):
+    gpus((7, 5))
+    message = r"GeForce has compute capability 7\.5, the kernels need 8\.0 or later"
+    with pytest.warns(UserWarning, match=message):
+        assert check_device("auto").type == "cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check_device("auto").type == "cpu"  # told once
+    for device in ("cuda", torch.device("cuda", 0)):
+        with pytest.raises(ValueError, match=message):
+            check_device(device)
+
+
+def test_a_gpu_without_the_library_is_told(gpus, monkeypatch):
+    gpus((9, 0))
+    monkeypatch.setattr("fastclust.validation.cuda_loaded", False)
+    with pytest.warns(UserWarning, match="CUDA library"):
+        assert check_device("auto").type == "cpu"
