@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -40,7 +41,7 @@ class HardSampleInfoNCE(nn.Module):
     alpha : torch.nn.Parameter
         Weight of attribute against structure similarity; starts at 0.99999.
     weights : Hardness or None
-        Of the last refresh; part of ``state_dict``.
+        Of the last refresh; part of ``state_dict``, moves and converts with the module.
 
     Examples
     --------
@@ -108,8 +109,18 @@ class HardSampleInfoNCE(nn.Module):
         return {} if self.weights is None else self.weights.state_dict()
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """The weights, from ``load_state_dict``."""
-        self.weights = ops.Hardness.from_state_dict(state) if state else None
+        """The weights, from ``load_state_dict``, to where the module is."""
+        self.weights = None
+        if state:
+            self.weights = ops.Hardness.from_state_dict(state).apply(
+                lambda t: t.to(self.alpha if t.is_floating_point() else self.alpha.device)
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HardSampleInfoNCE:
+        # what to(), cuda(), double() and their like call
+        if self.weights is not None:
+            self.weights = self.weights.apply(fn)
+        return super()._apply(fn, recurse)
 
 
 class ResidualPropagation(nn.Module):

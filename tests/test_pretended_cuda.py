@@ -13,7 +13,7 @@ import torch
 from pretended_cuda import OnCuda, pretended_cuda
 
 import fastclust as fc
-from fastclust import cli, ops, train
+from fastclust import cli, nn, ops, train
 from fastclust.models.ecnmf import ECNMFModel
 from fastclust.models.hsan import HSANModel
 
@@ -83,6 +83,20 @@ def test_autocast_does_not_reach_matmul(bias: bool) -> None:
             found.append([t.detach().cpu() for t in (out, a.grad, b.grad)])
     for got, want in zip(*found, strict=True):
         assert got.dtype == want.dtype == torch.float32 and torch.equal(got, want)
+
+
+def test_weights_of_the_loss_go_where_the_module_goes() -> None:
+    views = torch.randn(2, 20, 5, generator=torch.Generator().manual_seed(0))
+    loss = nn.HardSampleInfoNCE(3)
+    loss.refresh(*views)
+    want, state = float(loss(*views).detach()), loss.state_dict()
+    with pretended_cuda():
+        for module in (loss, nn.HardSampleInfoNCE(3)):
+            module.cuda()
+            module.load_state_dict(state)
+            assert isinstance(module.weights.z[0], OnCuda)
+            assert isinstance(module.weights.labels, OnCuda)
+            assert float(module(*(v.cuda() for v in views)).detach()) == want
 
 
 @pytest.mark.parametrize("run", list(RUNS))

@@ -299,6 +299,22 @@ def test_loss_module_trains_alpha_and_keeps_its_weights(z):
         loss(first, second, first)
 
 
+def test_weights_of_the_loss_go_where_the_module_goes(z):
+    loss, first, second = nn.HardSampleInfoNCE(3), z[:N], z[N:]
+    loss.refresh(first, second)
+    labels = loss.weights.labels
+    want = loss(first, second)
+    state = loss.state_dict()
+    loss.double()
+    assert loss.weights.z[0].dtype == torch.float64 and torch.equal(loss.weights.labels, labels)
+    torch.testing.assert_close(loss(first.double(), second.double()), want.double())
+
+    wide = nn.HardSampleInfoNCE(3).double()
+    wide.load_state_dict(state)  # of another dtype, as of another device
+    assert wide.weights.range.dtype == torch.float64 and wide.weights.labels.dtype == torch.int32
+    torch.testing.assert_close(wide(first.double(), second.double()), want.double())
+
+
 def test_layers_against_their_formulas(graph, two_blocks):
     x = torch.from_numpy(two_blocks[1][:N])
     dense = torch.eye(N) + torch.from_numpy(two_blocks[0].toarray()[:N, :N])

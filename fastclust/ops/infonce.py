@@ -7,7 +7,7 @@ in ``csrc/infonce/infonce.h`` and, as plain torch, in :mod:`fastclust.reference`
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
@@ -60,6 +60,19 @@ class Hardness:
     def n_nodes(self) -> int:
         """Number of nodes N."""
         return self.membership.shape[0]
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Hardness:
+        """The same weights of what ``function`` makes of each tensor: moved or converted."""
+        return replace(
+            self,
+            z=tuple(map(function, self.z)),
+            e=tuple(map(function, self.e)),
+            alpha=function(self.alpha),
+            range=function(self.range),
+            labels=function(self.labels),
+            membership=function(self.membership),
+            order=function(self.order),
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything as a flat dict of tensors, for a checkpoint."""
