@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pretended_cuda as pretended
 import pytest
 import scipy.sparse as sp
 import torch
@@ -16,6 +17,7 @@ import fastclust as fc
 from fastclust import cli, nn, ops, train
 from fastclust.models.ecnmf import ECNMFModel
 from fastclust.models.hsan import HSANModel
+from fastclust.models.minibatch import SampledECNMF, SampledHSAN
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is here")
 
@@ -107,6 +109,23 @@ def test_a_training_ends_as_on_the_cpu(graph, tmp_path, run: str) -> None:
         assert train.main([*command, "--device", "cuda", "--out", str(tmp_path / "cuda")]) == 0
     cpu, cuda = (json.loads((tmp_path / d / "result.json").read_text()) for d in ("cpu", "cuda"))
     assert cuda["mean"]["acc"] == pytest.approx(cpu["mean"]["acc"], abs=0.02)
+
+
+@pytest.mark.parametrize("model", [SampledHSAN, SampledECNMF])
+def test_edges_do_not_travel_in_a_step(two_blocks, monkeypatch, model: type) -> None:
+    adjacency, features, _ = two_blocks
+    moved = []
+    move = pretended.move
+    monkeypatch.setattr(pretended, "move", lambda x: moved.append(x.numel()) or move(x))
+    with pretended_cuda():
+        graph, x = fc.Graph(adjacency).to("cuda"), torch.from_numpy(features).cuda()
+        views = (x,) if model is SampledHSAN else (x, ops.low_rank(x, 3))
+        options = {} if model is SampledHSAN else {"activation": "relu"}
+        trained = model(*views, graph, n_clusters=2, width=4, batch_size=15, **options)
+        trained.begin()
+        moved.clear()
+        trained.loss().backward()
+    assert moved and graph.n_edges not in moved
 
 
 @pytest.mark.parametrize("run", ["ecnmf", "hsan", "hsan-paper-code"])

@@ -143,14 +143,14 @@ def partition(graph: Graph, n_parts: int, seed: int) -> npt.NDArray[np.int64]:
 def _edges_of(
     graph: Graph, nodes: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Row pointers [B + 1], neighbours [E'] and weights [E'] of some rows of the adjacency."""
-    indptr, indices = graph.indptr.cpu().numpy(), graph.indices.cpu().numpy()
+    """Row pointers [B + 1], neighbours [E'] and weights [E'] of some rows of a graph on the CPU."""
+    indptr, indices = graph.indptr.numpy(), graph.indices.numpy()
     count = indptr[nodes + 1] - indptr[nodes]
     pointers = np.concatenate(([0], np.cumsum(count)))
     at = np.repeat(indptr[nodes] - pointers[:-1], count) + np.arange(pointers[-1])
     if graph.values is None:
         return pointers, indices[at], np.ones(at.size, np.float32)
-    return pointers, indices[at], graph.values.cpu().numpy()[at]
+    return pointers, indices[at], graph.values.numpy()[at]
 
 
 @without_autocast
@@ -258,7 +258,8 @@ class SampledHSAN(HSANModel):
         super().__init__(x, graph, **keywords)
         n = x.shape[0]
         self.n_negatives = None if n_negatives is None else min(n_negatives, n)
-        self.batches = _batches(graph, batch_size, batching, self.seed)
+        self.host_graph = graph.to("cpu")  # edges of a batch are picked by numpy
+        self.batches = _batches(self.host_graph, batch_size, batching, self.seed)
         self.step = 0
         # Of the last refresh: int64 [N], bool [N].
         self.clusters: Tensor | None = None
@@ -269,7 +270,7 @@ class SampledHSAN(HSANModel):
         z = self.attribute_views(self.x[nodes.to(self.x.device)])
         if not self.structure:
             return z, None
-        pointers, neighbors, values = _edges_of(self.graph, nodes.numpy())
+        pointers, neighbors, values = _edges_of(self.host_graph, nodes.numpy())
         # Of the N rows of V only those of neighbours take part, in the gradient's product as well.
         used, column = np.unique(neighbors, return_inverse=True)
         rows = sp.csr_array((values, column, pointers), shape=(len(nodes), len(used)))
@@ -371,7 +372,8 @@ class SampledECNMF(ECNMFModel):
         **keywords: Any,
     ) -> None:
         super().__init__(x, x_low_rank, graph, **keywords)
-        self.batches = _batches(graph, batch_size, batching, self.seed)
+        self.host_graph = graph.to("cpu")  # edges of a batch are picked by numpy
+        self.batches = _batches(self.host_graph, batch_size, batching, self.seed)
         self._nodes: Tensor | None = None
         self._local: Graph | None = None  # edges inside the batch
 
@@ -399,7 +401,7 @@ class SampledECNMF(ECNMFModel):
 
     def _inside(self, nodes: npt.NDArray[np.int64]) -> Graph:
         """The graph of the edges inside a batch, normalised as the whole."""
-        pointers, neighbors, values = _edges_of(self.graph, nodes)
+        pointers, neighbors, values = _edges_of(self.host_graph, nodes)
         place = np.searchsorted(nodes, neighbors).clip(max=nodes.size - 1)
         inside = nodes[place] == neighbors
         rows = np.repeat(np.arange(nodes.size), np.diff(pointers))[inside]
