@@ -2,8 +2,9 @@
 
 Inside :func:`pretended_cuda` tensors can be moved to "cuda" and made there, say that they are there
 (``device``, ``is_cuda``), refuse to become NumPy arrays, and raise where an operator meets tensors
-of both devices. They compute on the CPU, with the CPU's kernels. So a training on a GPU runs its
-every branch, copy and check without one; what CUDA kernels do is for the emulated blocks and a GPU.
+of both devices or would add floats in an order that differs from run to run. They compute on the
+CPU, with the CPU's kernels. So a training on a GPU runs its every branch, copy and check without
+one; what CUDA kernels do is for the emulated blocks and a GPU.
 """
 
 from __future__ import annotations
@@ -102,6 +103,10 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
     def inner(x: Any) -> Any:
         return x.inner if isinstance(x, OnCuda) else x
 
+    if outer and any(t.is_floating_point() for t in tensors):
+        repeats = name.startswith("aten::index_add") and len(inner(args[2]).unique()) < len(args[2])
+        if repeats or name == "aten::cumsum":
+            raise RuntimeError(f"{name} on cuda:0 adds in no fixed order")
     out = func(*tree_map(inner, args), **tree_map(inner, kwargs))
     to_cuda = id(out) in outer if name == "aten::copy_" else bool(outer) or Birthplace.on_cuda
 

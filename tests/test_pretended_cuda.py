@@ -18,6 +18,7 @@ from fastclust import cli, nn, ops, train
 from fastclust.models.ecnmf import ECNMFModel
 from fastclust.models.hsan import HSANModel
 from fastclust.models.minibatch import SampledECNMF, SampledHSAN
+from fastclust.models.ssgc import cluster_means
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is here")
 
@@ -65,6 +66,12 @@ def test_the_device_keeps_to_itself() -> None:
             torch.ops.fastclust.matmul(torch.ones(2, 2).cuda(), torch.ones(2, 2), None)
         with pytest.raises(TypeError, match=r"\.cpu\(\) comes first"):
             x.numpy()
+        for sums in (
+            lambda: x.cumsum(0),
+            lambda: x.index_add(0, torch.tensor([0, 1, 0]).cuda(), x),
+        ):
+            with pytest.raises(RuntimeError, match="adds in no fixed order"):
+                sums()
         leaf = torch.ones(3, device="cuda", requires_grad=True)
         (leaf * x).sum().backward()
         assert isinstance(leaf.grad, OnCuda)
@@ -99,6 +106,24 @@ def test_weights_of_the_loss_go_where_the_module_goes() -> None:
             assert isinstance(module.weights.z[0], OnCuda)
             assert isinstance(module.weights.labels, OnCuda)
             assert float(module(*(v.cuda() for v in views)).detach()) == want
+
+
+def test_cluster_means_in_blocks(monkeypatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    z, labels = torch.randn(100, 5, generator=g), torch.randint(0, 3, (100,), generator=g)
+    want = cluster_means(z, labels, 4)  # one cluster is empty
+    monkeypatch.setattr("fastclust.models.ssgc._MEAN_ROWS", 30)
+    with pretended_cuda():
+        got = cluster_means(z.cuda(), labels.cuda(), 4)
+        assert isinstance(got, OnCuda)
+    torch.testing.assert_close(got.inner, want)
+
+
+@pytest.mark.parametrize("rank", [0.5, "gavish-donoho"])
+def test_an_adaptive_rank_on_the_device(rank: float | str) -> None:
+    x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    with pretended_cuda():
+        assert ops.low_rank(x.cuda(), rank).rank == ops.low_rank(x, rank).rank
 
 
 @pytest.mark.parametrize("run", list(RUNS))

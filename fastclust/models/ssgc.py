@@ -87,6 +87,7 @@ _AGREEMENT_ROWS = 1 << 13
 _COLUMNS = 64
 _EDGES = 1 << 23
 _GRAM_COLUMNS = 4096
+_MEAN_ROWS = 1 << 13  # of which the means of clusters are summed at a time on a GPU
 
 
 def ssgc_embedding(
@@ -321,8 +322,16 @@ def consensus_kmeans(
 def cluster_means(z: torch.Tensor, labels: torch.Tensor, n_clusters: int) -> torch.Tensor:
     """Means [K, d] of the rows of z [N, d] by cluster; zero where a cluster is empty."""
     sizes = torch.bincount(labels, minlength=n_clusters).clamp_min(1)  # [K]
-    sums = z.new_zeros(n_clusters, z.shape[1]).index_add_(0, labels, z)
-    return sums / sizes[:, None]
+    sums = z.new_zeros(n_clusters, z.shape[1])
+    if z.device.type == "cpu":
+        sums.index_add_(0, labels, z)
+        return sums / sizes[:, None]
+    # A GPU would add by atomics, in another order on each run.
+    wide = sums.double()
+    for rows, of in zip(z.split(_MEAN_ROWS), labels.split(_MEAN_ROWS), strict=True):
+        members = torch.nn.functional.one_hot(of, n_clusters)  # [rows, K]
+        wide += members.double().t() @ rows.double()
+    return (wide / sizes[:, None]).to(z.dtype)
 
 
 def leading_directions(z: torch.Tensor, count: int, *, seed: int = 0) -> torch.Tensor:

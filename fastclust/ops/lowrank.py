@@ -671,7 +671,7 @@ def _spectrum(rows: _Rows, batch: int, center: bool) -> Tensor:
 
 def _rank_by_residual(spectrum: Tensor, fraction: float) -> int:
     """Smallest r whose tail energy, over all batches, is below fraction^2 of the total."""
-    energy = spectrum.square().sum(0)  # [D]
+    energy = spectrum.square().sum(0).cpu()  # [D]; cumsum on a GPU has no fixed order
     tail = energy.flip(0).cumsum(0).flip(0)  # [D]: energy of r, r + 1, ...
     return int((tail >= fraction**2 * tail[0]).sum()) if tail[0] > 0 else 1
 
