@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import normalize
 
 from fastclust import Graph, ops, reference
+from fastclust.ops.propagate import _graph_args
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -169,3 +170,24 @@ def test_low_rank_error_on(device: str, n: int, d: int, batch: int | None, spars
         assert error <= 1.01 * best + 1e-5 * float(centred.norm())
         gram = vh[:kept] @ vh[:kept].T
         torch.testing.assert_close(gram, torch.eye(kept, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_tensors_of_two_devices_are_refused() -> None:
+    """A direct call has none of the checks of the functions in Python."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    native = torch.ops.fastclust
+    x, centers = randn(8, 16), randn(1, 2, 16)
+    graph, h = Graph(graph_with_hub(20, 3)), randn(20, 4)
+    calls = [
+        lambda: native.kmeans_assign(x.cuda(), centers),
+        lambda: native.kmeans_assign(x, centers.cuda()),
+        lambda: native.lowrank_center(x.cuda(), None, None, centers[:, 0], 16, 8),
+        lambda: native.lowrank_orthonormalize(centers.cuda(), centers, None, 0.1, 1),
+        lambda: native.propagate(*_graph_args(graph, h.dtype), h.cuda(), None, False, False, False),
+        lambda: native.mask_rows(h.cuda(), torch.ones(20, 1, dtype=torch.int32)),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="all tensors must be on one device"):
+            call()

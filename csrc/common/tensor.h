@@ -34,6 +34,20 @@ inline void check_dtype(const Tensor& t, const char* name, ScalarType dtype) {
                   torch::headeronly::toString(t.scalar_type()));
 }
 
+inline bool is_beside(const Tensor& like, const Tensor& t) {
+  return t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index();
+}
+inline bool is_beside(const Tensor& like, const std::optional<Tensor>& t) {
+  return !t.has_value() || is_beside(like, *t);
+}
+
+// Kernels follow all pointers on the device of the tensor that the caller runs on, `like`. torch picks
+// the backend by all tensors together, so that one on another device gets this far.
+template <typename... Tensors>
+void check_device(const Tensor& like, const Tensors&... others) {
+  STD_TORCH_CHECK((is_beside(like, others) && ...), "all tensors must be on one device");
+}
+
 // Pointer to read, or nullptr for an absent optional tensor.
 template <typename T>
 const T* read_ptr(const std::optional<Tensor>& t) {

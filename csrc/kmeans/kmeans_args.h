@@ -31,6 +31,7 @@ inline void check_points(const Tensor& x) {
 
 inline void check_centers(const Tensor& x, const Tensor& centers) {
   check_points(x);
+  check_device(x, centers);
   check_shape(centers, "centers", {-1, -1, x.size(1)});
   check_dtype(centers, "centers", x.scalar_type());
   STD_TORCH_CHECK(centers.size(1) >= 1 && centers.size(1) <= x.size(0),
@@ -74,6 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> lloyd_op(const Tensor& x, const Tensor& cente
                                             const Tensor& tolerance, bool norm_rule,
                                             int64_t max_iter) {
   check_centers(x, centers);
+  check_device(x, tolerance);
   check_shape(tolerance, "tolerance", {});
   check_dtype(tolerance, "tolerance", ScalarType::Double);
   const int64_t n_restarts = centers.size(0);

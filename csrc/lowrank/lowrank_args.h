@@ -28,6 +28,7 @@ Rows<T> rows_of(const Tensor& values, const OptionalTensor& indptr, const Option
   STD_TORCH_CHECK(batch_size > 0 && n_cols > 0, "batch_size and n_cols must be positive");
   STD_TORCH_CHECK(indptr.has_value() == indices.has_value(),
                   "indptr and indices must be given together");
+  check_device(values, indptr, indices, mean);
   int64_t n_rows;
   if (indptr.has_value()) {
     check_shape(values, "values", {-1});
@@ -81,6 +82,7 @@ std::tuple<Tensor, Tensor> orthonormalize_op(Tensor y, OptionalTensor v, Optiona
     using T = decltype(zero);
     check_shape(y, "y", {-1, -1, -1});
     STD_TORCH_CHECK(passes == 1 || passes == 2, "passes must be 1 or 2, got ", passes);
+    check_device(y, v, bound);
     const int64_t m = y.size(0), n = y.size(1), l = y.size(2);
     if (v.has_value()) {
       check_shape(*v, "v", {m, n, l});

@@ -47,6 +47,8 @@ PropagateParams<T> graph_params(const GraphArgs& g, const Tensor& h) {
   // More rows of h than of the graph: nodes of other processes that its edges lead to.
   STD_TORCH_CHECK(h.dim() == 2 && h.size(0) >= n, "h must have shape [", n, ", d], got ", h.dim(),
                   " dimensions and ", h.dim() > 0 ? h.size(0) : 0, " rows");
+  check_device(h, g.indptr, g.indices, g.values, g.row_scale, g.col_scale, g.task_rows, g.segments,
+               g.hubs);
   check_dtype(g.indptr, "indptr", ScalarType::Long);
   check_shape(g.indptr, "indptr", {n + 1});
   check_dtype(g.indices, "indices", ScalarType::Int);
@@ -103,6 +105,7 @@ Tensors forward(const GraphArgs& g, const Tensor& h, const OptionalTensor& resid
     STD_TORCH_CHECK(residual->dim() == 2 && residual->size(0) == p.n_nodes &&
                         residual->size(1) == p.n_cols && !add_input,
                     "residual must have the shape of h and excludes add_input");
+    check_device(h, *residual);
     check_dtype(*residual, "residual", h.scalar_type());
     r = with_dense_rows(*residual);
     p.residual = read_ptr<T>(*r);
@@ -125,6 +128,7 @@ Tensors backward(const GraphArgs& g, const Tensor& grad, const OptionalTensor& m
   const Tensor input = with_dense_rows(grad);
   set_input(p, input);
   if (mask) {
+    check_device(grad, *mask);
     check_dtype(*mask, "mask", ScalarType::Int);
     check_shape(*mask, "mask", {p.n_nodes, mask_words(p.n_cols)});
     p.h_mask = read_ptr<uint32_t>(*mask);
@@ -180,6 +184,7 @@ Tensors backward_op(const Tensor& indptr, const Tensor& indices, const OptionalT
 template <typename Backend>
 Tensor mask_rows_op(const Tensor& grad, const Tensor& mask) {
   STD_TORCH_CHECK(grad.dim() == 2, "grad must have 2 dimensions, got ", grad.dim());
+  check_device(grad, mask);
   check_dtype(mask, "mask", ScalarType::Int);
   check_shape(mask, "mask", {grad.size(0), mask_words(grad.size(1))});
   const Tensor input = with_dense_rows(grad);
