@@ -24,7 +24,9 @@ _Result = TypeVar("_Result")
 def from_foreign(value: Any) -> Any:
     """A tensor over the memory of an array of another library; anything else as it is.
 
-    NumPy arrays that must not be written to are copied: torch knows no such tensors.
+    NumPy arrays that must not be written to are copied: torch knows no such tensors. Work on a GPU
+    array is waited for, in the order of streams, where it comes by DLPack; one that has the CUDA
+    array interface alone must be ready, since torch does not look at the stream that it names.
 
     Examples
     --------
