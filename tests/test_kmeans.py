@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -300,6 +301,15 @@ def test_restarts_are_those_of_single_runs():
     few = torch.ops.fastclust.kmeans_init(xc, 5, 3, 0, 7)
     assert torch.equal(many[:3], few)
     assert many.flatten(1).unique(dim=0).shape[0] == 12
+
+
+def test_more_restarts_than_a_grid_has_blocks(monkeypatch):
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    want = ops.kmeans(x, 6, n_init=7, seed=3)
+    monkeypatch.setattr(sys.modules["fastclust.ops.kmeans"], "_MOST_STARTS", 2)
+    got = ops.kmeans(x, 6, n_init=7, seed=3)
+    assert torch.equal(got.labels, want.labels) and torch.equal(got.centers, want.centers)
+    assert (got.inertia, got.n_iter) == (want.inertia, want.n_iter)
 
 
 def test_more_restarts_are_not_worse():

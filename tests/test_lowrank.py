@@ -432,6 +432,34 @@ def test_a_batch_does_not_depend_on_its_company(monkeypatch):
         assert all(map(torch.equal, together, apart))
 
 
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, csr])
+def test_more_batches_than_a_grid_has_blocks(monkeypatch, layout, center):
+    import fastclust.ops.lowrank as module
+
+    x = layout(sparse_binary(130, 30))  # 7 batches, the last a short one
+    omega = torch.randn(7, 30, 12, generator=torch.Generator().manual_seed(0))
+    native, seen = fastclust_ops, []
+
+    class Watched:
+        def __getattr__(self, name: str):
+            def call(*args):
+                out = getattr(native, name)(*args)
+                seen.append(len(out if isinstance(out, torch.Tensor) else out[0]))
+                return out
+
+            return call
+
+    for options in ({}, {"omega": omega}):
+        together = everything(x, batch_size=20, center=center, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_MOST_BATCHES", 3)
+            patch.setattr(module.torch.ops, "fastclust", Watched())
+            apart = everything(x, batch_size=20, center=center, **options)
+        assert all(map(torch.equal, together, apart))
+    assert max(seen) == 3
+
+
 def test_omega_replaces_the_random_sketch():
     x = sparse_binary(100, 30)
     omega = fastclust_ops.lowrank_normal(x, 1, 0, 30, 19, 0)

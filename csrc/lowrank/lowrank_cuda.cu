@@ -131,8 +131,8 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     gram_kernel(int64_t n, int64_t l, const T* y, double* partial) {
   int64_t ti, tj;
-  tile_of(blockIdx.x, &ti, &tj);
-  const int64_t slot = blockIdx.y, batch = blockIdx.z, row = slot * kSlotRows;
+  tile_of(blockIdx.y, &ti, &tj);
+  const int64_t slot = blockIdx.x, batch = blockIdx.z, row = slot * kSlotRows;
   const T* from = y + (batch * n + row) * l;
   double acc[4] = {};
   tile_product(l, l, min(int64_t{kSlotRows}, n - row), ti * kTile, tj * kTile, from, l, 1, from, l,
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t j = tj * kTile + threadIdx.x % kTile;
   for (int q = 0; q < 4; ++q) {
     const int64_t i = ti * kTile + threadIdx.x / kTile + 8 * q;
-    if (i < l && j < l) partial[((batch * gridDim.y + slot) * l + i) * l + j] = acc[q];
+    if (i < l && j < l) partial[((batch * gridDim.x + slot) * l + i) * l + j] = acc[q];
   }
 }
 
@@ -508,7 +508,7 @@ void factor(int64_t m, int64_t n, int64_t l, const float* y, double* partial, do
             double* r, double* inverse, const BoundRule& rule, cudaStream_t stream) {
   const int64_t tiles = (l + kTile - 1) / kTile, slots = slots_of(n);
   enqueue(gram_kernel<float>,
-         dim3(static_cast<unsigned>(tiles * (tiles + 1) / 2), static_cast<unsigned>(slots),
+         dim3(static_cast<unsigned>(slots), static_cast<unsigned>(tiles * (tiles + 1) / 2),
               static_cast<unsigned>(m)),
          kThreads, stream, n, l, y, partial);
   factorise(cholesky_kernel<true>, cholesky_kernel<false>, m, l, stream, l, slots, partial, work, r,

@@ -24,6 +24,8 @@ _PAPER_CODE_ITERATIONS = 500
 _PAPER_CODE_TOLERANCE = 1e-4
 # On CUDA the host asks only this often whether all restarts have converged.
 _CUDA_ITERATIONS_PER_CHECK = 16
+# Starts worked through at a time: no more fit a grid of CUDA blocks.
+_MOST_STARTS = 2**16 - 1
 _MAX_FINAL_REPAIRS = 16
 
 
@@ -163,11 +165,13 @@ def kmeans(
             )
         centers = ops.kmeans_init(xc, n_clusters, n_init, method, seed % 2**63)
 
-    centers, n_iter = _lloyd(xc, centers, tolerance, norm_rule, max_iter)
-    labels, inertia = ops.kmeans_assign(xc, centers)
-    best = int(inertia.argmin())
-    labels, inertia, centers = labels[best], inertia[best], centers[best]
-    iterations = int(n_iter[best])
+    found = []
+    for starts in centers.split(_MOST_STARTS):
+        ends, n_iter = _lloyd(xc, starts, tolerance, norm_rule, max_iter)
+        labels, inertia = ops.kmeans_assign(xc, ends)
+        best = int(inertia.argmin())
+        found.append((labels[best], inertia[best], ends[best], int(n_iter[best])))
+    labels, inertia, centers, iterations = min(found, key=lambda end: float(end[1]))
     # Between the last update and the last assignment a cluster can lose its last point.
     for _ in range(_MAX_FINAL_REPAIRS):
         n_used = int((torch.bincount(labels, minlength=n_clusters) > 0).sum())

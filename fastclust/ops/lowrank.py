@@ -27,6 +27,9 @@ _SPARSE_SLOWDOWN = 8
 # Gram matrices held at a time, in bytes; more batches are worked through in groups.
 _GRAM_BYTES = 256 * 2**20
 
+# Batches worked through at a time: no more fit a grid of CUDA blocks.
+_MOST_BATCHES = 2**16 - 1
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -240,14 +243,19 @@ def batched_svd(
     else:
         width = _check_omega(omega, rows, n_batches, r)
         omega = omega.expand(n_batches, rows.n_cols, width).contiguous()
-        omega, _ = torch.ops.fastclust.lowrank_orthonormalize(omega, None, None, 0.0, 1)
+        orthonormalize = torch.ops.fastclust.lowrank_orthonormalize
+        parts = [orthonormalize(p, None, None, 0.0, 1)[0] for p in omega.split(_MOST_BATCHES)]
+        omega = torch.cat(parts) if len(parts) > 1 else parts[0]
 
     means = rows.mean(batch)  # [M, D]
     products = 2 * n_iter + 1
     by_gram = _gram_is_cheaper(rows, batch, width, products)
     parts = []
-    group = max(1, _GRAM_BYTES // (rows.n_cols**2 * rows.values.element_size())) if by_gram else 0
-    for first, part in rows.groups(batch, group or n_batches):
+    group = _MOST_BATCHES
+    if by_gram:
+        gram_bytes = rows.n_cols**2 * rows.values.element_size()
+        group = min(group, max(1, _GRAM_BYTES // gram_bytes))
+    for first, part in rows.groups(batch, group):
         count = -(-part.n_rows // batch)
         if omega is None:
             v = torch.ops.fastclust.lowrank_normal(
@@ -546,9 +554,13 @@ class _Rows:
 
     def mean(self, batch: int) -> Tensor:
         """Column means of each batch [M, D]; raises for NaN and infinite entries of x."""
-        mean = torch.ops.fastclust.lowrank_mean(
-            self.values, self.indptr, self.indices, self.n_cols, batch
-        )
+        means = [
+            torch.ops.fastclust.lowrank_mean(
+                part.values, part.indptr, part.indices, self.n_cols, batch
+            )
+            for _, part in self.groups(batch, _MOST_BATCHES)
+        ]
+        mean = torch.cat(means) if len(means) > 1 else means[0]
         # Means are finite only if all entries are: no pass over x of its own. Not looked at where
         # that would break a graph.
         if torch.compiler.is_compiling() or _capturing(mean) or torch.isfinite(mean).all():
