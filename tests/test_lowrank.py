@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -775,6 +776,42 @@ def test_device_numbers_that_overflow_stay_in_their_batch(device, width):
     both, alone = device.lowrank_thin_svd(y, 4), device.lowrank_thin_svd(y[1:], 4)
     assert both[1][0].isnan().all()
     assert all(torch.equal(a[1:], b) for a, b in zip(both, alone, strict=True))
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, csr])
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("batch", [7, 20, 50])
+@pytest.mark.parametrize("rows_at_a_time", [1, 6, 30, 1000])
+def test_device_products_hold_few_dense_rows(monkeypatch, rows_at_a_time, batch, mean, layout):
+    n, d = 50, 9
+    rows = rows_of(layout(sparse_binary(n, d, 0.3).double()))
+    m = -(-n // batch)
+    mu = fastclust_ops.lowrank_mean(*rows, d, batch) if mean else None
+    g = torch.Generator().manual_seed(0)
+    v, q = (torch.randn(m, k, 4, generator=g, dtype=torch.float64) for k in (d, batch))
+    monkeypatch.setattr(lowrank_device, "_DENSE_BYTES", rows_at_a_time * d * 8)
+    held = []
+    native = fastclust_ops
+
+    class Watched:
+        def __getattr__(self, name: str):
+            def call(*args):
+                out = getattr(native, name)(*args)
+                held.append(min(n, args[5] * len(out)) if name == "lowrank_center" else 0)
+                return out
+
+            return call
+
+    monkeypatch.setattr(lowrank_device.torch.ops, "fastclust", Watched())
+    args = (*rows, mu, d, batch)
+    close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+    close(lowrank_device.gram(*args), native.lowrank_gram(*args))
+    close(lowrank_device.project(*args, v), native.lowrank_project(*args, v))
+    close(lowrank_device.project_transposed(*args, q), native.lowrank_project_transposed(*args, q))
+    if rows[1] is not None:
+        means = lowrank_device.csr_mean(*rows, d, batch)
+        close(means, native.lowrank_mean(*rows, d, batch))
+    assert 0 < max(held) <= rows_at_a_time
 
 
 def test_device_kernels_have_no_race(device):

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastclust import _library  # noqa: F401  (registers the operators)
 from fastclust.interop import without_autocast
 from fastclust.memory import require_memory
-from fastclust.ops import lowrank_device  # noqa: F401  (the same on CUDA tensors)
+from fastclust.ops import lowrank_device  # registers the same on CUDA tensors
 
 __all__ = ["LowRank", "LowRankMatrix", "batched_svd", "low_rank"]
 
@@ -179,8 +179,9 @@ def batched_svd(
 
     Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review 53 (2011),
     algorithms 4.4 and 5.1, applied to each batch minus its column means (ECN-MF, Eqs. 2-4).
-    The means are never subtracted from a stored copy, so sparse X stays sparse. Where the
-    Gram matrix of a batch is the cheaper way, the iterations run on it.
+    The means are never subtracted from a stored copy, so sparse X stays sparse; on CUDA 256 MiB of
+    centred rows are made dense at a time, in every product. Where the Gram matrix of a batch is
+    the cheaper way, the iterations run on it.
 
     The result is the same to the bit for any number of threads. It depends on ``seed`` through
     counters keyed by batch and element, so a batch does not depend on what else is in the call.
@@ -554,10 +555,11 @@ class _Rows:
 
     def mean(self, batch: int) -> Tensor:
         """Column means of each batch [M, D]; raises for NaN and infinite entries of x."""
+        of: Any = torch.ops.fastclust.lowrank_mean
+        if self.indptr is not None and self.values.is_cuda:
+            of = lowrank_device.csr_mean
         means = [
-            torch.ops.fastclust.lowrank_mean(
-                part.values, part.indptr, part.indices, self.n_cols, batch
-            )
+            of(part.values, part.indptr, part.indices, self.n_cols, batch)
             for _, part in self.groups(batch, _MOST_BATCHES)
         ]
         mean = torch.cat(means) if len(means) > 1 else means[0]

@@ -1,21 +1,73 @@
 """Matrix products of the low-rank operators on CUDA tensors: cuBLAS's, through torch.
 
-Same schemas and meanings as csrc/lowrank/lowrank.h; the centred rows are held dense, once more.
-Everything that is not a product has kernels of its own in csrc/lowrank/lowrank_cuda.cu. Nothing
-here waits for the device. With ``torch.backends.cuda.matmul.allow_tf32`` the products, and with
-them the factors, have the precision of TF32; ``torch.autocast`` does not reach them.
+Same schemas and meanings as csrc/lowrank/lowrank.h. The centred rows are made dense, 256 MiB of
+them at a time; products of sparse rows would add in no fixed order on a GPU. Everything that is not
+a product has kernels of its own in csrc/lowrank/lowrank_cuda.cu. Nothing here waits for the device.
+With ``torch.backends.cuda.matmul.allow_tf32`` the products, and with them the factors, have the
+precision of TF32; ``torch.autocast`` does not reach them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from fastclust.interop import without_autocast
 
-__all__: list[str] = []
+__all__ = ["csr_mean"]
 
 _Optional = Tensor | None
+
+# Of the dense rows that are made at a time.
+_DENSE_BYTES = 256 * 2**20
+
+
+def _n_rows(values: Tensor, indptr: _Optional) -> int:
+    return values.shape[0] if indptr is None else indptr.shape[0] - 1
+
+
+def _pieces(n_rows: int, row_bytes: int, batch_size: int) -> Iterator[tuple[int, int]]:
+    """Rows, first and last + 1, that are made dense together: whole batches, or a part of one."""
+    most = max(1, _DENSE_BYTES // row_bytes)
+    if most >= batch_size:
+        step = most // batch_size * batch_size
+        for begin in range(0, n_rows, step):
+            yield begin, min(n_rows, begin + step)
+        return
+    for first in range(0, n_rows, batch_size):
+        last = min(n_rows, first + batch_size)
+        for begin in range(first, last, most):
+            yield begin, min(last, begin + most)
+
+
+def _centred(
+    values: Tensor,
+    indptr: _Optional,
+    indices: _Optional,
+    mean: _Optional,
+    n_cols: int,
+    batch_size: int,
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Pieces of X_c [m, b, D], with their batches and their rows inside of these."""
+    row_bytes = n_cols * values.element_size()
+    for begin, end in _pieces(_n_rows(values, indptr), row_bytes, batch_size):
+        size, first = min(batch_size, end - begin), begin // batch_size
+        batches = slice(first, first + -(-(end - begin) // size))
+        x = torch.ops.fastclust.lowrank_center(
+            values[begin:end] if indptr is None else values,
+            None if indptr is None else indptr[begin : end + 1],  # positions stay absolute
+            indices,
+            None if mean is None else mean[batches],
+            n_cols,
+            size,
+        )
+        yield batches, slice(begin % batch_size, begin % batch_size + size), x
+
+
+def _zeros(values: Tensor, indptr: _Optional, batch_size: int, *shape: int) -> Tensor:
+    return values.new_zeros(-(-_n_rows(values, indptr) // batch_size), *shape)
 
 
 @without_autocast
@@ -27,8 +79,10 @@ def gram(
     n_cols: int,
     batch_size: int,
 ) -> Tensor:
-    x = torch.ops.fastclust.lowrank_center(values, indptr, indices, mean, n_cols, batch_size)
-    return x.mT @ x
+    out = _zeros(values, indptr, batch_size, n_cols, n_cols)
+    for batches, _, x in _centred(values, indptr, indices, mean, n_cols, batch_size):
+        out[batches].baddbmm_(x.mT, x)
+    return out
 
 
 @without_autocast
@@ -41,8 +95,10 @@ def project(
     batch_size: int,
     v: Tensor,
 ) -> Tensor:
-    x = torch.ops.fastclust.lowrank_center(values, indptr, indices, mean, n_cols, batch_size)
-    return x @ v
+    out = _zeros(values, indptr, batch_size, batch_size, v.shape[2])
+    for batches, rows, x in _centred(values, indptr, indices, mean, n_cols, batch_size):
+        out[batches, rows] = x @ v[batches]
+    return out
 
 
 @without_autocast
@@ -55,8 +111,10 @@ def project_transposed(
     batch_size: int,
     q: Tensor,
 ) -> Tensor:
-    x = torch.ops.fastclust.lowrank_center(values, indptr, indices, mean, n_cols, batch_size)
-    return x.mT @ q
+    out = _zeros(values, indptr, batch_size, n_cols, q.shape[2])
+    for batches, rows, x in _centred(values, indptr, indices, mean, n_cols, batch_size):
+        out[batches].baddbmm_(x.mT, q[batches, rows])
+    return out
 
 
 @without_autocast
@@ -66,3 +124,20 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 for _function in (gram, project, project_transposed, multiply):
     torch.library.impl(f"fastclust::lowrank_{_function.__name__}", "cuda", func=_function)
+
+
+def csr_mean(
+    values: Tensor, indptr: Tensor, indices: Tensor, n_cols: int, batch_size: int
+) -> Tensor:
+    """Column means [M, D] of CSR rows, of which lowrank_mean on CUDA makes a dense copy."""
+    out = _zeros(values, indptr, batch_size, n_cols).double()
+    n_rows, row_bytes = _n_rows(values, indptr), n_cols * values.element_size()
+    for begin, end in _pieces(n_rows, row_bytes, batch_size):
+        size, first = min(batch_size, end - begin), begin // batch_size
+        means = torch.ops.fastclust.lowrank_mean(
+            values, indptr[begin : end + 1], indices, n_cols, size
+        )
+        # the piece's share of its batch, where it is not whole batches
+        share = min(1.0, (end - begin) / min(batch_size, n_rows - first * batch_size))
+        out[first : first + len(means)] += share * means.double()
+    return out.to(values.dtype)
