@@ -180,6 +180,7 @@ def test_tensors_of_two_devices_are_refused() -> None:
     native = torch.ops.fastclust
     x, centers = randn(8, 16), randn(1, 2, 16)
     graph, h = Graph(graph_with_hub(20, 3)), randn(20, 4)
+    z, e, alpha = randn(16, 4).cuda(), randn(16, 4), torch.tensor(0.5)
     calls = [
         lambda: native.kmeans_assign(x.cuda(), centers),
         lambda: native.kmeans_assign(x, centers.cuda()),
@@ -187,6 +188,8 @@ def test_tensors_of_two_devices_are_refused() -> None:
         lambda: native.lowrank_orthonormalize(centers.cuda(), centers, None, 0.1, 1),
         lambda: native.propagate(*_graph_args(graph, h.dtype), h.cuda(), None, False, False, False),
         lambda: native.mask_rows(h.cuda(), torch.ones(20, 1, dtype=torch.int32)),
+        lambda: native.similarity_range(z, e, alpha.cuda(), 0),
+        lambda: native.similarity_range(z, e.cuda(), alpha, 0),
     ]
     for call in calls:
         with pytest.raises(RuntimeError, match="all tensors must be on one device"):

@@ -31,6 +31,7 @@ inline Precision precision_from(int64_t code, ScalarType dtype) {
 template <typename T>
 Views<T> views_from(const Tensor& z, const Tensor& e, const T* alpha, int64_t rows) {
   check_shape(z, "z", {rows, -1});
+  check_device(z, e);
   check_shape(e, "e", {rows, -1});
   check_dtype(e, "e", z.scalar_type());
   return {read_ptr<T>(z), read_ptr<T>(e), z.size(1), e.size(1), alpha};
@@ -43,6 +44,7 @@ Weights<T> weights_from(const WeightTensors& w, const Tensor& z, std::vector<Vie
   STD_TORCH_CHECK(w.e.size() == w.z.size(), "snapshot_z and snapshot_e must be equally long");
   STD_TORCH_CHECK(n_snapshots <= kMaxSnapshots, "at most ", kMaxSnapshots, " snapshots, got ",
                   n_snapshots);
+  check_device(z, w.stored, w.alpha, w.range, w.labels, w.membership, w.order);
   if (w.stored) {
     STD_TORCH_CHECK(n_snapshots == 0, "stored weights leave no room for snapshots");
     check_shape(*w.stored, "stored", {weight_tiles(n), kWeightTile, kWeightTile});
@@ -67,6 +69,7 @@ Weights<T> weights_from(const WeightTensors& w, const Tensor& z, std::vector<Vie
   check_dtype(*w.order, "order", ScalarType::Int);
   const T* alpha = read_ptr<T>(*w.alpha);
   for (int64_t s = 0; s < n_snapshots; ++s) {
+    check_device(z, w.z[s]);
     check_dtype(w.z[s], "snapshot_z", z.scalar_type());
     views.push_back(views_from<T>(w.z[s], w.e[s], alpha + s, 2 * n));
   }
@@ -112,6 +115,7 @@ std::tuple<Tensor, Tensor> hard_infonce(
     std::optional<Tensor> membership, std::optional<Tensor> order, double beta,
     int64_t precision, std::vector<int64_t> window, std::optional<Tensor> stored) {
   check_rows(z);
+  check_device(z, alpha);
   check_shape(alpha, "alpha", {});
   check_dtype(alpha, "alpha", z.scalar_type());
   const int64_t rows = z.size(0);
@@ -149,6 +153,7 @@ std::tuple<Tensor, Tensor, Tensor> hard_infonce_backward(
     check_shape(*t, name, {});
     check_dtype(*t, name, z.scalar_type());
   }
+  check_device(z, alpha, grad_loss, row_sums);
   check_shape(row_sums, "row_sums", {rows});
   check_dtype(row_sums, "row_sums", ScalarType::Double);
   const WeightTensors w{snapshot_z, snapshot_e, snapshot_alpha, snapshot_range,
@@ -179,6 +184,7 @@ template <typename Backend>
 Tensor similarity_range(Tensor z, Tensor e, Tensor alpha, int64_t precision,
                         std::vector<int64_t> window) {
   check_rows(z);
+  check_device(z, alpha);
   check_shape(alpha, "alpha", {});
   check_dtype(alpha, "alpha", z.scalar_type());
   Tensor range = new_empty(z, {2});
