@@ -83,7 +83,7 @@ def project(
     Parameters
     ----------
     embedding : array or tensor of shape [N, d]
-        What :attr:`embedding_` of an estimator holds.
+        What ``embedding_`` of an estimator holds.
     method : {"auto", "t-sne", "umap", "pca"}, default "auto"
         ``"auto"`` takes UMAP where the package umap-learn is installed and t-SNE elsewhere. Fewer
         than 30 nodes are always placed by PCA.
@@ -182,7 +182,7 @@ def embedding(
     Parameters
     ----------
     embedding : array or tensor of shape [N, d]
-        What :attr:`embedding_` of an estimator holds.
+        What ``embedding_`` of an estimator holds.
     groups : array of shape [N]
         Cluster or label of each node.
     like : array of shape [N], optional
@@ -239,7 +239,7 @@ def learning_curve(
     Parameters
     ----------
     history : list of dict, or dict of such lists by seed
-        :attr:`history_` of an estimator, or the rows of ``history.jsonl``. The first seed is drawn
+        ``history_`` of an estimator, or the rows of ``history.jsonl``. The first seed is drawn
         strong, the others thin.
     key : str or sequence of str, default "loss"
         What to draw; several keys get one line each (of the first seed). ACC, NMI, ARI and F1 are
@@ -336,7 +336,7 @@ def agreement(evidence: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
     Parameters
     ----------
     evidence : mapping
-        :attr:`n_clusters_evidence_` of an estimator with ``n_clusters="auto"``.
+        ``n_clusters_evidence_`` of an estimator with ``n_clusters="auto"``.
     ax : matplotlib Axes, optional
 
     Returns
@@ -362,7 +362,7 @@ def similarity(
     Parameters
     ----------
     embedding : array or tensor of shape [N, d]
-        What :attr:`embedding_` of an estimator holds.
+        What ``embedding_`` of an estimator holds.
     labels : array of shape [N]
         Cluster of each node.
     like : array of shape [N], optional

@@ -54,7 +54,7 @@ Selection = Literal[
     "last", "inertia", "calinski-harabasz", "silhouette", "davies-bouldin", "modularity", "loss"
 ]
 
-# Rules that choose an epoch without labels, and whether more of their score is better.
+#: Rules that choose an epoch without labels, and whether more of their score is better.
 SELECTIONS: dict[str, bool | None] = {
     "last": None,
     "inertia": False,
