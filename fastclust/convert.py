@@ -726,7 +726,7 @@ examples:
 edges:     .txt .csv .tsv (.gz): two node numbers from 0 on and perhaps a weight per line;
            .npy .npz: integers [E, 2] or [2, E]; .parquet (needs pyarrow)
 features:  .npy [N, D]; .npz of scipy.sparse.save_npz; .parquet with D numeric columns;
-           without them every node has the same one attribute
+           without --features every node gets the same constant attribute
 labels:    .npy or text, one whole number per node; used for scores only
 
 Disk: 16 bytes per edge while it works, then 8 bytes per edge and 8 per node."""

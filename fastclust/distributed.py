@@ -914,7 +914,7 @@ def _kmeans(
 
     Points are assigned by the kernel, each rank its own; the sums of the clusters are float64 and
     added over the ranks, so that every rank has the same centres. The start is drawn from all rows,
-    or from every so-manieth where there are more than 65,536, on each rank alike.
+    or from evenly spaced rows where there are more than 65,536, on each rank alike.
     """
     native = torch.ops.fastclust
     n, width = ranks.n_nodes, x.shape[1]

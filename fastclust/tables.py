@@ -88,7 +88,7 @@ def load_files(
         the file and, where it can, the line or column.
     """
     if features is None:
-        raise DatasetFormatError("features must be given: the file of the nodes' attributes")
+        raise DatasetFormatError("--features FILE is required with --edges, --labels or --ids")
     path = _existing(features)
     table = None if _is_matrix(path) else _Table.read(path)
     header = [] if table is None else table.header
@@ -127,11 +127,14 @@ def load_files(
     elif labels is not None:
         classes = _labels(labels, n, names)
     if classes is not None:
-        if classes.dtype.kind in "OSU" and (np.char.str_len(classes.astype(str)) == 0).any():
-            raise DatasetFormatError(
-                "labels must be there for every node or for none; leave --labels out to cluster "
-                "without them"
-            )
+        if classes.dtype.kind in "OSU":
+            without = np.flatnonzero(np.char.str_len(classes.astype(str)) == 0)
+            if without.size:
+                name = int(without[0]) if names is None else str(names[without[0]])
+                raise DatasetFormatError(
+                    f"labels: {without.size} nodes have none, the first is {name!r}; give every "
+                    f"node a label, or leave --labels out"
+                )
         classes = _checked(check_labels, classes, n, name="labels")
     k = None if classes is None else int(classes.max()) + 1
     return Dataset(path.name.partition(".")[0], adjacency, matrix, classes, k, names)

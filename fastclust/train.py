@@ -90,7 +90,8 @@ run directory (--out), for several seeds see seed-<S>/ below it:
   result.json  assignments.csv  model.safetensors  embedding.npy  history.jsonl  report.html
   config.toml  checkpoint/
 
-exit codes: 0 done, 2 wrong usage or data, 130 interrupted (after a checkpoint, with --out)"""
+exit codes: 0 done, 1 internal error, 2 wrong usage or data, 130 interrupted (after a checkpoint,
+with --out)"""
 
 
 def build_parser() -> cli.Parser:
@@ -167,8 +168,8 @@ def build_parser() -> cli.Parser:
     add(
         "--resume",
         action="store_true",
-        help="go on from the checkpoints in --out; finished seeds are kept. Settings that are not "
-        "given are those of the run",
+        help="continue from the checkpoints in --out; finished seeds are kept, and settings you do "
+        "not give are taken from that run",
     )
     add("--quiet", action="store_true", help="no progress on stderr")
     add("--json", action="store_true", help="one JSON object on stdout instead of the table")

@@ -161,7 +161,7 @@ def test_attributes_alone_make_a_nearest_neighbour_graph(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("edges.csv", None), "features must be given"),
+        (("edges.csv", None), "--features FILE is required"),
         (("absent.csv", "plain.csv"), "absent.csv does not exist"),
         (("edges.csv", "."), "must be a file, got a directory"),
         (("edges.csv", "plain.csv"), "node numbers 0..3, got 'ann'; for nodes with names"),
@@ -180,7 +180,7 @@ def test_attributes_alone_make_a_nearest_neighbour_graph(folder):
         (("numbers.txt", "words.csv"), "got 'tall' in column 'h'"),
         (("numbers.txt", "late.csv"), "could not convert string 'tall'"),
         (("numbers.txt", "plain.csv", "short.txt"), r"one label per node \(4\), got 2"),
-        (("numbers.txt", "plain.csv", "some.csv"), "labels must be there for every node or for"),
+        (("numbers.txt", "plain.csv", "some.csv"), "labels: 2 nodes have none, the first is 2"),
         (("numbers.txt", "bad.npz"), "written by scipy.sparse.save_npz"),
         (("bad.mtx", "plain.csv"), "must be a matrix in Matrix Market format"),
         (("wide.mtx", "plain.csv"), "must be square"),

@@ -373,7 +373,7 @@ def test_estimated_number_of_clusters_repeats(
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (["--edges", "edges.csv"], "features must be given"),
+        (["--edges", "edges.csv"], "--features FILE is required with --edges"),
         (["--edges", "edges.csv", "--features", "nodes.csv"], "give --n-clusters K"),
         (["--features", "nodes.csv", "--dataset", "cora"], "two sources of data"),
         (["--features", "nodes.csv", "--labels", "grup"], "did you mean group?"),

@@ -16,7 +16,7 @@ N x D array is made.
 More than 65536 nodes are worked through in blocks: dense attributes, which may be mapped from a
 file, are read twice, for their Gram matrix and for their coordinates; smoothing takes 64 columns at
 a time; views are made block by block of rows, twice. Beside the attributes and the graph that keeps
-N x (256 + n_components) numbers. From 16384 nodes on T is chosen, and the starts of k-means vote,
+N x (256 + n_components) numbers. Above 16384 nodes T is chosen, and the starts of k-means vote,
 on samples of 8192 nodes.
 """
 
