@@ -31,7 +31,7 @@ from fastclust import _C, ops
 
 LONG = bool(os.environ.get("FASTCLUST_BENCH_LONG"))
 SIZES = [2708, 7650, 13752] if LONG else [2708]
-DENSE_LIMIT = 8000  # the dense peers hold about six arrays of 2N x 2N: 35 GB at N = 13752
+DENSE_LIMIT = 8000  # the dense peers hold about six arrays of 2N x 2N: 18 GB at N = 13752
 WIDTH = 500
 CONFIDENT = 0.7
 LEVELS = [
