@@ -926,3 +926,30 @@ def test_bad_weights() -> None:
         ops.hardness(z, None, 1.0, labels, labels, 1)
     with pytest.raises(ValueError, match="beta"):
         ops.hardness(z, None, 1.0, labels, confident, -1)
+
+
+# --- what the exponential cannot hold ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 80), (torch.float64, 700)])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_logits_out_of_range_are_refused(dtype: torch.dtype, limit: int, sign: float) -> None:
+    """All logits of these rows are the same, on both sides of the stated limit."""
+    z = torch.ones(8, 1, dtype=dtype) * 0.85 * limit**0.5
+    loss = ops.hard_infonce(z, None, 0.8 * sign)  # 0.58 of it
+    torch.testing.assert_close(loss, reference.hard_infonce(z, z[:, :0], 0.8 * sign))
+    for alpha in (2.0 * sign, 100.0 * sign):
+        with pytest.raises(ValueError, match=f"must give logits below {limit} in absolute value"):
+            ops.hard_infonce(z, None, alpha)
+
+
+def test_labels_beyond_int32_are_told_apart() -> None:
+    z = torch.nn.functional.normalize(torch.randn(8, 3), dim=1)
+    confident = torch.ones(4, dtype=torch.bool)
+    small, large = (torch.tensor([0, 1, 0, 1]) * step for step in (1, 2**32))
+    for storage in ("snapshots", "stored"):
+        one, other = (
+            ops.dense_weights(ops.hardness(z, None, 1.0, y, confident, 1.0, storage=storage))
+            for y in (small, large)
+        )
+        assert torch.equal(one, other)

@@ -269,6 +269,16 @@ def test_gradcheck(norm, weighted, monkeypatch):
         assert torch.autograd.gradcheck(
             lambda h, o=options: ops.propagate(graph, h, residual=h, **o), (h,)
         )
+        # squared, for a second derivative that is not zero
+        assert torch.autograd.gradgradcheck(
+            lambda h, r, o=options: ops.propagate(graph, h, residual=r, **o).square(), (h, r)
+        )
+        assert torch.autograd.gradgradcheck(
+            lambda r, o=options: ops.propagate(graph, h.detach(), residual=r, **o).square(), (r,)
+        )
+        assert torch.autograd.gradgradcheck(
+            lambda h, o=options: ops.propagate(graph, h, residual=h, **o).square(), (h,)
+        )
 
 
 @pytest.mark.parametrize("activation", ["none", "relu"])

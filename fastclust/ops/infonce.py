@@ -18,6 +18,9 @@ from fastclust._library import register_gradient
 from fastclust.interop import as_operand, without_autocast
 from fastclust.memory import require_memory
 
+# Logits at which the exponential of the CPU stops to grow or to fall (csrc/common/vec_math.h).
+_EXP_LIMITS = {torch.float32: 87.0, torch.float64: 708.0}
+
 #: Arithmetic of the products, as numbered in csrc/infonce/infonce.h.
 PRECISIONS = {"fp32": 0, "tf32": 1, "bf16x3": 2, "bf16": 3}
 
@@ -256,7 +259,8 @@ def hard_infonce(
         The loss, 0-d, dtype of ``z``.
 
     Raises:
-        ValueError: a shape, device, value or ``precision`` does not fit.
+        ValueError: a shape, device, value or ``precision`` does not fit, or logits leave their
+            range (on CUDA, where that is not looked at, the loss is then not finite).
         TypeError: an argument is not a tensor of floating point.
 
     Example:
@@ -269,10 +273,24 @@ def hard_infonce(
     code = _precision_code(precision, z.dtype)
     if isinstance(weights, StoredHardness):
         none = _snapshot_arguments(None)
-        loss, _ = _hard_infonce(z, e, alpha, *none, code, [], weights.tiles)
+        loss, row_sums = _hard_infonce(z, e, alpha, *none, code, [], weights.tiles)
     else:
-        loss, _ = _hard_infonce(z, e, alpha, *_snapshot_arguments(weights), code)
+        loss, row_sums = _hard_infonce(z, e, alpha, *_snapshot_arguments(weights), code)
+    _check_row_sums(row_sums, z)
     return loss
+
+
+def _check_row_sums(row_sums: Tensor, z: Tensor) -> None:
+    """Refuse a loss whose exponentials left their range; on CUDA it is infinite then."""
+    if z.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # looking would stop a graph
+    limit = _EXP_LIMITS[z.dtype]
+    least = len(row_sums) * math.exp(-limit) / torch.finfo(z.dtype).eps
+    if not (row_sums.min() > least and row_sums.max() < 0.999 * math.exp(limit)):
+        raise ValueError(
+            f"z and e must give logits below {limit // 10 * 10:g} in absolute value ({z.dtype}), "
+            f"got larger ones; give rows unit length, or a temperature that is not so small"
+        )
 
 
 @overload
@@ -358,6 +376,9 @@ def hardness(
     labels, confident = as_operand(labels), as_operand(confident)
     _check_vector(labels, "labels", n, z.device, (torch.int64, torch.int32))
     _check_vector(confident, "confident", n, z.device, (torch.bool,))
+    readable = labels.device.type != "meta" and not torch.compiler.is_compiling()
+    if readable and labels.dtype == torch.int64 and labels.abs().max() >= 2**31:
+        labels = torch.unique(labels, return_inverse=True)[1]  # the kernels take int32
     if not isinstance(beta, int | float):
         raise TypeError(f"beta must be a number, got {type(beta).__name__}")
     if not 0 <= beta < math.inf:

@@ -183,32 +183,39 @@ def _(grad: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return grad.new_empty(grad.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    graph = inputs[:N_GRAPH_ARGS]
-    _h, _residual, add_input, relu, want_mask = inputs[N_GRAPH_ARGS:]
-    ctx.lacks_mask = relu and not want_mask
-    ctx.mark_non_differentiable(output[1])
+def _save(ctx: Any, graph: tuple[Any, ...], mask: torch.Tensor | None) -> None:
     ctx.is_tensor = [isinstance(value, torch.Tensor) for value in graph]
     ctx.scalars = [value for value in graph if not isinstance(value, torch.Tensor)]
-    ctx.add_input = add_input
     tensors = [value for value in graph if isinstance(value, torch.Tensor)]
-    ctx.save_for_backward(*tensors, output[1] if want_mask else None)
+    ctx.save_for_backward(*tensors, mask)
+
+
+def _saved(ctx: Any) -> tuple[list[Any], torch.Tensor | None]:
+    """The operators' first ten arguments, and the mask."""
+    *tensors, mask = ctx.saved_tensors
+    tensor, scalar = iter(tensors), iter(ctx.scalars)
+    return [next(tensor) if is_tensor else next(scalar) for is_tensor in ctx.is_tensor], mask
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _h, _residual, ctx.add_input, relu, want_mask = inputs[N_GRAPH_ARGS:]
+    ctx.lacks_mask = relu and not want_mask
+    ctx.mark_non_differentiable(output[1])
+    _save(ctx, inputs[:N_GRAPH_ARGS], output[1] if want_mask else None)
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _grad_mask: Any) -> tuple[Any, ...]:
     if ctx.lacks_mask:
         raise RuntimeError("fastclust::propagate needs want_mask to be differentiable with relu")
-    *tensors, mask = ctx.saved_tensors
+    graph, mask = _saved(ctx)
     want_h, want_residual = ctx.needs_input_grad[N_GRAPH_ARGS : N_GRAPH_ARGS + 2]
     grad_h = grad_residual = None
     if want_h:
-        tensor, scalar = iter(tensors), iter(ctx.scalars)
-        graph = [next(tensor) if is_tensor else next(scalar) for is_tensor in ctx.is_tensor]
-        grad_h, grad_residual = torch.ops.fastclust.propagate_backward(
+        grad_h, grad_residual = _propagate_backward(
             *graph, grad, mask, ctx.add_input, want_residual and mask is not None
         )
     elif want_residual and mask is not None:
-        grad_residual = torch.ops.fastclust.mask_rows(grad, mask)
+        grad_residual = _mask_rows(grad, mask)
     if not want_residual:
         grad_residual = None
     elif mask is None:
@@ -216,4 +223,30 @@ def _backward(ctx: Any, grad: torch.Tensor, _grad_mask: Any) -> tuple[Any, ...]:
     return (*[None] * N_GRAPH_ARGS, grad_h, grad_residual, None, None, None)
 
 
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _grad, mask, ctx.add_input, ctx.want_residual = inputs[N_GRAPH_ARGS:]
+    _save(ctx, inputs[:N_GRAPH_ARGS], mask)
+
+
+def _second(ctx: Any, v_h: torch.Tensor, v_residual: torch.Tensor) -> tuple[Any, ...]:
+    """The gradient A^T M g, and M g, is linear in g: v goes to M (A v_h + v_residual)."""
+    graph, mask = _saved(ctx)
+    grad, _mask = _propagate(*graph, v_h, None, ctx.add_input, False, False)
+    if ctx.want_residual:
+        grad = grad + v_residual
+    if mask is not None:
+        grad = _mask_rows(grad, mask)
+    return (*[None] * N_GRAPH_ARGS, grad, None, None, None)
+
+
+def _setup_mask_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _mask_rows_backward(ctx: Any, v: torch.Tensor) -> tuple[Any, ...]:
+    return _mask_rows(v, *ctx.saved_tensors), None
+
+
 _propagate = register_gradient("propagate", _backward, _setup_context)
+_propagate_backward = register_gradient("propagate_backward", _second, _setup_second)
+_mask_rows = register_gradient("mask_rows", _mask_rows_backward, _setup_mask_rows)
