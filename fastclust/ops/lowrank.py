@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastclust import _library  # noqa: F401  (registers the operators)
-from fastclust.interop import without_autocast
+from fastclust.interop import as_operand, from_foreign, without_autocast
 from fastclust.memory import require_memory
 from fastclust.ops import lowrank_device  # registers the same on CUDA tensors
 
@@ -220,8 +220,7 @@ def batched_svd(
     ------
     ValueError
         ``rank`` exceeds D or the rows of the shortest batch; wrong shapes or ranges; NaN or
-        infinite entries; entries whose products leave the range of the dtype (on CUDA, where
-        that is not looked at, the factors then hold NaN); ``x`` requires grad.
+        infinite entries; ``x`` requires grad.
     TypeError
         ``x`` is of another type or dtype.
 
@@ -238,6 +237,7 @@ def batched_svd(
     _check_count("oversample", oversample, 0)
     seed = _check_seed(seed)
     n_batches = -(-rows.n_rows // batch)
+    rows, exponent = rows.within_range()
     r = _resolve_rank(rows, rank, batch, center)
     if omega is None:
         width = min(r + oversample, batch, rows.n_cols)
@@ -267,15 +267,10 @@ def batched_svd(
         mean = means[first : first + count] if center else None
         parts.append(_factor(part, batch, mean, v, r, products, by_gram))
     u, s, vh = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
-    # The host looks only where that is free.
-    looks = not (u.is_cuda or torch.compiler.is_compiling())
-    if looks and not (torch.isfinite(u).all() and torch.isfinite(s).all()):
-        raise ValueError(
-            f"x must be such that the products of its entries stay within {u.dtype}, got products "
-            f"that overflow or vanish; divide x by its largest magnitude, or pass float64"
-        )
     if not center:
         means = torch.zeros_like(means)
+    if exponent:
+        s, means = _scaled(s, exponent), _scaled(means, exponent)
     offsets = torch.arange(n_batches + 1).mul_(batch).clamp_(max=rows.n_rows)
     return LowRank(u, s, vh, means, offsets)
 
@@ -502,6 +497,7 @@ class _Rows:
     def of(x: Any) -> _Rows:
         if isinstance(x, _Rows):
             return x
+        x = as_operand(x)
         if isinstance(x, Tensor) and x.layout != torch.strided:
             x = x.to_sparse_csr()
             indptr, indices, values = x.crow_indices(), x.col_indices(), x.values()
@@ -510,14 +506,13 @@ class _Rows:
             if not x.has_canonical_format:
                 x = x.copy()
                 x.sum_duplicates()
-            indptr, indices, values = _tensor(x.indptr), _tensor(x.indices), _tensor(x.data)
-        elif isinstance(x, Tensor | np.ndarray) or hasattr(x, "__dlpack__"):
-            indptr = indices = None
-            values = _tensor(x)
+            indptr, indices, values = map(from_foreign, (x.indptr, x.indices, x.data))
+        elif isinstance(x, Tensor):
+            indptr, indices, values = None, None, x
         else:
             raise TypeError(
                 "x must be a torch tensor, a numpy array or a scipy sparse matrix, "
-                f"got {type(x).__name__}"
+                f"got {type(x).__name__}" + (f" of {x.dtype}" if hasattr(x, "dtype") else "")
             )
         if len(x.shape) != 2 or 0 in x.shape:
             raise ValueError(f"x must be a non-empty matrix [N, D], got shape {tuple(x.shape)}")
@@ -553,6 +548,20 @@ class _Rows:
                 part = _Rows(self.values, indptr, self.indices, end - begin, self.n_cols)
             yield begin // batch, part
 
+    def within_range(self) -> tuple[_Rows, int]:
+        """These, scaled by a power of two where products of entries would overflow or vanish, and
+        the exponent that undoes it. Not where looking would wait for a device or break a graph.
+        """
+        if self.values.is_cuda or torch.compiler.is_compiling() or not self.values.numel():
+            return self, 0
+        low, high = torch.aminmax(self.values)
+        largest = max(-float(low), float(high))
+        exponent = math.frexp(largest)[1]
+        limit = 30 if self.values.dtype == torch.float32 else 300
+        if not math.isfinite(largest) or largest == 0 or abs(exponent) <= limit:
+            return self, 0
+        return replace(self, values=_scaled(self.values, -exponent)), exponent
+
     def mean(self, batch: int) -> Tensor:
         """Column means of each batch [M, D]; raises for NaN and infinite entries of x."""
         of: Any = torch.ops.fastclust.lowrank_mean
@@ -586,16 +595,10 @@ class _Rows:
         )
 
 
-def _tensor(array: Any) -> Tensor:
-    """A tensor over the same memory where possible."""
-    if isinstance(array, Tensor):
-        return array
-    if isinstance(array, np.ndarray):
-        try:
-            return torch.as_tensor(array if array.flags.writeable else array.copy())
-        except TypeError:
-            raise TypeError(f"x must be numeric, got numpy dtype {array.dtype}") from None
-    return torch.utils.dlpack.from_dlpack(array)
+def _scaled(x: Tensor, exponent: int) -> Tensor:
+    """x 2^exponent; in two steps, since the power alone may leave the range of the dtype."""
+    half = exponent // 2
+    return x * 2.0**half * 2.0 ** (exponent - half)
 
 
 def _capturing(t: Tensor) -> bool:
