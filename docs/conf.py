@@ -43,7 +43,6 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:class", ".*"),
     ("py:exc", ".*"),
-    ("py:func", r"fastclust\.ops\.\s+hard_infonce"),  # a name broken over two lines of a docstring
 ]
 
 # The measured results live beside the benchmarks; these pages are made of the same files, and of

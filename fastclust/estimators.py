@@ -45,7 +45,7 @@ from fastclust._version import __version__
 from fastclust.datasets import nearest_neighbor_graph
 from fastclust.files import as_json, replacing, write_atomically
 from fastclust.graph import Graph
-from fastclust.interop import without_autocast
+from fastclust.interop import trains, without_autocast
 from fastclust.memory import require_memory
 from fastclust.models.back_ends import (
     MOST_NODES,
@@ -404,7 +404,7 @@ class _TrainedClusterer(_GraphClusterer):
         """
         raise NotImplementedError
 
-    @without_autocast
+    @trains
     def fit(self: Self, X: Any, y: Any = None, *, adjacency: Any = None) -> Self:
         """Cluster the nodes of an attributed graph.
 
@@ -433,7 +433,7 @@ class _TrainedClusterer(_GraphClusterer):
         TrainingInterrupted
             SIGINT or SIGTERM with ``checkpoint_dir`` set, after the checkpoint was written.
         TrainingDivergedError
-            The loss is no longer finite.
+            The loss or the embedding is no longer finite.
         """
         features, graph, device = self._prepare(X, adjacency)
         parse_interval(self.checkpoint_every)  # wrong without checkpoint_dir, too
@@ -1104,7 +1104,7 @@ class SSGC(_GraphClusterer):
         # the attributes' sketch and its orthonormal basis
         return 2 * 4 * n_nodes * min(LEADING_PAIRS, n_nodes, n_features)
 
-    @without_autocast
+    @trains
     def fit(self, X: Any, y: Any = None, *, adjacency: Any = None) -> SSGC:
         """Cluster the nodes of an attributed graph; arguments as for :meth:`HSAN.fit`."""
         features, graph, device = self._prepare(X, adjacency)

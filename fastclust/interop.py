@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["as_operand", "from_foreign", "without_autocast"]
+__all__ = ["as_operand", "from_foreign", "trains", "without_autocast"]
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
@@ -70,5 +70,17 @@ def without_autocast(
         # not one autocast as the decorator: its state would be shared by threads and nested calls
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*args, **kwargs)
+
+    return call
+
+
+def trains(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Decorate a function that trains: no_grad, inference_mode and autocast do not reach it."""
+    plain = without_autocast(function)
+
+    @functools.wraps(function)
+    def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        with torch.inference_mode(False), torch.enable_grad():
+            return plain(*args, **kwargs)
 
     return call

@@ -75,7 +75,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class TrainingDivergedError(ArithmeticError):
-    """The loss is no longer a finite number."""
+    """The loss, or the embedding, is no longer made of finite numbers."""
 
 
 class CheckpointError(ValueError):
@@ -349,6 +349,10 @@ def _evaluate(
     """Cluster, score, and keep the clustering if the selection rule prefers it."""
     with torch.no_grad():
         labels, embedding = state.model.assign(epoch)
+    if not torch.isfinite(embedding).all():  # the loss was that before the last step
+        raise TrainingDivergedError(
+            f"the embedding is not finite after epoch {epoch + 1}; lower lr"
+        )
     host_labels = np.asarray(labels.cpu(), dtype=np.int64)
     scores = state.ranks.from_first(
         lambda: internal_scores(embedding, host_labels, adjacency, selection)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -388,3 +390,28 @@ def test_estimators_take_torch_geometric_data(two_blocks):
             for m in (fc.SSGC(2).fit(graph), fc.SSGC(2).fit(x, adjacency=weighted))
         )
     )
+
+
+# --- modes of torch that surround a call ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [fc.HSAN, fc.ECNMF])
+def test_fit_trains_whatever_surrounds_it(model: Any) -> None:
+    """The same bits under no_grad, inference_mode and another default dtype; predict, too."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 6)).astype(np.float32)
+    plain = model(3, epochs=3, width=8, n_init=2, random_state=0).fit(x)
+
+    @contextlib.contextmanager
+    def default_dtype() -> Iterator[None]:
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    for mode in (torch.no_grad, torch.inference_mode, default_dtype):
+        with mode():
+            other = model(3, epochs=3, width=8, n_init=2, random_state=0).fit(x)
+            assert np.array_equal(other.predict(x), plain.predict(x))
+        assert other.embedding_.tobytes() == plain.embedding_.tobytes()

@@ -450,3 +450,10 @@ def test_a_checkpoint_folder_that_cannot_be_made(two_blocks, tmp_path):
 
 def test_every_selection_has_a_direction() -> None:
     assert list(get_args(training.Selection)) == list(training.SELECTIONS)
+
+
+def test_embedding_that_overflows_is_divergence(two_blocks) -> None:
+    """The loss of that epoch, from before the step, is finite; X is not to blame."""
+    adjacency, x, _ = two_blocks
+    with pytest.raises(training.TrainingDivergedError, match="lower lr"):
+        ECNMF(4, lr=1e30, epochs=3, width=32).fit(x, adjacency=adjacency)

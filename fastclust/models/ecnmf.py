@@ -426,9 +426,10 @@ class ECNMFModel(nn.Module):
         for view in self.inputs:
             for rows in (view.n_features, *[width] * (n_layers - 1)):
                 self.w.append(_glorot((rows, width), generator))
-                self.b.append(nn.Parameter(torch.zeros(width), requires_grad=bias))
+                zeros = torch.zeros(width, dtype=torch.float32)
+                self.b.append(nn.Parameter(zeros, requires_grad=bias))
         self.head_w = _glorot((width, n_clusters), generator)
-        self.head_b = nn.Parameter(torch.zeros(n_clusters))
+        self.head_b = nn.Parameter(torch.zeros(n_clusters, dtype=torch.float32))
         self.to(x.device)
         ranks.sum_gradients(self.parameters())
 
@@ -614,4 +615,4 @@ def _glorot(shape: tuple[int, int], generator: torch.Generator) -> nn.Parameter:
 
 
 def _log(value: float) -> float:
-    return float(torch.tensor(value).log())
+    return float(torch.tensor(value, dtype=torch.float32).log())

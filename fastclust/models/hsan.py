@@ -281,11 +281,12 @@ class HSANModel(nn.Module):
             whole = (uniform_parameter(shape, bound, generator) for _ in views)
             self.v = nn.ParameterList(nn.Parameter(ranks.rows(v.detach())) for v in whole)
             self.c = nn.ParameterList(uniform_parameter((width,), bound, generator) for _ in views)
-            self.alpha: Tensor = nn.Parameter(torch.tensor(ALPHA_START))
+            self.alpha: Tensor = nn.Parameter(torch.tensor(ALPHA_START, dtype=torch.float32))
         else:
-            self.register_buffer("alpha", torch.tensor(1.0), persistent=False)
+            one = torch.tensor(1.0, dtype=torch.float32)
+            self.register_buffer("alpha", one, persistent=False)
         # Of the last clustering, for nodes that were not trained on.
-        self.register_buffer("centers", torch.zeros(n_clusters, width))
+        self.register_buffer("centers", torch.zeros(n_clusters, width, dtype=torch.float32))
         self.to(x.device)
         ranks.sum_gradients(p for name, p in self.named_parameters() if name not in self.by_rows)
 

@@ -90,7 +90,9 @@ def uniform_parameter(
     shape: tuple[int, ...], bound: float, generator: torch.Generator
 ) -> torch.nn.Parameter:
     """A parameter drawn uniformly from [-bound, bound]; float32, on the CPU."""
-    return torch.nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+    return torch.nn.Parameter(
+        torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+    )
 
 
 class _StackedUnitRows(torch.autograd.Function):

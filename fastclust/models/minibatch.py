@@ -17,9 +17,9 @@ which makes of 2m rows hardly more than m draws), times (1 - m / N). With logits
 below 1.4, and 0.05 is usual after training: less than 1e-4 for m = 512. The same holds for each
 gradient's weights. ``docs/scale.md`` has it measured.
 
-- ``n_negatives=None``: C is the batch itself, so the loss is that of :func:`fastclust.ops.
-  hard_infonce` on 2B rows plus log((N - 1) / (B - 1)). The pair's own term is then weighted as if N
-  were B, which changes a softmax over 2B - 1 terms in one of them.
+- ``n_negatives=None``: C is the batch itself, so the loss is that of
+  :func:`~fastclust.ops.hard_infonce` on 2B rows plus log((N - 1) / (B - 1)). The pair's own term is
+  then weighted as if N were B, which changes a softmax over 2B - 1 terms in one of them.
 - ``n_negatives=M``: C is M random nodes, both views, whatever the rows are.
 
 Structure embeddings are exact: rows of A V, for which only the edges of the sampled nodes are read.
