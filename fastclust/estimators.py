@@ -1010,16 +1010,14 @@ checkpoint_dir, checkpoint_every, resume, verbose
         )
 
     def _rank(self, n_nodes: int, n_features: int) -> int | float | str:
-        batch = n_nodes if self.batch_size is None else min(self.batch_size, n_nodes)
-        rows = n_nodes % batch or batch
+        rows = n_nodes if self.batch_size is None else min(self.batch_size, n_nodes)
         limit = min(rows, n_features)
         if self.rank is None:
             return min(50, limit)
         if isinstance(self.rank, Integral) and self.rank > limit:
             raise ValueError(
-                f"rank must be at most {limit}, the smaller of the rows of the shortest batch "
-                f"({rows}) and the columns of X ({n_features}), got {self.rank}; leave it None to "
-                f"have it chosen"
+                f"rank must be at most {limit}, the smaller of the rows of a batch ({rows}) and "
+                f"the columns of X ({n_features}), got {self.rank}; leave it None to have it chosen"
             )
         return self.rank
 

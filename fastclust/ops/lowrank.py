@@ -219,7 +219,7 @@ def batched_svd(
     Raises
     ------
     ValueError
-        ``rank`` exceeds D or the rows of the shortest batch; wrong shapes or ranges; NaN or
+        ``rank`` exceeds D or the rows of a batch; wrong shapes or ranges; NaN or
         infinite entries; ``x`` requires grad.
     TypeError
         ``x`` is of another type or dtype.
@@ -646,8 +646,7 @@ def _check_omega(omega: Tensor, rows: _Rows, n_batches: int, rank: int) -> int:
 
 
 def _resolve_rank(rows: _Rows, rank: Any, batch: int, center: bool) -> int:
-    shortest = rows.n_rows % batch or batch
-    limit = min(shortest, rows.n_cols)
+    limit = min(batch, rows.n_cols)  # a shorter last batch has zeros beyond its rows
     if isinstance(rank, str):
         if rank != "gavish-donoho":
             raise ValueError(
@@ -661,8 +660,8 @@ def _resolve_rank(rows: _Rows, rank: Any, batch: int, center: bool) -> int:
             raise ValueError(f"rank must be at least 1, got {rank}")
         if rank > limit:
             raise ValueError(
-                f"rank must not exceed the {rows.n_cols} columns of x nor the {shortest} rows of "
-                f"its shortest batch, got {rank}; lower rank or choose another batch_size"
+                f"rank must not exceed the {rows.n_cols} columns of x nor the {batch} rows of a "
+                f"batch, got {rank}; lower rank or choose another batch_size"
             )
         return rank
     if isinstance(rank, numbers.Real) and not isinstance(rank, bool):
