@@ -185,7 +185,7 @@ def escape(path: str) -> str:
 
 def extensions() -> list[Extension]:
     """The CPU library always; the CUDA library where it can or must be built."""
-    cpu = [s for s in sources(".cpp") if toolchain.is_x86_64() or not toolchain.has_simd_suffix(s)]
+    cpu = [s for s in sources(".cpp") if toolchain.is_x86_64() or not toolchain.simd_flags(s)]
     result = [Extension("fastclust._C", [str(s.relative_to(ROOT)) for s in cpu])]
     building = any(c in sys.argv for c in ("build_ext", "bdist_wheel", "editable_wheel", "build"))
     if building and toolchain.cuda_wanted(toolchain.find_nvcc()):

@@ -56,8 +56,8 @@ class Torch:
     version: str
 
     @property
-    def includes(self) -> list[str]:
-        return [str(self.root / "include")]
+    def include(self) -> str:
+        return str(self.root / "include")
 
     @property
     def lib_dir(self) -> str:
@@ -195,7 +195,7 @@ def torch_flags(source: Path, torch: Torch) -> list[str]:
     """
     if source.name == PYTHON_MODULE:
         return []
-    return [*(flag for path in torch.includes for flag in ("-isystem", path)), *TORCH_DEFINES]
+    return ["-isystem", torch.include, *TORCH_DEFINES]
 
 
 def simd_flags(source: Path) -> list[str]:
@@ -204,11 +204,6 @@ def simd_flags(source: Path) -> list[str]:
         if source.stem.endswith(suffix):
             return flags
     return []
-
-
-def has_simd_suffix(source: Path) -> bool:
-    """Whether the name of a source says that it belongs to one x86 instruction set."""
-    return any(source.stem.endswith(suffix) for suffix in SIMD_FLAGS)
 
 
 def is_x86_64() -> bool:

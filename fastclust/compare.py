@@ -195,9 +195,8 @@ def methods(
     common = tuple(settings.items())
     found: dict[Method, None] = {}
     for model in models:
-        for protocol in protocols if model != "ssgc" else protocols[:1]:
-            kept = protocol if model != "ssgc" else "standard"
-            found[Method(model, kept, settings=_accepted(model, common))] = None
+        for protocol in protocols if model != "ssgc" else ["standard"]:
+            found[Method(model, protocol, settings=_accepted(model, common))] = None
         if ablation:
             for variant, changes in ABLATIONS[model].items():
                 merged = _accepted(model, common) + tuple(changes.items())
@@ -597,14 +596,19 @@ def _save(figure: Figure, path: Path, **options: Any) -> None:
         figure.savefig(path, metadata=metadata, **options)
 
 
+def _axes(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+    """A figure of so many inches with its axes; without pyplot, which keeps a state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
 def plot_curves(
     dataset: str, histories: Mapping[str, list[list[dict[str, Any]]]], path: Path
 ) -> None:
     """Accuracy by epoch: the mean over seeds and the range between the worst and the best."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _axes(7, 4)
     for title, runs in histories.items():
         epochs = [entry["epoch"] for entry in min(runs, key=len)]
         values = 100 * np.array([[entry["acc"] for entry in run[: len(epochs)]] for run in runs])
@@ -619,14 +623,11 @@ def plot_curves(
 
 def plot_bars(rows: Sequence[Mapping[str, Any]], dataset: str, path: Path) -> None:
     """Accuracy of every method at the last epoch, with one standard deviation."""
-    from matplotlib.figure import Figure
-
     rows = [row for row in rows if row["dataset"] == dataset and row["selection"] == "last"]
     groups = _grouped(rows, "model", "protocol", "variant")
     titles = [_title(*key) for key in groups]
     values = [100 * np.array([row["acc"] for row in members]) for members in groups.values()]
-    figure = Figure(figsize=(7, 0.8 + 0.32 * len(titles)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _axes(7, 0.8 + 0.32 * len(titles))
     errors = [float(v.std(ddof=1)) if v.size > 1 else 0.0 for v in values]
     axes.barh(titles, [float(v.mean()) for v in values], xerr=errors, height=0.7)
     axes.invert_yaxis()
@@ -636,10 +637,7 @@ def plot_bars(rows: Sequence[Mapping[str, Any]], dataset: str, path: Path) -> No
 
 def plot_sweep(rows: Sequence[Mapping[str, Any]], title: str, key: str, path: Path) -> None:
     """ACC and NMI at the last epoch over the values of one setting, with one standard deviation."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _axes(5, 3.4)
     groups = _grouped(rows, "variant")
     points = sorted((float(variant.split()[1]), members) for (variant,), members in groups.items())
     for score in ("acc", "nmi"):
@@ -683,12 +681,8 @@ def swept(
 
 def plot_embeddings(dataset: Dataset, folders: Mapping[str, Path], path: Path) -> None:
     """The embedding of every method's first seed in the plane, coloured by the true classes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.2 * len(folders), 3.4), layout="constrained")
-    for axes, (title, folder) in zip(
-        figure.subplots(1, len(folders), squeeze=False)[0], folders.items(), strict=True
-    ):
+    figure, row = _axes(3.2 * len(folders), 3.4, len(folders))
+    for axes, (title, folder) in zip(np.atleast_1d(row), folders.items(), strict=True):
         z = np.load(folder / "embedding.npy")
         placed = plot.project(z, method="t-sne", max_nodes=1000)
         plot.embedding(z, dataset.labels, projection=placed, ax=axes)
@@ -703,12 +697,7 @@ def draw(
     histories: Mapping[str, Mapping[str, list[list[dict[str, Any]]]]],
     embeddings: Mapping[str, Mapping[str, Path]],
 ) -> list[Path]:
-    """All plots; none, with a note, where matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        note("no plots: matplotlib is not installed (pip install matplotlib)")
-        return []
+    """All plots."""
     paths = []
     for dataset in datasets:
         name = dataset.name

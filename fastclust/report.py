@@ -167,6 +167,7 @@ def write_page(root: Path, result: Mapping[str, Any], dataset: Dataset) -> Path:
         nodes=_nodes(labels, embedding, dataset),
         rows=table_rows(result),
         settings=_settings(result),
+        max_bars=plot.MAX_BARS,
     )
     path = root / "report.html"
     write_atomically(path, page)

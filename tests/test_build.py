@@ -228,7 +228,7 @@ def test_the_portable_sources_compile_where_x86_does_not_exist(toolchain, tmp_pa
     sources = [
         path
         for path in sorted((ROOT / "csrc").rglob("*.cpp"))
-        if not toolchain.has_simd_suffix(path) and path.name != toolchain.PYTHON_MODULE
+        if not toolchain.simd_flags(path) and path.name != toolchain.PYTHON_MODULE
     ]
     flags = [*toolchain.CXX_FLAGS, "-O0", "-fsyntax-only", "-I", str(ROOT / "csrc")]
     for source in sources:

@@ -72,7 +72,7 @@ def build(folder: Path, sanitizers: str) -> Path:
         return target
 
     sources = [*kernel_sources(), *sorted((ROOT / "tests" / "native").glob("*.cpp"))]
-    sources = [path for path in sources if x86 or not toolchain.has_simd_suffix(path)]
+    sources = [path for path in sources if x86 or not toolchain.simd_flags(path)]
     with ThreadPoolExecutor(toolchain.parallel_jobs()) as pool:
         objects = list(pool.map(compile_one, sources))
     program = folder / "kernels"
