@@ -10,6 +10,7 @@ Layout::
                             the first seed's; the last two are what the estimator's load() reads
     DIR/seed-<S>/...        the same files and checkpoint/ for every further seed S
     DIR/previous-<n>/...    what an earlier run, started without --resume, had left in DIR
+    DIR/.lock               while a run lasts: the number of its process, see RunDirectory.held
 
 Files are written beside their place and renamed into it, so each is either the old or the new one,
 whole. A seed counts as finished once ``result.json`` lists it, which happens after its other files
@@ -24,7 +25,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,31 @@ class RunDirectory:
                 f"--out must be a directory that can be written to, got {str(self.root)!r}: "
                 f"{error.strerror or error}"
             ) from None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out of the directory until the block ends.
+
+        The system drops the lock of a process that ends, however it ends: the file that a killed
+        run leaves keeps nobody out. Where the system or the file system has no such locks (Windows,
+        some network drives), other runs are not kept out.
+
+        Raises
+        ------
+        UsageError
+            Another run holds the directory.
+        """
+        path = self.root / ".lock"
+        handle = _lock(path)
+        try:
+            yield
+        finally:
+            if handle is not None:
+                # Removed while it is locked: who has opened it meanwhile sees that it is gone.
+                with suppress(OSError):
+                    if _is_at(handle, path):
+                        path.unlink()
+                os.close(handle)
 
     def read_config(self) -> dict[str, Any] | None:
         """The settings of the run that lies here, or None."""
@@ -144,6 +171,46 @@ class RunDirectory:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write ``result.json``."""
         write_atomically(self.root / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a file, made if need be; returns its descriptor, or None where it cannot be locked."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(handle, path):
+                with suppress(OSError):  # the disk is full: locked all the same
+                    os.ftruncate(handle, 0)
+                    os.write(handle, f"{os.getpid()}\n".encode())
+                return handle
+            os.close(handle)  # its run has just ended and removed it: take the next one
+        except BlockingIOError:
+            holder = os.read(handle, 20).decode("ascii", "replace").strip()
+            os.close(handle)
+            who = f" (process {holder})" if holder.isdigit() else ""
+            raise UsageError(
+                f"{path.parent} is in use by another run{who}; wait for it, stop it, or give "
+                f"another --out"
+            ) from None
+        except OSError:
+            os.close(handle)
+            return None
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is the one that lies at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _is_run(entry: Any) -> bool:

@@ -636,8 +636,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.resume and arguments.out is None:
         raise UsageError("--resume needs --out DIR, the directory of the run to go on with")
     try:
-        with distributed.session() as ranks:
-            return train_all(arguments, ranks)
+        with distributed.session() as ranks, contextlib.ExitStack() as stack:
+            directory = None
+            if arguments.out is not None:
+                directory = ranks.from_first(lambda: RunDirectory(arguments.out))
+                # Only the first rank holds it; where it cannot, the others fail with it.
+                hold = directory.held()
+                ranks.from_first(lambda: stack.enter_context(hold))
+            return train_all(arguments, directory, ranks)
     except distributed.RankLostError as error:
         advice = "without --out DIR nothing is kept"
         if arguments.out is not None:
@@ -648,13 +654,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise Interrupted(f"{error}; {advice}") from None
 
 
-def train_all(arguments: argparse.Namespace, ranks: distributed.Ranks) -> int:
+def train_all(
+    arguments: argparse.Namespace, directory: RunDirectory | None, ranks: distributed.Ranks
+) -> int:
     """What :func:`main` does, on one of the processes that share the work."""
     first = ranks.rank == 0
     quiet = arguments.quiet or not first
-    directory = None
-    if arguments.out is not None:
-        directory = ranks.from_first(lambda: RunDirectory(arguments.out))
     saved = None
     if directory is not None and arguments.resume:
         saved = ranks.from_first(directory.read_config)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
+import os
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +79,69 @@ def test_directory_must_be_writable(tmp_path: Path) -> None:
         RunDirectory(tmp_path / "file")
     with pytest.raises(UsageError, match="--out must be a directory"):
         RunDirectory("/proc/fastclust")
+
+
+needs_locks = pytest.mark.skipif(sys.platform == "win32", reason="the system has no flock")
+
+
+@needs_locks
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path).held():
+        with (
+            pytest.raises(UsageError, match=rf"in use by another run \(process {os.getpid()}\)"),
+            RunDirectory(tmp_path).held(),
+        ):
+            pass
+        assert (tmp_path / ".lock").exists(), "who was refused leaves the lock alone"
+    assert list(tmp_path.iterdir()) == []
+
+
+def _hold_until_killed(root: Path) -> None:
+    with RunDirectory(root).held():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@needs_locks
+def test_a_killed_run_keeps_nobody_out(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(
+        target=_hold_until_killed, args=(tmp_path,)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL and (tmp_path / ".lock").exists()
+    with RunDirectory(tmp_path).held():
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_locks
+def test_a_lock_that_was_removed_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that opens the file just before its holder removes it must lock the next one."""
+    import fcntl
+
+    flock, held = fcntl.flock, []
+
+    def late(handle: int, operation: int) -> None:
+        if not held:
+            (tmp_path / ".lock").unlink()
+        held.append(handle)
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with RunDirectory(tmp_path).held():
+        assert len(held) == 2 and (tmp_path / ".lock").exists()
+
+
+@needs_locks
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with RunDirectory(tmp_path).held(), RunDirectory(tmp_path).held():
+        pass
 
 
 def test_damaged_result(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from fastclust import cli, train
 from fastclust.datasets import load_dataset
 from fastclust.estimators import ECNMF
 from fastclust.metrics import clustering_scores
+from fastclust.rundir import RunDirectory
 
 # A model that trains in milliseconds.
 SMALL = ("--set", "width=8", "--set", "rank=4", "--set", "n_init=2")
@@ -614,6 +615,22 @@ def test_an_earlier_run_is_not_lost(
     code, _, err = call(capsys, *run)
     assert code == 0 and "previous-1" in err
     assert (tmp_path / "previous-1" / "result.json").read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the system has no flock")
+def test_a_directory_in_use_is_left_alone(
+    capsys: pytest.CaptureFixture[str], blocks: str, tmp_path: Path
+) -> None:
+    run = ("--dataset", blocks, "--epochs", "2", *SMALL, "--out", str(tmp_path))
+    assert call(capsys, *run)[0] == 0
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert ".lock" not in before
+    with RunDirectory(tmp_path).held():
+        for again in ((), ("--resume",)):
+            code, out, err = call(capsys, *run, *again)
+            assert code == 2 and out == "" and err.count("\n") == 1
+            assert f"{tmp_path} is in use by another run (process {os.getpid()})" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 # --- bad input -----------------------------------------------------------------------------------
