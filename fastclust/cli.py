@@ -43,6 +43,7 @@ __all__ = [
     "note",
     "parse_seeds",
     "run",
+    "show",
 ]
 
 _MAX_SEED = 2**32 - 1
@@ -86,6 +87,7 @@ def _map_large_blocks() -> None:
 
 def guarded(main: Callable[[], int]) -> int:
     """The exit code of ``main``, any exception told in one line on stderr."""
+    _replace_closed_streams()
     try:
         code = main()
         sys.stdout.flush()
@@ -104,6 +106,13 @@ def guarded(main: Callable[[], int]) -> int:
     return code
 
 
+def _replace_closed_streams() -> None:
+    """Streams that the caller has closed (``>&-``) are None to Python: what goes there is lost."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
+
 def debugging() -> bool:
     """Whether ``FASTCLUST_DEBUG`` asks for tracebacks."""
     return os.environ.get("FASTCLUST_DEBUG", "") not in ("", "0")
@@ -118,7 +127,10 @@ def explain(error: Exception) -> tuple[int, str]:
         where = f"{error.filename}: " if error.filename else ""
         advice = "check the path and its permissions"
         if error.errno in _OUT_OF_SPACE:
-            advice = "make room, then run the same command with --resume; older files are intact"
+            advice = (
+                "make room, then run the same command, with --resume if it has --out DIR; older "
+                "files are intact"
+            )
         return 2, f"{where}{error.strerror}; {advice}"
     if isinstance(error, (FileNotFoundError, InsufficientMemoryError)):
         return 2, text
@@ -165,6 +177,23 @@ def note(text: str, *, kind: str = "") -> None:
     rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
     who = f"rank {rank}: " if rank != "0" else ""
     print(who + (f"{kind}: {text}" if kind else text), file=sys.stderr, flush=True)
+
+
+def show(text: str, advice: str) -> None:
+    """Print a result on stdout.
+
+    Raises
+    ------
+    UsageError
+        It cannot be written there; the message ends with ``advice``. A reader that has left is
+        still a ``BrokenPipeError``.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UsageError(f"cannot write to standard output: {error.strerror}; {advice}") from None
 
 
 # --- arguments ---------------------------------------------------------------------------------

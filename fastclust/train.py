@@ -693,7 +693,13 @@ def train_all(
     )
     if not first:
         return 0 if failure is None else 2
-    print(json.dumps(result) if arguments.json else report.table(result), flush=True)
+    if directory is None:
+        advice = "without --out DIR nothing is kept: give it, or another place for the output"
+    elif failure is not None:
+        advice = "make room, then the same command with --resume goes on from the checkpoint"
+    else:
+        advice = f"{directory.root} has the results, the same command with --resume shows them"
+    cli.show(json.dumps(result) if arguments.json else report.table(result), advice)
     if failure is not None:
         raise failure
     if directory is not None:

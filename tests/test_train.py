@@ -861,6 +861,39 @@ def test_closed_pipe_is_no_error(blocks: str) -> None:
     assert process.wait(timeout=120) == 0
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the shell closes the streams")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_no_error(blocks: str, tmp_path: Path, closed: str) -> None:
+    words = command("--dataset", blocks, "--epochs", "1", *SMALL, "--out", str(tmp_path / "run"))
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", *words], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stderr
+    assert ("ACC" in done.stdout) == (not closed.startswith(">"))
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no full device")
+@pytest.mark.parametrize("keep", [False, True])
+def test_output_that_cannot_be_written(blocks: str, tmp_path: Path, keep: bool) -> None:
+    run = ["--dataset", blocks, "--epochs", "1", "--quiet", *SMALL]
+    run += ["--out", str(tmp_path)] if keep else []
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command(*run), stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot write to standard output: No space left")
+    assert done.stderr.count("\n") == 1
+    if keep:
+        assert f"{tmp_path} has the results" in done.stderr
+        again = spawn(*run, "--resume")
+        assert again.returncode == 0 and "ACC" in again.stdout
+    else:
+        assert "give it, or another place" in done.stderr and "--resume" not in done.stderr
+
+
 def test_interrupt_without_out_says_so(blocks: str) -> None:
     process = subprocess.Popen(
         command("--dataset", blocks, "--epochs", "1000000", *SMALL),
