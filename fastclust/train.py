@@ -259,6 +259,9 @@ def resolve(settings: dict[str, Any]) -> tuple[Plan, Dataset]:
                 f"{', '.join(hints)}"
             )
         settings[key] = cli.convert(key, value, hints[key])
+    # Before the data are read and anything is printed or moved: fit would refuse them as well.
+    MODELS[model](**settings)._validate_params()
+    check_device(settings.get("device", "auto"))
 
     is_path = is_dataset_path(dataset_name)
     if files:

@@ -695,6 +695,19 @@ def test_bad_arguments(
     assert out == "" and err.count("\n") == 1 and "Traceback" not in err
 
 
+@pytest.mark.parametrize("setting", ["rank=0", "lr=-1", "n_init=0", "device=cuda:99"])
+def test_a_bad_setting_is_told_before_anything_else(
+    capsys: pytest.CaptureFixture[str], blocks: str, tmp_path: Path, setting: str
+) -> None:
+    run = ("--dataset", blocks, "--epochs", "1", *SMALL, "--out", str(tmp_path))
+    assert call(capsys, *run, "--quiet")[0] == 0
+    before = sorted(path.name for path in tmp_path.iterdir())
+    code, out, err = call(capsys, *run, "--set", setting)
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1, "no line before the error"
+    assert sorted(path.name for path in tmp_path.iterdir()) == before, "no run set aside"
+
+
 def bad_file(kind: str, parts: dict[str, np.ndarray], path: Path) -> None:
     """Write a data file that has something wrong."""
     arrays: dict[str, Any] = dict(parts)
