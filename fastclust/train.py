@@ -287,7 +287,7 @@ def resolve(settings: dict[str, Any]) -> tuple[Plan, Dataset]:
             f"--n-clusters K, or --n-clusters auto to have it estimated"
         )
     if parameters["n_clusters"] != "auto":
-        check_n_clusters(parameters["n_clusters"], dataset.n_nodes)
+        check_n_clusters(parameters["n_clusters"], dataset.n_nodes, minimum=1)
     plan = Plan(
         dataset=dataset_name,
         files=files,
@@ -519,7 +519,12 @@ def _peak_resident() -> int:
 def summarise(plan: Plan, dataset: Dataset, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of ``result.json``."""
     names = list(runs[0]["metrics"]) if runs else []
-    columns = {name: [run["metrics"].get(name, math.nan) for run in runs] for name in names}
+    # A score that is not defined, such as the silhouette of one cluster, is None as in the file.
+    scores = [
+        {name: math.nan if value is None else value for name, value in run["metrics"].items()}
+        for run in runs
+    ]
+    columns = {name: [row.get(name, math.nan) for row in scores] for name in names}
     return {
         "dataset": plan.dataset,
         "model": plan.model,

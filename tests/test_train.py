@@ -201,6 +201,21 @@ def test_unlabelled_data(
     assert code == 0 and "modularity" in out.splitlines()[0]
 
 
+@pytest.mark.parametrize("model", ["ecnmf", "hsan", "ssgc"])
+def test_one_cluster_is_allowed_with_a_warning(
+    blocks: str, unlabelled: str, tmp_path: Path, model: str
+) -> None:
+    for data in (blocks, unlabelled):
+        run = ["--dataset", data, "--model", model, "--n-clusters", "1", "--quiet"]
+        run += [] if model == "ssgc" else ["--epochs", "2", "--set", "width=8"]
+        done = spawn(*run, "--out", str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert "n_clusters should be at least 2, got 1" in done.stderr
+        assert "could not be written" not in done.stderr
+        clusters = (tmp_path / "assignments.csv").read_text().splitlines()[1:]
+        assert {line.split(",")[1] for line in clusters} == {"0"}
+
+
 def test_gnn_benchmark_format(
     capsys: pytest.CaptureFixture[str], parts: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
@@ -643,7 +658,8 @@ BAD_ARGUMENTS = [
     (["--model", "ecnfm"], "did you mean ecnmf?"),
     (["--epochs", "0"], "whole number of 1 or more, got '0'"),
     (["--epochs", "many"], "whole number of 1 or more, got 'many'"),
-    (["--n-clusters", "1"], "n_clusters must be at least 2, got 1"),
+    (["--n-clusters", "0"], "whole number of 1 or more"),
+    (["--set", "n_clusters=0"], "n_clusters must be at least 1, got 0"),
     (["--n-clusters", "1798"], "n_clusters must be at most the number of nodes"),
     (["--n-clusters", "-3"], "whole number of 1 or more"),
     (["--seeds", "9-0"], "rising ranges"),
