@@ -334,11 +334,14 @@ def check_same_run(plan: Plan, saved: Mapping[str, Any], root: Path) -> None:
         old, new = saved.get(key), config.get(key)
         if key == "data_root":
             continue
-        if key == "seeds":
-            if isinstance(old, list) and old[:1] == plan.seeds[:1]:
-                continue
-        elif new == (None if old == "none" else old):
+        if key == "seeds" and isinstance(old, list) and old[:1] == plan.seeds[:1]:
             continue
+        require_same(key, old, new, root)
+
+
+def require_same(key: str, old: Any, new: Any, root: Path) -> None:
+    """Raise ``UsageError`` unless a setting is the one that the run in ``root`` was begun with."""
+    if new != (None if old == "none" else old):
         raise UsageError(
             f"--resume must go on with the same settings: {key} was {old!r} in {root}, got "
             f"{new!r}; leave the option out, or begin anew in another directory"
@@ -671,7 +674,11 @@ def train_all(
     saved = None
     if directory is not None and arguments.resume:
         saved = ranks.from_first(directory.read_config)
-    plan, dataset = resolve(gather_settings(arguments, saved))
+    settings = gather_settings(arguments, saved)
+    if directory is not None and saved is not None:
+        # Told first: saved settings of one model are not settings of another.
+        require_same("model", saved.get("model"), settings.get("model"), directory.root)
+    plan, dataset = resolve(settings)
     if ranks.size > 1 and plan.model == "ssgc":
         raise UsageError(
             "ssgc has no training that several processes could share: start it with python -m "

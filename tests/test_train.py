@@ -566,6 +566,9 @@ def test_resume_of_another_run_is_refused(
     assert code == 2 and "alpha was 1.0" in err and "got 0.5" in err
     code, _, err = call(capsys, *run, "--resume", "--seed", "7")
     assert code == 2 and "seeds was [0]" in err
+    for model in ("hsan", "ssgc"):
+        code, _, err = call(capsys, *run[:4], "--out", str(tmp_path), "--resume", "--model", model)
+        assert code == 2 and f"model was 'ecnmf' in {tmp_path}, got {model!r}" in err
 
 
 def test_data_that_disappeared_or_changed(
