@@ -25,7 +25,7 @@ import pickle
 import pickletools
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -149,12 +149,15 @@ def load_npz(path: str | os.PathLike[str]) -> Dataset:
         There is no such file.
     DatasetFormatError
         The file is truncated, corrupt, pickled, of another format, or its graph is not valid.
+    TypeError
+        ``path`` is no path.
 
     Examples
     --------
     >>> load_npz("cora.npz")  # doctest: +SKIP
     Dataset('cora': 2708 nodes, 10556 edges, 1433 features, 7 classes)
     """
+    _require_path(path, "path", "the path of a .npz file")
     path = Path(path)
     return _load(path, path.stem)
 
@@ -194,12 +197,17 @@ def load_dataset(
         message lists every place.
     DatasetFormatError
         A file that was found is damaged, or a download is not what was published.
+    TypeError
+        ``name`` is no name and no path, or ``root`` is no path.
 
     Examples
     --------
     >>> load_dataset("digits")
     Dataset('digits': 1797 nodes, 24680 edges, 64 features, 10 classes)
     """
+    _require_path(name, "name", "the name of a data set, or a path")
+    if root is not None:
+        _require_path(root, "root", "the path of a folder, or None")
     text = os.fspath(name)
     if is_dataset_path(name):
         return _load_directory(Path(text)) if os.path.isdir(text) else load_npz(text)
@@ -239,6 +247,11 @@ def load_dataset(
     except DatasetFormatError as error:
         tried.append(f"{cached} (ignored: {error})")
     return _download_dataset(key, source, cache, tried)
+
+
+def _require_path(value: Any, argument: str, what: str) -> None:
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{argument} must be {what}, got {value!r:.60} of {type(value).__name__}")
 
 
 def is_dataset_path(name: str | os.PathLike[str]) -> bool:
@@ -495,6 +508,9 @@ _GNN_BENCHMARK_KEYS = tuple(
     for matrix in ("adj", "attr")
     for part in ("data", "indices", "indptr", "shape")
 )
+# Each tells the one format from the other.
+_UNIFORM_MARKS = ("shape_x", "x_indptr")
+_GNN_BENCHMARK_MARKS = ("adj_shape", "attr_indptr")
 _KNOWN_KEYS = frozenset((*_UNIFORM_KEYS, *_GNN_BENCHMARK_KEYS, "labels"))
 
 
@@ -504,15 +520,9 @@ def _load(path: Path, name: str, *, binary: bool = False) -> Dataset:
 
 
 def _from_arrays(arrays: Mapping[str, Any], name: str, source: str, binary: bool) -> Dataset:
-    if "shape_x" in arrays or "x_indptr" in arrays:
+    if any(key in arrays for key in _UNIFORM_MARKS):
         return _from_uniform(arrays, name, source)
-    if "adj_shape" in arrays or "attr_indptr" in arrays:
-        return _from_gnn_benchmark(arrays, name, source, binary)
-    raise DatasetFormatError(
-        f"{source} must hold adj_indptr, adj_indices, x_indptr, x_indices, x_data and shape_x "
-        f"(uniform format) or adj_* and attr_* (gnn-benchmark format), got the keys "
-        f"{', '.join(sorted(arrays)) or 'none'}"
-    )
+    return _from_gnn_benchmark(arrays, name, source, binary)
 
 
 def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
@@ -543,11 +553,23 @@ def _unzip(file: Any, source: str) -> dict[str, npt.NDArray[Any]]:
             arrays = {key: archive[key] for key in keys}
             if not all(isinstance(array, np.ndarray) for array in arrays.values()):
                 raise DatasetFormatError(f"{source} must hold arrays only, got a file of bytes")
+            _require_known_format(archive.files, source)
             return arrays
     except (DatasetFormatError, InsufficientMemoryError):
         raise
     except Exception as error:  # zipfile, zlib and numpy's header parser raise nearly anything
         raise DatasetFormatError(_damage(source, error)) from None
+
+
+def _require_known_format(keys: Sequence[str], source: str) -> None:
+    """``keys``: those of the whole file, not only the known ones, for the message to list."""
+    if not any(key in keys for key in (*_UNIFORM_MARKS, *_GNN_BENCHMARK_MARKS)):
+        shown = ", ".join(sorted(keys)[:20]) + (", ..." if len(keys) > 20 else "")
+        raise DatasetFormatError(
+            f"{source} must hold adj_indptr, adj_indices, x_indptr, x_indices, x_data and shape_x "
+            f"(uniform format) or adj_* and attr_* (gnn-benchmark format), got the keys "
+            f"{shown or 'none'}"
+        )
 
 
 def _damage(path: str, error: BaseException) -> str:
@@ -611,8 +633,9 @@ def _csr(data: Any, indices: Any, indptr: Any, shape: Any, source: str, what: st
     """A CSR matrix from arrays that may hold anything."""
     for part, array in (("indices", indices), ("indptr", indptr), ("shape", shape)):
         if array.dtype.kind not in "iu" or array.ndim != 1:
+            key = "shape_x" if (what, part) == ("x", "shape") else f"{what}_{part}"
             raise DatasetFormatError(
-                f"{source}: {what}_{part} must be 1-dimensional integers, "
+                f"{source}: {key} must be 1-dimensional integers, "
                 f"got shape {array.shape} of {array.dtype}"
             )
     if shape.size != 2 or shape.min() < 0:

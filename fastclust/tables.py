@@ -386,18 +386,25 @@ class _Table:
             return np.array(["" if value is None else str(value) for value in values])
         return np.char.strip(self._load([column], str)[:, 0])
 
-    def numbers(self, columns: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Columns of numbers, float32 [rows, columns]."""
+    def numbers(self, columns: Sequence[int]) -> npt.NDArray[np.floating[Any]]:
+        """Columns of numbers, float32 [rows, columns].
+
+        They are float64 where one is infinite as float32, so that the check which follows can tell
+        a number that is too large from one that is not finite.
+        """
         if not columns:
             raise DatasetFormatError(f"{self.path} must have columns of numbers, the attributes")
         if self.parquet is None:
-            return np.asarray(self._load(columns, np.float32))
-        arrays = []
+            table = self._load(columns, np.float32)
+            return self._load(columns, np.float64) if np.isinf(table).any() else table
+        arrays: list[npt.NDArray[Any]] = []
         for column in columns:
             array = self.parquet.column(column).to_numpy()
             if array.dtype.kind not in "biuf":
                 raise DatasetFormatError(self._not_numeric(column, str(array[0])))
-            arrays.append(array.astype(np.float32))
+            with np.errstate(over="ignore"):
+                narrow = array.astype(np.float32)
+            arrays.append(array.astype(np.float64) if np.isinf(narrow).any() else narrow)
         return np.stack(arrays, axis=1)
 
     def _load(self, columns: Sequence[int], dtype: Any) -> npt.NDArray[Any]:

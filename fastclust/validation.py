@@ -419,7 +419,9 @@ def _as_csr(adjacency: Any, n_nodes: int | None, name: str) -> sp.csr_array:
         matrix = sp.csr_array((np.ones(rows.size, np.float32), (rows, cols)), shape=(n, n))
         matrix.data[:] = 1.0  # a repeated column of an edge index is the same edge
         return matrix
-    return sp.csr_array(array.astype(np.float32) if array.dtype.kind in "biu" else array)
+    # Small integers would overflow in sums; SciPy has no half precision.
+    narrow = array.dtype.kind in "biu" or array.dtype == np.float16
+    return sp.csr_array(array.astype(np.float32) if narrow else array)
 
 
 def _edge_index_pair(array: Any, n_nodes: int | None, name: str) -> tuple[Any, Any]:

@@ -377,6 +377,7 @@ def test_single_array_is_no_archive(tmp_path):
         ({"x_data": lambda a: a * np.nan}, "features must hold finite values only"),
         ({"x_data": lambda a: a[:-1]}, "x must be a valid compressed"),
         ({"x_data": lambda a: a.astype("U1")}, "x_data must be 1-dimensional numbers"),
+        ({"shape_x": np.array([40.0, 12.0])}, "shape_x must be 1-dimensional integers"),
         ({"shape_x": np.array([40, 12, 1])}, "shape of x must be two sizes"),
         ({"shape_x": np.array([40, -12])}, "shape of x must be two sizes"),
         ({"shape_x": np.array([41, 12])}, "x must be a valid compressed"),
@@ -392,6 +393,35 @@ def test_files_with_impossible_contents(tmp_path, uniform, changes, message):
     with pytest.raises(DatasetFormatError, match=message) as caught:
         load_npz(tmp_path / "a.npz")
     assert "a.npz" in one_line(caught.value)
+
+
+def test_unknown_format_lists_the_keys_that_are_there(tmp_path):
+    np.savez(tmp_path / "a.npz", labels=np.arange(3), edges=np.zeros((2, 3)), x=np.ones(3))
+    with pytest.raises(DatasetFormatError, match=r"got the keys edges, labels, x$"):
+        load_npz(tmp_path / "a.npz")
+    np.savez(tmp_path / "many.npz", **{f"a{i:02d}": np.ones(1) for i in range(30)})
+    with pytest.raises(DatasetFormatError, match=r"a19, \.\.\.$"):
+        load_npz(tmp_path / "many.npz")
+
+
+def test_half_precision_in_files(tmp_path, uniform, small):
+    uniform |= {"x_data": np.ones(uniform["x_data"].size, np.float16)}
+    np.savez(tmp_path / "a.npz", **uniform)
+    assert load_npz(tmp_path / "a.npz").features.dtype == np.float32
+    with np.load(io.BytesIO(to_gnn_benchmark(small))) as arrays:
+        halves = arrays["adj_data"].astype(np.float16)
+    (tmp_path / "b.npz").write_bytes(to_gnn_benchmark(small, adj_data=halves))
+    assert load_npz(tmp_path / "b.npz").adjacency.dtype == np.float32
+
+
+@pytest.mark.parametrize("wrong", [3, None, b"a.npz"])
+def test_what_is_no_path(wrong):
+    with pytest.raises(TypeError, match=r"^path must be the path of a .npz file, got"):
+        load_npz(wrong)
+    with pytest.raises(TypeError, match=r"^name must be the name of a data set, or a path, got"):
+        load_dataset(wrong)
+    with pytest.raises(TypeError, match=r"^root must be the path of a folder, or None, got"):
+        load_dataset("cora", root=wrong or 3)
 
 
 def test_gnn_benchmark_adjacency_must_be_square(tmp_path, small):

@@ -229,3 +229,19 @@ def test_mistakes(folder, arguments, message):
     with pytest.raises(refusals, match=message) as caught:
         load_files(*arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_numbers_too_large_for_float32(folder, kind):
+    write("large.csv", "height,weight", "1,0.5", "0,1e300", "-3,0", "0,0")
+    write("infinite.csv", "height,weight", "1,0.5", "0,inf", "-3,0", "0,0")
+    if kind == "parquet":
+        table = pytest.importorskip("pyarrow.csv")
+        import pyarrow.parquet
+
+        for name in ("large", "infinite"):
+            pyarrow.parquet.write_table(table.read_csv(f"{name}.csv"), f"{name}.parquet")
+    with pytest.raises(DatasetFormatError, match=r"must fit float32 .* of size 1e\+300"):
+        load_files(None, f"large.{kind}")
+    with pytest.raises(DatasetFormatError, match="must hold finite values only"):
+        load_files(None, f"infinite.{kind}")
