@@ -44,6 +44,9 @@ LEAST_CAPABILITY = (8, 0)
 # were normalised in float32 differ by rounding and deserve no warning.
 _SYMMETRY_TOLERANCE = 1e-6
 
+# Attributes are expected between this and its inverse.
+_SMALLEST_SCALE = 1e-9
+
 
 class DataWarning(UserWarning):
     """The data were changed, or look unusual, but can be used."""
@@ -174,7 +177,7 @@ def check_features(
         Not numeric.
     ValueError
         Not two-dimensional, no rows, no columns, a wrong number of rows, NaN or infinite values,
-        complex numbers.
+        complex numbers, rows so long that float32 does not hold their squared length.
     """
     features = _to_host(features)
     if sp.issparse(features):
@@ -183,6 +186,7 @@ def check_features(
         _require_feature_shape(matrix.shape, n_nodes, name)
         _require_finite(matrix, name)
         matrix.data = _to_float32(matrix.data, name)
+        _check_scale(matrix.data, matrix.shape[1], name)
         return _canonical(matrix)
 
     array = _as_array(features, name)
@@ -193,7 +197,26 @@ def check_features(
         )
     _require_feature_shape(array.shape, n_nodes, name)
     _require_finite(array, name)
-    return np.ascontiguousarray(_to_float32(array, name))
+    narrow = np.ascontiguousarray(_to_float32(array, name))
+    _check_scale(narrow, narrow.shape[1], name)
+    return narrow
+
+
+def _check_scale(values: npt.NDArray[np.float32], n_features: int, name: str) -> None:
+    """Lengths of rows must be numbers of float32; far from 1 they meet learning rates in vain."""
+    largest = max(float(values.max()), -float(values.min())) if values.size else 0.0
+    if largest**2 * n_features > float(np.finfo(np.float32).max):
+        raise ValueError(
+            f"{name} must have rows whose squared length fits float32, got entries up to "
+            f"{largest:.1e}; divide it by that"
+        )
+    if 0 < largest < _SMALLEST_SCALE or largest > 1 / _SMALLEST_SCALE:
+        warnings.warn(
+            f"{name} has {largest:.1e} as its largest magnitude, the methods expect about 1; "
+            f"scale it",
+            DataWarning,
+            stacklevel=3,
+        )
 
 
 def check_labels(labels: Any, n_nodes: int | None = None, *, name: str = "labels") -> Any:

@@ -247,6 +247,19 @@ def test_every_kind_of_sparse_features(features):
     np.testing.assert_array_equal(result.toarray(), X.astype(np.float32))
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_scale_far_from_one_is_told(scale):
+    for features in (PATH * scale, sp.csr_array(PATH) * scale):
+        with pytest.warns(
+            DataWarning, match="as its largest magnitude, the methods expect about 1"
+        ):
+            check_features(features)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_features(PATH * np.sqrt(scale))
+        check_features(0 * PATH)
+
+
 def test_float32_features_are_not_copied():
     x = X.astype(np.float32)
     assert check_features(x) is x
@@ -261,6 +274,8 @@ def test_float32_features_are_not_copied():
         (np.array([[np.inf, 1.0]]), None, ValueError, "inf"),
         (sp.csr_array(np.array([[np.nan, 1.0]])), None, ValueError, "NaN"),
         (np.array([[1e300]]), None, ValueError, "must fit float32"),
+        (np.full((2, 4), 1e19), None, ValueError, "squared length fits float32, got entries up to"),
+        (sp.csr_array([[0, -1e20]]), None, ValueError, "squared length fits float32"),
         (X, 4, ValueError, r"one row per node \(4\), got shape \(3, 2\)"),
         (np.zeros((3, 0)), None, ValueError, r"0 feature\(s\) \(shape=\(3, 0\)\)"),
         (sp.csr_array((3, 0)), None, ValueError, r"0 feature\(s\)"),
