@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -295,6 +296,54 @@ def test_consensus_with_fewer_distinct_rows_than_clusters() -> None:
     z = torch.eye(3).repeat(4, 1)  # [12, 3]
     labels = consensus_kmeans(z, 5, n_init=8).labels
     assert len(set(labels[:3].tolist())) == 3 and torch.equal(labels[:3], labels[3:6])
+
+
+def test_sketch_of_many_votes_is_their_decomposition(monkeypatch) -> None:
+    """The same leading directions, nearly all of the energy, and the same clusters."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(12), 30)
+    z = torch.from_numpy((np.eye(12)[labels] + 0.3 * rng.normal(size=(360, 12))).astype(np.float32))
+    votes = ssgc._votes(z, 12, 100, seed=0)
+    assert votes.shape[1] > ssgc._EXACT_VOTES
+    sketched = ssgc._leading_coordinates(votes, 48, seed=0)
+    found = consensus_kmeans(z, 12).labels
+    monkeypatch.setattr(ssgc, "_EXACT_VOTES", votes.shape[1])
+    exact = ssgc._leading_coordinates(votes, 48, seed=0)
+    assert sketched.shape == exact.shape == (360, 48)
+    bases = [torch.linalg.qr(rows[:, :12]).Q for rows in (sketched, exact)]
+    assert torch.linalg.svdvals(bases[0].T @ bases[1]).min() > 0.999
+    assert sketched.square().sum() > 0.995 * exact.square().sum()
+    assert torch.equal(found, consensus_kmeans(z, 12).labels)
+
+
+def test_sketch_of_votes_does_not_depend_on_threads() -> None:
+    z = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with threadpool_limits(limits=count, user_api="blas"):
+                votes = ssgc._votes(z, 15, 100, seed=0)
+                rows = ssgc._leading_coordinates(votes, 60, seed=0)
+                results.append((rows, consensus_kmeans(z, 15).labels))
+    finally:
+        torch.set_num_threads(threads)
+    for rows, labels in results[1:]:
+        assert torch.equal(rows, results[0][0]) and torch.equal(labels, results[0][1])
+
+
+def test_time_of_the_consensus_grows_gently_with_the_clusters() -> None:
+    """By a decomposition in K^3, 60 clusters took 60 times as long as 7; now it is 4 times."""
+    z = torch.randn(131, 64, generator=torch.Generator().manual_seed(0))
+
+    def seconds(n_clusters: int) -> float:
+        start = time.process_time()
+        consensus_kmeans(z, n_clusters)
+        return time.process_time() - start
+
+    few, many = (min(seconds(k) for _ in range(3)) for k in (7, 60))
+    assert many < 25 * few
 
 
 def test_many_nodes_in_blocks_are_as_few_nodes_at_once(monkeypatch, tmp_path):
