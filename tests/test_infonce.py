@@ -953,3 +953,8 @@ def test_labels_beyond_int32_are_told_apart() -> None:
             for y in (small, large)
         )
         assert torch.equal(one, other)
+
+
+def test_dense_weights_wants_weights() -> None:
+    with pytest.raises(TypeError, match=r"w must come from hardness\(\), got NoneType"):
+        ops.dense_weights(None)

@@ -275,6 +275,8 @@ def test_matmul_checks_its_argument():
     factors = ops.low_rank(decaying(30, 8).float(), 3)
     with pytest.raises(ValueError, match=r"weight must have shape \[D, k\] with D = 8"):
         factors.matmul(torch.zeros(7, 2))
+    with pytest.raises(TypeError, match=r"weight must be a torch\.Tensor, got ndarray"):
+        factors.matmul(np.ones((8, 2)))
     with pytest.raises(TypeError, match=r"weight must be torch\.float32"):
         factors.matmul(torch.zeros(8, 2, dtype=torch.float64))
 
@@ -511,6 +513,7 @@ def test_non_contiguous_and_other_inputs():
         ({"rank": 9}, ValueError, "rank must not exceed the 8 columns"),
         ({"rank": 4, "batch_size": 3}, ValueError, "nor the 3 rows of a batch"),
         ({"rank": 0}, ValueError, "rank must be at least 1"),
+        ({"rank": 2, "center": "no"}, TypeError, "center must be True or False"),
         ({"rank": 1.5}, ValueError, r"fractional rank must lie in \(0, 1\)"),
         ({"rank": "elbow"}, ValueError, "'gavish-donoho'"),
         ({"rank": None}, TypeError, "rank must be an integer"),

@@ -519,6 +519,11 @@ def test_real_graph(data_root):
     [
         ({"graph": "g"}, TypeError, "graph must be a fastclust.Graph, got str"),
         ({"h": [[1.0, 1.0]] * 8}, TypeError, "h must be a torch.Tensor, got list"),
+        (
+            {"h": torch.ones(8, 2).to_sparse()},
+            TypeError,
+            "h must be dense, got layout torch.sparse_coo",
+        ),
         ({"h": torch.ones(8, 2).half()}, TypeError, "h must be float32 or float64"),
         ({"h": torch.ones(8)}, ValueError, r"h must have shape \[N, d\], got \[8\]"),
         ({"h": torch.ones(7, 2)}, ValueError, r"one row per node of the graph \(8\), got 7"),

@@ -451,6 +451,8 @@ def dense_weights(w: Hardness | StoredHardness) -> Tensor:
         >>> dense_weights(w).shape
         torch.Size([4, 4])
     """
+    if not isinstance(w, Hardness | StoredHardness):
+        raise TypeError(f"w must come from hardness(), got {type(w).__name__}")
     rows = 2 * w.n_nodes
     element = _elements(w)
     needed = rows * rows * (8 + 2 * element.element_size())

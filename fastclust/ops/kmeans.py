@@ -142,7 +142,7 @@ def kmeans(
             f"{n_points} points"
         )
     if not isinstance(tol, Real) or not tol >= 0:
-        raise ValueError(f"tol must be a number >= 0, was {tol!r}")
+        raise ValueError(f"tol must be a number >= 0, got {tol!r}")
 
     ops = torch.ops.fastclust
     xc, mean, variance = ops.kmeans_center(x.detach().contiguous())
@@ -218,7 +218,7 @@ def _given_centers(init: Tensor, x: Tensor, n_clusters: int, mean: Tensor, xc: T
     if not init.is_floating_point():
         raise TypeError(f"init must hold floating-point centers, got {init.dtype}")
     if init.device != x.device:
-        raise ValueError(f"init must be on the device of x ({x.device}), was on {init.device}")
+        raise ValueError(f"init must be on the device of x ({x.device}), got one on {init.device}")
     if not torch.isfinite(init).all():
         raise ValueError("init must hold finite values, found NaN or infinity")
     centers = xc.new_zeros(1, n_clusters, xc.shape[1])
@@ -236,11 +236,11 @@ def _check_spread(spread: float, dtype: torch.dtype) -> None:
 
 def _check_points(x: Tensor) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, was {type(x).__name__}")
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x must be float32 or float64, was {x.dtype}; convert it with x.float()")
+        raise TypeError(f"x must be float32 or float64, got {x.dtype}; convert it with x.float()")
     if x.layout != torch.strided:
-        raise TypeError(f"x must be dense, was {x.layout}; convert it with x.to_dense()")
+        raise TypeError(f"x must be dense, got {x.layout}; convert it with x.to_dense()")
     if x.dim() != 2 or x.shape[0] == 0 or x.shape[1] == 0:
         raise ValueError(f"x must have shape [N, d] with N, d >= 1, got {list(x.shape)}")
     if x.shape[0] >= 2**31:
@@ -249,9 +249,9 @@ def _check_points(x: Tensor) -> None:
 
 def _check_integer(name: str, value: int, least: int | None) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, was {value!r}")
+        raise TypeError(f"{name} must be an integer, got {value!r}")
     if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, was {value}")
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 @torch.library.custom_op("fastclust::kmeans_fit", mutates_args=())

@@ -123,6 +123,8 @@ class LowRankMatrix:
 
         Costs (N + D) R k multiplications instead of N D k.
         """
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
         if weight.dim() != 2 or weight.shape[0] != self.shape[1]:
             raise ValueError(
                 f"weight must have shape [D, k] with D = {self.shape[1]}, got {list(weight.shape)}"
@@ -236,6 +238,8 @@ def batched_svd(
     _check_count("n_iter", n_iter, 0)
     _check_count("oversample", oversample, 0)
     seed = _check_seed(seed)
+    if not isinstance(center, bool):
+        raise TypeError(f"center must be True or False, got {center!r}")
     n_batches = -(-rows.n_rows // batch)
     rows, exponent = rows.within_range()
     r = _resolve_rank(rows, rank, batch, center)

@@ -107,6 +107,8 @@ def _check(graph: Any, h: Any, residual: Any, activation: Any, steps: Any) -> No
     stored = (torch.bfloat16,) if h.device.type == "cuda" else ()
     if h.dtype not in (torch.float32, torch.float64, *stored):
         raise TypeError(f"h must be float32 or float64 (on CUDA also bfloat16), got {h.dtype}")
+    if h.layout != torch.strided:
+        raise TypeError(f"h must be dense, got layout {h.layout}; call .to_dense()")
     if h.ndim != 2:
         raise ValueError(
             f"h must have shape [N, d], got {list(h.shape)}; use h[:, None] for one value per node"
