@@ -185,6 +185,23 @@ def test_properties_of_any_matrix(n, d, batch, rank, true_rank, density, binary,
             assert (kept.gather(1, kept.abs().argmax(1, keepdim=True)) > 0).all()
 
 
+@pytest.mark.parametrize("n_iter", [0, 2, 4])
+@pytest.mark.parametrize(("n", "d", "batch"), [(5, 7, None), (30, 40, None), (68, 40, 30)])
+def test_batches_that_the_sketch_covers(n, d, batch, n_iter):
+    """No more rows than its columns: exact to rounding, however small the last singular value.
+
+    On the Gram matrix alone errors grow with the steps, up to 2e-3 here.
+    """
+    rank = min(batch or n, 30)
+    for seed in range(40):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(n, d, generator=g) @ torch.randn(d, d, generator=g)
+        svd = ops.batched_svd(x, rank, batch_size=batch, center=False, n_iter=n_iter)
+        for b, rows in enumerate(x.split(batch or n)):
+            found = (svd.u[b, : len(rows)].double() * svd.s[b].double()) @ svd.vh[b].double()
+            assert float((rows.double() - found).norm()) <= 1e-6 * float(rows.norm())
+
+
 def test_signs_and_order():
     svd = ops.batched_svd(decaying(80, 15).float(), 6, batch_size=30)
     assert (svd.s.diff(dim=1) <= 0).all()

@@ -420,8 +420,13 @@ def _factor(
     u, s, zt = ops.lowrank_thin_svd(w, rank)  # X_c v v^T = u s (v z)^T
     vh = _multiply(v, zt[:, :rank].mT.to(v.dtype)).mT  # [M, r, D]
     # Squared in X_c^T X_c, small singular values come near to rounding: such batches take half a
-    # step more, on the rows. The host looks only where that is free.
+    # step more, on the rows. So do those with no more rows than the sketch has columns, which hold
+    # all of their singular values. The host looks only where that is free.
     steep = s[:, rank - 1] < 2 * torch.finfo(v.dtype).eps ** (1 / 3) * s[:, 0]  # [M]
+    if batch <= v.shape[2]:
+        steep[:] = True
+    elif (rows.n_rows - 1) % batch < v.shape[2]:
+        steep[-1] = True
     if steep.is_cuda or torch.compiler.is_compiling() or steep.any():
         q, _ = ops.lowrank_orthonormalize(w, None, None, 0.0, 2)
         p, t, yt = ops.lowrank_thin_svd(rows.project_transposed(batch, mean, q), rank)
