@@ -162,8 +162,8 @@ __device__ __forceinline__ void produce_product(const Ring& ring, Cursor& cursor
 
 // ---- consumers: two warpgroups -------------------------------------------------------------------
 
-// Products of one stage: of its 64 k lo hi, then hi lo, then hi hi, or the last alone. Several replace
-// what is in `acc`, one is added.
+// Products of one stage of 64 k: lo hi, hi lo, hi hi in this order, which replace what is in `acc`; a
+// single product is added to it.
 template <typename Path, int kMajorA, int kMajorB>
 __device__ __forceinline__ void multiply_stage(const unsigned char* stage,
                                                typename Path::Fragment& acc) {
