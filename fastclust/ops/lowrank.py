@@ -725,65 +725,37 @@ def _rank_by_threshold(spectrum: Tensor, batch: int, n_cols: int) -> int:
 _Optional = Tensor | None
 
 
-def _n_batches(values: Tensor, indptr: _Optional, batch_size: int) -> int:
-    n_rows = values.shape[0] if indptr is None else indptr.shape[0] - 1
-    return (n_rows + batch_size - 1) // batch_size
-
-
 @torch.library.register_fake("fastclust::lowrank_mean")
 def _(
     values: Tensor, indptr: _Optional, indices: _Optional, n_cols: int, batch_size: int
 ) -> Tensor:
-    return values.new_empty(_n_batches(values, indptr, batch_size), n_cols)
+    return values.new_empty(lowrank_device.n_batches(values, indptr, batch_size), n_cols)
 
 
+# values, indptr, indices, mean, n_cols and batch_size; of the last two operators a factor besides.
 @torch.library.register_fake("fastclust::lowrank_center")
-def _(
-    values: Tensor,
-    indptr: _Optional,
-    indices: _Optional,
-    mean: _Optional,
-    n_cols: int,
-    batch_size: int,
-) -> Tensor:
-    return values.new_empty(_n_batches(values, indptr, batch_size), batch_size, n_cols)
+def _(values: Tensor, indptr: _Optional, *rest: Any) -> Tensor:
+    *_, n_cols, batch_size = rest
+    n_batches = lowrank_device.n_batches(values, indptr, batch_size)
+    return values.new_empty(n_batches, batch_size, n_cols)
 
 
 @torch.library.register_fake("fastclust::lowrank_gram")
-def _(
-    values: Tensor,
-    indptr: _Optional,
-    indices: _Optional,
-    mean: _Optional,
-    n_cols: int,
-    batch_size: int,
-) -> Tensor:
-    return values.new_empty(_n_batches(values, indptr, batch_size), n_cols, n_cols)
+def _(values: Tensor, indptr: _Optional, *rest: Any) -> Tensor:
+    *_, n_cols, batch_size = rest
+    n_batches = lowrank_device.n_batches(values, indptr, batch_size)
+    return values.new_empty(n_batches, n_cols, n_cols)
 
 
 @torch.library.register_fake("fastclust::lowrank_project")
-def _(
-    values: Tensor,
-    indptr: _Optional,
-    indices: _Optional,
-    mean: _Optional,
-    n_cols: int,
-    batch_size: int,
-    v: Tensor,
-) -> Tensor:
+def _(*arguments: Any) -> Tensor:
+    *_, batch_size, v = arguments
     return v.new_empty(v.shape[0], batch_size, v.shape[2])
 
 
 @torch.library.register_fake("fastclust::lowrank_project_transposed")
-def _(
-    values: Tensor,
-    indptr: _Optional,
-    indices: _Optional,
-    mean: _Optional,
-    n_cols: int,
-    batch_size: int,
-    q: Tensor,
-) -> Tensor:
+def _(*arguments: Any) -> Tensor:
+    *_, n_cols, _batch_size, q = arguments
     return q.new_empty(q.shape[0], n_cols, q.shape[2])
 
 
