@@ -9,7 +9,9 @@ Faults seeded once into the sources, and the test that turned red:
     others); chunk table shifted: seams_of_panels_and_chunks; a barrier of the pipeline
     removed, or one copy too few waited for: no_race (and the twins); no swizzle: bank_conflict;
     all products added by the matrix unit: digits_of_a_long_sum;
-    a tile on the diagonal or at the end taken for an ordinary one: matches_the_twin.
+    a tile on the diagonal or at the end taken for an ordinary one: matches_the_twin;
+    Hopper's products without their fence, sums taken before their wait, barriers not made known to
+    the copy engine: the emulator stops in hopper_has_no_race.
 """
 
 from __future__ import annotations

@@ -3,16 +3,19 @@
 // checked where there is no GPU. Written from the PTX manual, independent of the kernels' maps.
 //
 // Every thread of a block is a fiber. A fiber runs until it meets a barrier or a warp-wide
-// instruction; the scheduler takes warps in an order the test chooses and runs each as far as it
-// gets, the most uneven progress that barriers allow. Asynchronous copies happen either at once or
-// as late as their wait permits. A result that depends on either choice is a race.
+// instruction; the scheduler takes blocks, warps and the lanes between two such instructions in an
+// order the test chooses and runs each as far as it gets, the most uneven progress that barriers
+// allow. Asynchronous copies happen either at once or as late as their wait permits. A result that
+// depends on either choice is a race. Shared memory, static or dynamic, is NaN when a block begins.
 // Of Hopper: barriers in shared memory with their byte counts, bulk copies (at once, or one by one when
-// nothing else can move), and wgmma on descriptors (at once, or as late as its wait permits).
+// nothing else can move, in any order), and wgmma on descriptors (at once, or as late as its wait
+// permits).
 // Found and counted in emulator::report(): divergent warp instructions, barriers that not all
-// threads reach, shared memory out of bounds or misaligned, copies never waited for, and bank
-// conflicts of ldmatrix.
+// threads reach, shared memory out of bounds or misaligned, copies never waited for, fences left out
+// around wgmma and barriers, and bank conflicts of ldmatrix.
 #pragma once
 
+#include <link.h>
 #include <math.h>
 #include <setjmp.h>
 #include <ucontext.h>
@@ -24,13 +27,14 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <utility>
 #include <vector>
 
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static
+#define __shared__ static thread_local  // together in the library's segment: see forget_shared
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define FASTCLUST_DYNAMIC_SHARED(name) unsigned char* const name = emulator::state().shared
@@ -78,6 +82,7 @@ struct PhaseBarrier {
   int arrivals = 0, missing = 0;
   int64_t bytes = 0;  // still to come in this phase
   uint32_t phase = 0;
+  bool fenced = false;  // known to the copy engine
 };
 struct BulkCopy {
   unsigned char* to;
@@ -108,6 +113,7 @@ struct Thread {
   int named = 0, named_count = 0;
   std::vector<std::vector<Wgmma>> products;  // committed, oldest first
   std::vector<Wgmma> open_products;
+  bool fenced = false;  // wgmma.fence since the last group
 };
 
 struct State {
@@ -121,7 +127,7 @@ struct State {
   int running = 0;
   void (*body)(const void*) = nullptr;
   const void* arguments = nullptr;
-  int warp_order = 0;     // 0 ascending, 1 descending, 2 a new permutation each round
+  int warp_order = 0;     // also of blocks and lanes: 0 ascending, 1 descending, 2 new each round
   bool late_copies = true;
   uint64_t random = 1;
   std::map<const void*, PhaseBarrier> barriers;  // of the block
@@ -142,6 +148,50 @@ inline State& state() {
 }
 
 inline Thread& self() { return state().threads[state().running]; }
+
+// A number below `count`: the first, the last or any, after the order of the warps.
+inline size_t choose(size_t count) {
+  State& s = state();
+  if (s.warp_order != 2) return s.warp_order == 1 ? count - 1 : 0;
+  s.random = s.random * 6364136223846793005ull + 1442695040888963407ull;
+  return (s.random >> 33) % count;
+}
+// Numbers 0 .. count - 1 in that order.
+inline std::vector<int> chosen_order(int count) {
+  std::vector<int> left(count), order;
+  std::iota(left.begin(), left.end(), 0);
+  while (!left.empty()) {
+    const auto at = left.begin() + static_cast<std::ptrdiff_t>(choose(left.size()));
+    order.push_back(*at);
+    left.erase(at);
+  }
+  return order;
+}
+
+// NaN as float, double and bf16, far out of any bounds as an integer.
+inline void forget(void* memory, size_t bytes) {
+  for (size_t i = 0; i < bytes; ++i) static_cast<unsigned char*>(memory)[i] = i % 2 ? 0x7f : 0xff;
+}
+// What a block finds in the kernels' static shared memory.
+inline void forget_shared() {
+  dl_iterate_phdr(
+      [](dl_phdr_info* library, size_t, void* here) {
+        const auto at = reinterpret_cast<uintptr_t>(here) - library->dlpi_addr;
+        bool mine = false;
+        for (int i = 0; i < library->dlpi_phnum; ++i) {
+          const auto& part = library->dlpi_phdr[i];
+          mine |= part.p_type == PT_LOAD && at - part.p_vaddr < part.p_memsz;
+        }
+        for (int i = 0; mine && i < library->dlpi_phnum; ++i) {
+          const auto& part = library->dlpi_phdr[i];
+          if (part.p_type == PT_TLS && library->dlpi_tls_data != nullptr) {
+            forget(library->dlpi_tls_data, part.p_memsz);
+          }
+        }
+        return static_cast<int>(mine);
+      },
+      &state());
+}
 
 inline void wait_for(Operation operation) {
   State& s = state();
@@ -321,6 +371,7 @@ inline bool phase_over(const Thread& thread) {
 // Element (mn, k) of an operand with the 128-byte swizzle, after the PTX manual's canonical layouts.
 inline float operand(uint64_t descriptor, bool mn_major, int mn, int k) {
   if (descriptor >> 62 != 1) fail("wgmma descriptor without the 128-byte swizzle");
+  if (descriptor & 0x3fffc000c000c000) fail("wgmma descriptor with more than start and strides");
   const uint32_t start = (descriptor & 0x3fff) << 4;
   const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4;
   const uint32_t stride = (descriptor >> 32 & 0x3fff) << 4;
@@ -378,7 +429,9 @@ inline bool run_warp(int first) {
   bool moved = false;
   for (;;) {
     bool ran = false;
-    for (int lane = 0; lane < kWarp; ++lane) {
+    const int flip = static_cast<int>(choose(kWarp));
+    for (int k = 0; k < kWarp; ++k) {
+      const int lane = k ^ flip;
       Thread& thread = s.threads[first + lane];
       if (thread.done || thread.waiting != Operation::kNone) continue;
       run_thread(first + lane);
@@ -411,18 +464,9 @@ inline void run_block(int n_threads) {
     s.threads[i].start.uc_link = nullptr;
     makecontext(&s.threads[i].start, fiber_main, 0);
   }
-  const int warps = n_threads / kWarp;
-  std::vector<int> order(warps);
   for (;;) {
-    for (int w = 0; w < warps; ++w) order[w] = s.warp_order == 1 ? warps - 1 - w : w;
-    if (s.warp_order == 2) {
-      for (int w = warps - 1; w > 0; --w) {
-        s.random = s.random * 6364136223846793005ull + 1442695040888963407ull;
-        std::swap(order[w], order[(s.random >> 33) % (w + 1)]);
-      }
-    }
     bool moved = false;
-    for (const int w : order) moved |= run_warp(w * kWarp);
+    for (const int w : chosen_order(n_threads / kWarp)) moved |= run_warp(w * kWarp);
     int done = 0, at_barrier = 0;
     for (const Thread& thread : s.threads) {
       done += thread.done;
@@ -452,8 +496,9 @@ inline void run_block(int n_threads) {
     }
     if (moved) continue;
     if (s.bulk.empty()) fail("a barrier that not all threads reach");
-    perform(s.bulk.front());
-    s.bulk.pop_front();
+    const auto next = s.bulk.begin() + static_cast<std::ptrdiff_t>(choose(s.bulk.size()));
+    perform(*next);
+    s.bulk.erase(next);
   }
 }
 
@@ -575,9 +620,11 @@ inline uint32_t shared_address(const void* shared) {
 }
 inline void mbarrier_init(uint64_t* barrier, int arrivals) {
   emulator::check_shared(barrier, 8);
-  emulator::state().barriers[barrier] = {arrivals, arrivals, 0, 0};
+  emulator::state().barriers[barrier] = {arrivals, arrivals, 0, 0, false};
 }
-inline void mbarrier_init_fence() {}
+inline void mbarrier_init_fence() {
+  for (auto& [address, barrier] : emulator::state().barriers) barrier.fenced = true;
+}
 inline void mbarrier_arrive(uint64_t* barrier) {
   auto& b = emulator::phase_barrier(barrier);
   --b.missing;
@@ -610,6 +657,9 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t
   if (to < s.shared || to + bytes > s.shared + s.shared_bytes) {
     emulator::fail("bulk copy out of bounds");
   }
+  if (!emulator::phase_barrier(barrier).fenced) {
+    emulator::fail("bulk copy to a barrier that the copy engine may not know");
+  }
   // What is still in shared memory is lost from now on: a reader that is not done must show.
   std::memset(to, 0xff, bytes);
   const emulator::BulkCopy copy{to, global, bytes, barrier};
@@ -623,10 +673,22 @@ template <int kCount>
 void registers_up() {}
 template <int kCount>
 void registers_down() {}
-inline void wgmma_fence() {}
-inline void wgmma_hold(float (&)[1][16][4]) {}
+// Before the first product of a group: the sums may have been touched since the last one.
+inline void wgmma_fence() { emulator::self().fenced = true; }
+// Where sums are about to be touched.
+inline void wgmma_hold(float (&d)[1][16][4]) {
+  const auto& thread = emulator::self();
+  const auto check = [&](const std::vector<emulator::Wgmma>& group) {
+    for (const auto& product : group) {
+      if (product.d == &d[0][0][0]) emulator::fail("sums touched while products add to them");
+    }
+  };
+  for (const auto& group : thread.products) check(group);
+  check(thread.open_products);
+}
 inline void wgmma_commit() {
   auto& thread = emulator::self();
+  thread.fenced = false;
   thread.products.push_back(std::move(thread.open_products));
   thread.open_products.clear();
 }
@@ -643,6 +705,7 @@ void wgmma_wait() {
 template <int kMajorA, int kMajorB, bool kAdd>
 void wgmma_m64n128k16(float (&d)[1][16][4], uint64_t a, uint64_t b) {
   auto& s = emulator::state();
+  if (!emulator::self().fenced) emulator::fail("matrix product without a fence before its group");
   if (s.running % 128 == 0) ++s.report.matrix_instructions;
   const emulator::Wgmma product{&d[0][0][0], a, b, kMajorA == 1, kMajorB == 1, kAdd};
   if (s.late_copies) {
@@ -674,15 +737,15 @@ cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_b
   s.grid_dim = grid;
   s.block_dim = dim3(static_cast<unsigned>(threads));
   ++s.report.launches;
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        std::memset(s.shared, 0xff, shared_bytes);
-        s.barriers.clear();
-        s.block_index = dim3(x, y, z);
-        ++s.report.blocks;
-        run_block(threads);
-      }
+  for (const int block : chosen_order(static_cast<int>(grid.x * grid.y * grid.z))) {
+    const auto index = static_cast<unsigned>(block);
+    forget(s.shared, shared_bytes);
+    forget_shared();
+    s.barriers.clear();
+    s.block_index = dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
+    ++s.report.blocks;
+    run_block(threads);
+  }
   return cudaSuccess;
 }
 
