@@ -535,6 +535,21 @@ def test_cuda_kernels_have_no_race(device):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("large", [torch.nan, 1e30])
+@pytest.mark.parametrize("init", [0, 1, 2])
+@pytest.mark.parametrize(("k", "restarts"), [(1, 64), (3, 2)])
+def test_cuda_kernels_stay_in_bounds_without_distances(device, large, init, k, restarts):
+    """Rows that the function refuses, given to the operators: any row will do, no other place."""
+    x = torch.full((130, 3), large)
+    x[::2] = 0
+    starts, _, _, labels, _ = run_on_device(device, x, k, restarts=restarts, init=init, max_iter=1)
+    assert labels.min() >= 0
+    assert labels.max() < k
+    if large == 1e30:
+        assert (starts[:, :, :3].abs() == 5e29).all()
+        assert (starts[:, :, 3:] == 0).all()
+
+
 @pytest.mark.parametrize("k", [1, 2, 7, 10, 33, 64, 65, 1000])
 def test_cuda_index_maps(device, k):
     device.group_of.restype = device.chunk_rows.restype = device.begin_of.restype = ctypes.c_int64

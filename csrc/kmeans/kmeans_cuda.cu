@@ -175,7 +175,7 @@ __global__ void sample_kernel(Problem<T> p, int n_draws, int64_t seed, const T* 
       sum += static_cast<double>(x_norms[drawn[k]]);
     }
     sum = block_sum(sum, scratch);
-    if (!(sum < least)) continue;
+    if (draw > 0 && !(sum < least)) continue;  // of infinite sums the first
     least = sum;
     for (int64_t k = threadIdx.x; k < n_clusters; k += blockDim.x) best[k] = drawn[k];
   }
@@ -360,7 +360,9 @@ __global__ void __launch_bounds__(kThreads)
   const auto decide = [&](int pair, const Least<T>& least) {
     const int64_t row = begin + pair % kCudaTile, r = r0 + pair / kCudaTile;
     if (row >= p.n_points) return;
-    if (least.second - least.best > 2 * error * (x_norms[row] + least.largest)) {
+    // Of one cluster nothing is doubtful, not even where a distance is no number.
+    if (n_clusters == 1 ||
+        least.second - least.best > 2 * error * (x_norms[row] + least.largest)) {
       labels[r * p.n_points + row] = least.arg;
     } else {
       doubtful[atomicAdd(&n_doubtful, 1)] = static_cast<uint16_t>(pair);  // order plays no part
