@@ -344,7 +344,6 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t n_clusters = p.n_clusters, group = restarts_per_tile(n_clusters);
   const int64_t r0 = blockIdx.y * group, n_restarts = min(group, p.n_restarts - r0);
   const int64_t begin = int64_t{blockIdx.x} * kCudaTile;
-  const int64_t n_rows = min(int64_t{kCudaTile}, p.n_points - begin);
   if (done != nullptr) {
     bool all = true;
     for (int64_t r = 0; r < n_restarts; ++r) all = all && done[r0 + r];
