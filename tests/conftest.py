@@ -23,6 +23,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """End this process after a kernel has failed: no CUDA call works in it any more.
+
+    The tests to come would fail for that alone. A worker of pytest-xdist is replaced.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(3)
+        pytest.exit(f"no CUDA call works after {nodeid}: {error}", returncode=3)
+
+
 @pytest.fixture(scope="session")
 def data_root(pytestconfig: pytest.Config) -> Path:
     """The folder of benchmark graphs named by FASTCLUST_DATA; skips where there is none."""
