@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in one command and under ten minutes: build, tests, sanitizer, ceilings,
 # every kernel beside its peers, whole trainings, and what Nsight Compute says of the main kernels.
 #
-#   benchmarks/gpu.sh OUT              on a machine with an NVIDIA GPU, torch with CUDA, nvcc, ninja,
+#   benchmarks/gpu.sh OUT [PART ...]   on a machine with an NVIDIA GPU, torch with CUDA, nvcc, ninja,
 #                                      pybind11, cupy, pytest, hypothesis and what fastclust needs
 #                                      (pooch and platformdirs, for downloads, may be missing);
 #                                      no network is used
@@ -11,14 +11,17 @@
 # FASTCLUST_DATA may name the folder of benchmark graphs; without it graphs of the same shapes are
 # made up. At most eight small files appear in OUT: one JSON per subject and log.txt. A part that fails
 # or outlasts its time leaves what it had, and the next part runs. GPU_SH_SECONDS (570) is the whole
-# allowance. Afterwards: python benchmarks/gpu_table.py OUT puts the figures into README.md.
+# allowance; parts that find no time left can be named in another call. FASTCLUST_COMMIT names the
+# commit where there is no git. Afterwards: python benchmarks/gpu_table.py OUT [OUT ...] puts the
+# figures into README.md.
 set -uo pipefail
 
 dry=
 if [ "${1:-}" = --dry-run ]; then dry=--tiny; shift; fi
-if [ $# -ne 1 ]; then echo "usage: $0 [--dry-run] OUT" >&2; exit 2; fi
+if [ $# -lt 1 ]; then echo "usage: $0 [--dry-run] OUT [PART ...]" >&2; exit 2; fi
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
+shift
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 log=$out/log.txt
@@ -38,4 +41,5 @@ print("9.0a" if c == (9, 0) else f"{c[0]}.{c[1]}")') || { echo "torch sees no GP
   echo "build: ok, ${SECONDS} s, for ${arch}" | tee -a "$log"
 fi
 "$python" -m fastclust.info 2>&1 | tee -a "$log"
-exec "$python" benchmarks/gpu.py $dry --out "$out" --seconds $((${GPU_SH_SECONDS:-570} - SECONDS))
+exec "$python" benchmarks/gpu.py $dry --out "$out" \
+  --seconds $((${GPU_SH_SECONDS:-570} - SECONDS)) "$@"

@@ -2,18 +2,18 @@
 
 ::
 
-    python benchmarks/gpu_table.py OUT     # takes OUT's files into benchmarks/results/gpu, rewrites
+    python benchmarks/gpu_table.py OUT ... # takes the files into benchmarks/results/gpu, rewrites
     python benchmarks/gpu_table.py         # rewrites from what is there
     python benchmarks/gpu_table.py --check # exit code 1 if README.md is not what the files say
 
-Only files of a real card count: dry runs and runs on the CPU are refused.
+Of several folders, the parts that a later one has replace those of an earlier one. Only files of a
+real card count: dry runs and runs on the CPU are refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,22 @@ NOTHING = (
 )
 
 
-def read(folder: Path) -> dict[str, dict[str, Any]]:
+def read(*folders: Path) -> dict[str, dict[str, Any]]:
     """Results by subject."""
-    found = {}
-    for path in sorted(folder.glob("*.json")):
+    found: dict[str, dict[str, Any]] = {}
+    for path in (path for folder in folders for path in sorted(folder.glob("*.json"))):
         content = json.loads(path.read_text())
         if content["tiny"] or content["device"] != "cuda":
             raise SystemExit(f"{path} is no measurement of a GPU (a dry run, or on the CPU)")
+        before = found.get(content["subject"])
+        if before is not None:
+            if before["card"].get("name") != content["card"].get("name"):
+                raise SystemExit(f"{path} is of another card than the files before it")
+            replaced = {x.get("part") for x in content["rows"] + content["errors"]}
+            for kept in ("rows", "errors"):
+                older = [x for x in before[kept] if x.get("part") not in replaced]
+                content[kept] = older + content[kept]
+            content = before | content  # rows of the CPU, too
         found[content["subject"]] = content
     return found
 
@@ -78,7 +87,8 @@ def table_line(subject: str, row: dict[str, Any]) -> str | None:
         return None
     kind = row.get("model") or subject
     details = [row[key] for key in ("case", "what", "precision") if row.get(key)]
-    details += [f"{key} {row[key]}" for key in ("d", "rank", "batch_size", "epochs") if key in row]
+    numbers = ("d", "rank", "batch_size", "epochs", "width")
+    details += [f"{key} {row[key]}" for key in numbers if key in row]
     if row.get("weights") == "snapshot":
         details.append("weighted")
     rate = f"{row['rate']:.3g} {row['unit']}" if "rate" in row else ""
@@ -107,17 +117,18 @@ def main(
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("out", nargs="?", type=Path, help="folder that gpu.sh filled")
+    parser.add_argument("out", nargs="*", type=Path, help="folders that gpu.sh filled")
     parser.add_argument("--check", action="store_true", help="change nothing")
     arguments = parser.parse_args(argv)
-    if arguments.out is not None:
-        if not read(arguments.out):
-            raise SystemExit(f"{arguments.out} holds no JSON of gpu.sh")
+    if arguments.out:
+        found = read(*arguments.out)
+        if not found:
+            raise SystemExit(f"{', '.join(map(str, arguments.out))}: no JSON of gpu.sh")
         results.mkdir(parents=True, exist_ok=True)
         for old in results.glob("*.json"):
             old.unlink()
-        for path in arguments.out.glob("*.json"):
-            shutil.copy(path, results / path.name)
+        for subject, content in found.items():
+            (results / f"{subject}.json").write_text(json.dumps(content, indent=1) + "\n")
     text = readme.read_text()
     wanted = rewritten(text, table(read(results)))
     if arguments.check:

@@ -46,8 +46,8 @@ def made_up_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "part",
     [
-        *["ceilings", "infonce", "propagate", "propagate-large", "lowrank", "kmeans"],
-        *["sanitizer", "profile"],
+        *["ceilings", "infonce", "infonce-hopper", "propagate", "propagate-large", "lowrank"],
+        *["kmeans", "epochs", "sanitizer", "determinism", "profile"],
     ],
 )
 def test_every_part_runs_on_tiny_shapes(gpu, tmp_path, made_up_graphs, part) -> None:
@@ -59,7 +59,7 @@ def test_every_part_runs_on_tiny_shapes(gpu, tmp_path, made_up_graphs, part) -> 
     assert content["tiny"] and content["device"] == "cpu" and not content["errors"]
     assert content["rows"] and all(row["part"] == part for row in content["rows"])
     assert "torch" in content["versions"]
-    if part not in ("sanitizer", "profile"):
+    if part not in ("sanitizer", "determinism", "profile"):
         assert all(row["ms"] > 0 for row in content["rows"])
 
 
@@ -94,6 +94,185 @@ def test_a_failing_case_leaves_the_others(gpu, tmp_path) -> None:
     ]
 
 
+def test_a_lost_context_ends_the_part(gpu, tmp_path, monkeypatch) -> None:
+    """After a kernel has failed every CUDA call does; later cases would tell nothing."""
+    report = gpu.Report("subject", "part", tmp_path, "cuda", True)
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu.torch.cuda, "synchronize", lost)
+    with pytest.raises(gpu.ContextLost, match="after first"):
+        report.case("first", lost)
+    content = json.loads((tmp_path / "subject.json").read_text())
+    assert [error["case"] for error in content["errors"]] == ["first"]
+
+
+def test_a_slow_driver_holds_nothing_up(gpu, tmp_path, monkeypatch) -> None:
+    """nvidia-smi may hang; and it is not asked after every case."""
+    asked = []
+
+    def hangs(*command: str) -> str:
+        asked.append(command)
+        raise subprocess.TimeoutExpired(command, 20)
+
+    monkeypatch.setattr(gpu, "_output", hangs)
+    monkeypatch.delenv("FASTCLUST_COMMIT", raising=False)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda: "Card 9000")
+    for name in ("commit", "_card"):
+        getattr(gpu, name).cache_clear()
+    report = gpu.Report("subject", "part", tmp_path, "cpu", True)
+    for case in range(20):
+        report.case(str(case), lambda: {"ms": 1.0})
+    for name in ("commit", "_card"):
+        getattr(gpu, name).cache_clear()
+    assert len(asked) <= 4
+    content = json.loads((tmp_path / "subject.json").read_text())
+    assert content["card"] == {"name": "Card 9000"} and content["commit"] == "unknown"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="reads /proc")
+def test_a_time_limit_holds_for_what_a_command_starts(gpu, tmp_path) -> None:
+    """A profiler's program, a worker of pytest: it has the output open and runs on."""
+    note = tmp_path / "pid"
+    child = f"sleep 50 & echo $! >{note}; echo said; wait"
+    start = time.perf_counter()
+    with pytest.raises(TimeoutError, match="not done in 1 s: said"):
+        gpu.call(["sh", "-c", child], 1.0)
+    assert time.perf_counter() - start < 20
+    pid = int(note.read_text())
+    for _ in range(100):  # whoever adopts it has to collect it
+        path = Path(f"/proc/{pid}/stat")
+        if not path.is_file() or path.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("it lives on")
+
+
+def test_kernels_are_timed_without_gaps_between_launches(gpu, monkeypatch) -> None:
+    """The device waits for the host before the first event, and the host's time is told."""
+    seen = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            seen.append("record")
+
+        def synchronize(self) -> None:
+            seen.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 0.5
+
+    cuda = gpu.torch.cuda
+    monkeypatch.setattr(cuda, "Event", Event)
+    monkeypatch.setattr(cuda, "_sleep", lambda cycles: seen.append(f"sleep {cycles >= 2e5}"))
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(cuda, name, lambda: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(cuda, name, lambda: 0)
+    row = gpu.measure(lambda: seen.append("run"), "cuda", 0, kernels=True)
+    assert seen == ["run", "run", "sleep True", "record", "run", "record", "wait"]
+    assert row["ms"] == 0.5 and 0 < row["host_ms"] < 1000
+    seen.clear()
+    assert "host_ms" not in gpu.measure(lambda: None, "cuda", 0)
+    assert seen == ["record", "record", "wait"]
+
+
+def test_a_share_is_of_the_ceiling_of_the_same_arithmetic(gpu, tmp_path) -> None:
+    rates = {"gemm-bf16": 8.0, "gemm-tf32": 4.0, "gemm-fp32": 1.0}
+    rows = [{"part": "ceilings", "case": name, "rate": rate} for name, rate in rates.items()]
+    (tmp_path / "ceilings.json").write_text(json.dumps({"rows": rows, "errors": []}))
+    gpu.run_part("infonce", tmp_path, tiny=True)
+    found = json.loads((tmp_path / "infonce.json").read_text())["rows"]
+    assert {row["peer"] for row in found} == {"fastclust", "eager torch"}
+    for row in found:
+        kind = {"bf16x3": "bf16"}.get(row["precision"], row["precision"])
+        times = 3 if row["precision"] == "bf16x3" else 1
+        assert row["ceiling"] == f"gemm-{kind}"
+        assert row["share"] == pytest.approx(times * row["rate"] / rates[f"gemm-{kind}"], rel=1e-3)
+
+
+def test_checks_run_side_by_side_into_one_file(gpu, tmp_path, monkeypatch) -> None:
+    """And what was cut off or crashed says so in its file."""
+    child = tmp_path / "gpu.py"
+    child.write_text(
+        "import json, os, sys, time, pathlib\n"
+        "part = sys.argv[sys.argv.index('--one') + 1]\n"
+        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "name = {'tests': 'checks'}.get(part, part)\n"
+        "rows = [{'part': part, 'case': 'x'}]\n"
+        "(out / f'{name}.json').write_text(json.dumps({'rows': rows, 'errors': []}))\n"
+        "time.sleep(60 if part == 'sanitizer' else 3)\n"
+        "if part == 'determinism': os.abort()\n"
+    )
+    monkeypatch.setattr(gpu, "__file__", str(child))
+    parts = dict(gpu.PARTS)
+    parts["sanitizer"] = (parts["sanitizer"][0], 6.0)
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    start = time.perf_counter()
+    assert gpu.run_all(["tests", "determinism", "sanitizer"], tmp_path, True, 60) == 1
+    assert time.perf_counter() - start < 9  # not 3 + 3 + 6
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checks.json", "gpu.py", "log.txt"]
+    content = json.loads((tmp_path / "checks.json").read_text())
+    assert [row["part"] for row in content["rows"]] == ["tests", "determinism", "sanitizer"]
+    assert [(error["part"], error["error"]) for error in content["errors"]] == [
+        ("determinism", "ended with exit code -6"),
+        ("sanitizer", "cut off after 6 s"),
+    ]
+
+
+def test_a_second_call_keeps_what_it_does_not_repeat(gpu, tmp_path, monkeypatch) -> None:
+    child = tmp_path / "gpu.py"
+    child.write_text("")
+    monkeypatch.setattr(gpu, "__file__", str(child))
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("ceilings", "lowrank"):
+        (out / f"{name}.json").write_text(json.dumps({"rows": [{"part": name}], "errors": []}))
+    assert gpu.run_all(["profile", "lowrank"], out, True, 60) == 0
+    assert (out / "ceilings.json").is_file() and not (out / "lowrank.json").is_file()
+
+
+def test_trainings_on_the_cpu_are_compared_at_the_end(gpu, tmp_path) -> None:
+    """They may end after those on the GPU did."""
+    row = {"case": "cora", "model": "ecnmf", "acc": 0.7, "acc_std": None}
+    here = row | {"part": "train", "what": "training"}
+    there = row | {"part": "train-cpu", "acc": 0.6}
+    (tmp_path / "train.json").write_text(json.dumps({"rows": [here], "errors": []}))
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    (aside / "train-cpu.json").write_text(json.dumps({"rows": [there], "errors": []}))
+    gpu.fold_in("train-cpu", aside, tmp_path)
+    content = json.loads((tmp_path / "train.json").read_text())
+    assert content["cpu_rows"] == [there] and not list(aside.iterdir())
+    (compared,) = (r for r in content["rows"] if r["what"] == "agreement")
+    assert compared["acc_cpu"] == 0.6 and not compared["agrees"]
+
+
+def test_made_up_graphs_are_found_from_anywhere(gpu, tmp_path, monkeypatch, made_up_graphs) -> None:
+    """Trainings run in another folder; and only results are in OUT, where there is a scratch."""
+    monkeypatch.chdir(tmp_path)
+    assert Path(gpu.dataset_path("tiny", Path())).is_absolute()
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("FASTCLUST_BENCH_SCRATCH", str(tmp_path / "scratch"))
+    (tmp_path / "out").mkdir()
+    gpu.dataset_path("tiny", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    assert [p.name for p in (tmp_path / "scratch").iterdir()] == ["tiny-like.npz"]
+
+
+def test_a_sanitizer_that_checked_nothing_is_an_error(gpu) -> None:
+    done = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors"
+    assert gpu.sanitizer_summary(done) == "ERROR SUMMARY: 0 errors"
+    with pytest.raises(RuntimeError, match="nothing was checked"):
+        gpu.sanitizer_summary("========= Error: No attachable process found. timed-out.")
+    assert "--kernel-name" not in gpu.sanitizer_options("initcheck")  # torch's kernels write, too
+
+
 def test_parts_are_cut_off_and_the_next_ones_run(gpu, tmp_path, monkeypatch, capsys) -> None:
     """Also: parts of one subject share a file, and a part that dies takes nothing with it."""
     child = tmp_path / "gpu.py"
@@ -123,7 +302,7 @@ def test_parts_are_cut_off_and_the_next_ones_run(gpu, tmp_path, monkeypatch, cap
 def test_the_limits_fit_into_ten_minutes(gpu) -> None:
     """Every part's limit holds alone; the sum is cut by the deadline that run_all is given."""
     assert all(5 < limit <= 210 for _, limit in gpu.PARTS.values())
-    subjects = {gpu.SUBJECTS.get(name, name) for name in gpu.PARTS}
+    subjects = {gpu.FOLDED.get(name, gpu.SUBJECTS.get(name, name)) for name in gpu.PARTS}
     assert len(subjects) + 1 <= 8
 
 
@@ -149,6 +328,20 @@ def test_made_up_graph_has_the_shape_of_its_model(gpu, tmp_path, made_up_graphs)
     assert 0.5 * density < dataset.features.nnz / (n * width) < 2 * density
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("tile_kernel(Args)", "tile_kernel"),
+        ("tile_kernel", "tile_kernel"),
+        ("void a::<unnamed>::sum_kernel<(int)4, float>(T1 *, T2)", "sum_kernel<(int)4, float>"),
+        ("void a::(anonymous namespace)::rows<(bool)1>(a::P<T1>)", "rows<(bool)1>"),
+    ],
+)
+def test_names_of_kernels(gpu, text: str, name: str) -> None:
+    """Nsight Compute writes template arguments with parentheses of their own."""
+    assert gpu.kernel_name(text) == name
+
+
 def test_profiles_are_read_by_kernel(gpu) -> None:
     """Nsight Compute's CSV: a line per launch and metric, after lines of its own."""
     header = (
@@ -171,6 +364,44 @@ def test_profiles_are_read_by_kernel(gpu) -> None:
         {"kernel": "sum_kernel", "launches": 1, "us": 1.0, "l2_percent": 42.0},
     ]
     assert gpu.kernel_rows("==ERROR== no permission") == []
+
+
+# ---- its tests ----------------------------------------------------------------------------------
+
+POISONED = """
+import torch
+
+
+def lost():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_first(monkeypatch):
+    torch.cuda.is_initialized = lambda: True
+    torch.cuda.synchronize = lost
+    lost()
+
+
+def test_second():
+    assert torch.cuda.synchronize is not lost
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_failed_kernel_fails_one_test(tmp_path, workers: int) -> None:
+    """With pytest-xdist the others run in a new process, without it they are not blamed."""
+    if workers:
+        pytest.importorskip("xdist")
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "test_poisoned.py").write_text(POISONED)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir=."]
+    parallel = ["-n", str(workers)] if workers else []
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run([*command, "-W", "ignore", *parallel], **options)
+    assert done.returncode == (1 if workers else 3), done.stdout
+    assert "no CUDA call works after" in done.stdout or workers
+    assert ("1 passed" in done.stdout) == bool(workers), done.stdout
+    assert "test_second" not in done.stdout
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -215,6 +446,28 @@ def test_table_from_results(gpu_table, tmp_path) -> None:
     assert gpu_table.main(["--check"], kept, readme) == 0
     readme.write_text(text.replace("4.32", "0.01"))
     assert gpu_table.main(["--check"], kept, readme) == 1
+
+
+def test_table_from_two_calls(gpu_table, tmp_path) -> None:
+    """What the second one repeats counts, and of the first what it does not."""
+
+    def rows(**times: float) -> str:
+        found = [{"part": part, "case": part, "ms": ms} for part, ms in times.items()]
+        return result("ceilings", found)
+
+    for name, text in (("a", rows(ceilings=1.0, profile=2.0)), ("b", rows(profile=3.0))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ceilings.json").write_text(text)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{gpu_table.BEGIN}\n{gpu_table.END}\n")
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert gpu_table.main(folders, tmp_path / "kept", readme) == 0
+    text = readme.read_text()
+    assert "1 ms" in text and "3 ms" in text and "2 ms" not in text
+    other = json.loads(rows(profile=3.0)) | {"card": {"name": "Card 9001"}}
+    (tmp_path / "b" / "ceilings.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="of another card"):
+        gpu_table.main(folders, tmp_path / "kept", readme)
 
 
 @pytest.mark.parametrize("changes", [{"tiny": True}, {"device": "cpu"}])
