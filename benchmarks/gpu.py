@@ -837,7 +837,7 @@ def tests(report: Report) -> None:
         parallel, threads = ["-n", str(workers)], max(1, cores // 2 // workers)
         if importlib.util.find_spec("pytest_timeout"):
             # A kernel that hangs ends its worker, which says so and is replaced.
-            parallel += ["--timeout", "60", "--timeout-method", "thread"]
+            parallel += ["--timeout", "90", "--timeout-method", "thread"]
 
     def run() -> dict[str, Any]:
         command = [sys.executable, "-m", "pytest", "-q", "-x" if report.tiny else "--maxfail=40"]
@@ -935,6 +935,9 @@ def small_calls(device: str) -> Iterator[tuple[str, Callable[[], list[Tensor]]]]
         yield f"lowrank {str(dtype)[6:]}", factors
 
 
+SANITIZER_SECONDS = 135.0
+
+
 def sanitizer(report: Report) -> None:
     """compute-sanitizer's four tools over every kernel on small shapes, side by side.
 
@@ -963,21 +966,25 @@ def sanitizer(report: Report) -> None:
                     env=os.environ | env | {"FASTCLUST_SM90": value},
                 )
                 running[path_name + tool] = process, written
-    deadline = time.perf_counter() + 135
+    deadline = time.perf_counter() + SANITIZER_SECONDS
 
     def finish(process: subprocess.Popen[Any], written: Path) -> dict[str, Any]:
-        late = ""
+        late = False
         try:
             process.wait(timeout=max(1, deadline - time.perf_counter()))
         except subprocess.TimeoutExpired:
             kill_tree(process)
             process.wait()
-            late = "not done in time: "
+            late = True
         text = written.read_text(errors="replace")
         written.unlink()
-        print(text[-1500:], flush=True)
-        if late or process.returncode:
-            raise RuntimeError(f"{late}exit code {process.returncode}: {text[-700:]}")
+        said = sanitizer_said(text)
+        print("\n".join(said)[:8000], flush=True)
+        if late:
+            raise TimeoutError(f"not done in time, after {text.splitlines()[-1:]}")
+        if process.returncode:  # the first error is the one to look at
+            tail = said or text.splitlines()[-5:]
+            raise RuntimeError(f"exit code {process.returncode}: {' | '.join(tail)}")
         return {"summary": sanitizer_summary(text)}
 
     for tool, parts in running.items():
@@ -1000,6 +1007,12 @@ def sanitizer_options(tool: str) -> list[str]:
     if tool == "memcheck":  # torch asks for things that may fail; our own calls are all checked
         options += ["--report-api-errors", "no"]
     return options
+
+
+def sanitizer_said(text: str) -> list[str]:
+    """What compute-sanitizer told, without its headline and without what the program told."""
+    lines = [line.strip("= ") for line in text.splitlines() if line.startswith("=========")]
+    return [line for line in lines if line and line != "COMPUTE-SANITIZER"]
 
 
 def sanitizer_summary(text: str) -> str:
@@ -1321,6 +1334,8 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     arguments.out = arguments.out.resolve()  # trainings run in another folder
+    if os.environ.get("FASTCLUST_DATA"):
+        os.environ["FASTCLUST_DATA"] = str(Path(os.environ["FASTCLUST_DATA"]).resolve())
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.small_calls:
         for name, step in small_calls("cpu" if arguments.tiny else "cuda"):

@@ -22,6 +22,7 @@ if [ $# -lt 1 ]; then echo "usage: $0 [--dry-run] OUT [PART ...]" >&2; exit 2; f
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 shift
+if [ -d "${FASTCLUST_DATA:-}" ]; then FASTCLUST_DATA=$(cd "$FASTCLUST_DATA" && pwd); export FASTCLUST_DATA; fi
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 log=$out/log.txt

@@ -270,7 +270,45 @@ def test_a_sanitizer_that_checked_nothing_is_an_error(gpu) -> None:
     assert gpu.sanitizer_summary(done) == "ERROR SUMMARY: 0 errors"
     with pytest.raises(RuntimeError, match="nothing was checked"):
         gpu.sanitizer_summary("========= Error: No attachable process found. timed-out.")
+    text = f"{done.splitlines()[0]}\ninfonce bf16\n========= Invalid read of size 4\n{done}"
+    assert gpu.sanitizer_said(text)[0] == "Invalid read of size 4"
     assert "--kernel-name" not in gpu.sanitizer_options("initcheck")  # torch's kernels write, too
+
+
+SANITIZER = """#!/bin/sh
+echo "========= COMPUTE-SANITIZER"
+echo "infonce bf16 plain float32"
+case "$*" in
+*memcheck*) echo "========= Invalid __global__ read of size 4 bytes"; code=9;;
+*racecheck*) sleep 60 & wait;;
+*initcheck*) exit 0;;
+esac
+echo "========= ERROR SUMMARY: 0 errors"
+exit $code
+"""
+
+
+def test_what_the_sanitizer_says(gpu, tmp_path, monkeypatch) -> None:
+    """Its errors, where it was when time was over, and nothing that it did not say."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(SANITIZER)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(gpu, "SANITIZER_SECONDS", 2.0)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(gpu.torch.cuda, name, lambda: None)
+    (tmp_path / "out").mkdir()
+    report = gpu.Report("sanitizer", "sanitizer", tmp_path / "out", "cuda", False)
+    start = time.perf_counter()
+    gpu.sanitizer(report)
+    assert time.perf_counter() - start < 30
+    assert [row["case"] for row in report.rows] == ["synccheck", "sm90 synccheck"]
+    assert report.rows[0]["summary"] == "ERROR SUMMARY: 0 errors"
+    memcheck, racecheck, initcheck, *of_hopper = report.errors
+    assert "exit code 9: Invalid __global__ read" in memcheck["error"] and len(of_hopper) == 3
+    assert "not done in time, after ['infonce bf16 plain float32']" in racecheck["error"]
+    assert "nothing was checked" in initcheck["error"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["sanitizer.json"]
 
 
 def test_parts_are_cut_off_and_the_next_ones_run(gpu, tmp_path, monkeypatch, capsys) -> None:
@@ -313,6 +351,16 @@ def test_wrong_usage(gpu, arguments, tmp_path, monkeypatch, capsys) -> None:
         gpu.main(arguments)
     assert stop.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_relative_folders(gpu, tmp_path, monkeypatch) -> None:
+    """Trainings, which look for the same data, run in another folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTCLUST_DATA", "data")
+    monkeypatch.setitem(gpu.PARTS, "kmeans", (lambda report: None, 30))
+    assert gpu.main(["--out", "out", "--one", "kmeans", "--tiny"]) == 0
+    assert os.environ["FASTCLUST_DATA"] == str(tmp_path / "data")
+    assert (tmp_path / "out" / "kmeans.json").is_file()
 
 
 def test_script_wants_a_folder() -> None:

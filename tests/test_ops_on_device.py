@@ -173,6 +173,23 @@ def test_low_rank_error_on(device: str, n: int, d: int, batch: int | None, spars
 
 
 @pytest.mark.gpu
+def test_arrays_of_cupy_are_taken_where_they_are() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    cupy = pytest.importorskip("cupy")
+    sparse = pytest.importorskip("cupyx.scipy.sparse")
+    graph = Graph(graph_with_hub(60, 3)).to("cuda")
+    x = randn(60, 12, dtype=torch.float32).clamp_min(0)
+    on_cupy, on_cuda = cupy.asarray(x.numpy()), x.cuda()
+    want = ops.propagate(graph, on_cuda)
+    assert torch.equal(ops.propagate(graph, on_cupy), want)
+    assert torch.equal(ops.kmeans(on_cupy, 3).centers, ops.kmeans(on_cuda, 3).centers)
+    rows = sparse.csr_matrix(sp.csr_matrix(x.numpy()))
+    got, want = (ops.batched_svd(m, 4) for m in (rows, on_cuda.to_sparse_csr()))
+    assert torch.equal(got.s, want.s) and torch.equal(got.u, want.u) and got.u.is_cuda
+
+
+@pytest.mark.gpu
 def test_tensors_of_two_devices_are_refused() -> None:
     """A direct call has none of the checks of the functions in Python."""
     if not torch.cuda.is_available():
