@@ -333,6 +333,11 @@ def dataset_path(name: str, folder: Path) -> str:
     return str(path)
 
 
+def graph_name(name: str, folder: Path) -> str:
+    """The name of a graph in a row: ``cora``, or ``cora-like`` where it is made up."""
+    return Path(dataset_path(name, folder)).stem
+
+
 def made_up(name: str, path: Path) -> None:
     """A graph in the shape of a named one: communities, power law of degrees, binary features."""
     n, entries, width, density, k, _ = SHAPES[name]
@@ -381,7 +386,7 @@ def ceilings(report: Report) -> None:
         found = measure(lambda: target.copy_(source), device, kernels=True)
         return found | {"rate": 8 * size / found["ms"] / 1e6, "unit": "GB/s"}
 
-    report.case("copy", copy)
+    report.case("copy", copy, peer="torch")
     n = 128 if report.tiny else 8192
 
     def product(dtype: torch.dtype, allow: bool) -> dict[str, Any]:
@@ -390,9 +395,9 @@ def ceilings(report: Report) -> None:
             found = measure(lambda: a @ b, device, kernels=True)
         return found | {"rate": 2 * n**3 / found["ms"] / 1e9, "unit": "TFLOP/s"}
 
-    report.case("gemm-bf16", lambda: product(torch.bfloat16, False))
-    report.case("gemm-tf32", lambda: product(torch.float32, True))
-    report.case("gemm-fp32", lambda: product(torch.float32, False))
+    report.case("gemm-bf16", lambda: product(torch.bfloat16, False), peer="torch")
+    report.case("gemm-tf32", lambda: product(torch.float32, True), peer="torch")
+    report.case("gemm-fp32", lambda: product(torch.float32, False), peer="torch")
 
 
 def infonce_hopper(report: Report) -> None:
@@ -638,15 +643,17 @@ def lowrank(report: Report) -> None:
                 for b in x.split(batch or len(x))
             ]
 
-        report.case(name, lambda f=ours: measure(f, device), peer="fastclust", **labels)
+        report.case(dataset.name, lambda f=ours: measure(f, device), peer="fastclust", **labels)
         if device == "cuda":
             report.case(
-                name,
+                dataset.name,
                 lambda f=ours: measure(captured(f), device),
                 peer="fastclust, CUDA graph",
                 **labels,
             )
-        report.case(name, lambda f=peer: measure(f, device), peer="torch.svd_lowrank", **labels)
+        report.case(
+            dataset.name, lambda f=peer: measure(f, device), peer="torch.svd_lowrank", **labels
+        )
 
 
 def kmeans(report: Report) -> None:
@@ -732,16 +739,15 @@ def train_row(result: dict[str, Any]) -> dict[str, Any]:
 def train_cpu(report: Report) -> None:
     """The small trainings on the CPU: what the GPU's metrics must agree with."""
     for run in TINY_RUNS if report.tiny else RUNS[:2]:
-        report.case(
-            run[1], lambda r=run: train_row(train_once(r, "cpu", report.out, 400)), model=run[0]
-        )
+        row = lambda r=run: train_row(train_once(r, "cpu", report.out, 400))  # noqa: E731
+        report.case(graph_name(run[1], report.out), row, model=run[0])
 
 
 def train(report: Report) -> None:
     """Trainings on the device."""
     for run in TINY_RUNS if report.tiny else RUNS:
         row = lambda r=run: train_row(train_once(r, report.device, report.out, 120))  # noqa: E731
-        report.case(run[1], row, model=run[0], what="training")
+        report.case(graph_name(run[1], report.out), row, model=run[0], what="training")
 
 
 def epochs(report: Report) -> None:
@@ -765,10 +771,11 @@ def epochs(report: Report) -> None:
             def graph(model: str = model, name: str = name, width: int = width) -> dict[str, Any]:
                 return captured_epoch(model, load(name, report.out), device, width)
 
-            report.case(name, lambda f=epoch: f("ours"), peer="fastclust", **labels)
-            report.case(name, graph, peer="fastclust, CUDA graph", **labels)
+            case = graph_name(name, report.out)
+            report.case(case, lambda f=epoch: f("ours"), peer="fastclust", **labels)
+            report.case(case, graph, peer="fastclust, CUDA graph", **labels)
             if (model, name) != ("hsan", "amac"):  # a dozen dense matrices of 3 GB
-                report.case(name, lambda f=epoch: f("eager"), peer="eager torch", **labels)
+                report.case(case, lambda f=epoch: f("eager"), peer="eager torch", **labels)
 
 
 def captured_epoch(model_name: str, dataset: Any, device: str, width: int) -> dict[str, Any]:
@@ -1144,7 +1151,7 @@ PARTS: dict[str, tuple[Callable[[Report], None], float]] = {
     "sanitizer": (sanitizer, 150),
     "infonce": (infonce, 90),
     "propagate": (propagate, 40),
-    "lowrank": (lowrank, 30),
+    "lowrank": (lowrank, 40),
     "kmeans": (kmeans, 30),
     "infonce-hopper": (infonce_hopper, 60),
     "epochs": (epochs, 60),

@@ -81,6 +81,8 @@ def table_line(subject: str, row: dict[str, Any]) -> str | None:
     """One measurement; None for rows that are no timing."""
     if "ms" in row:
         duration = f"{row['ms']:.3g} ms"
+        if row.get("host_ms", 0.0) > row["ms"]:  # the host is slower than the kernels
+            duration += f" ({row['host_ms']:.3g} ms to launch)"
     elif "seconds" in row:
         duration = f"{row['seconds']:.3g} s"
     else:

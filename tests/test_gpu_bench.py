@@ -363,9 +363,51 @@ def test_relative_folders(gpu, tmp_path, monkeypatch) -> None:
     assert (tmp_path / "out" / "kmeans.json").is_file()
 
 
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+*get_device_capability*) echo 9.0a;;
+*"pip install"*) sleep 1.1; [ -n "$BUILDS" ] && touch fastclust/libfastclust_cuda.so; exit 1;;
+*) echo "ran $* with $PYTHONPATH";;
+esac
+"""
+
+
+@pytest.mark.parametrize("builds", ["", "1"])
+def test_what_was_built_is_used_where_it_cannot_be_installed(tmp_path, builds: str) -> None:
+    for folder in ("benchmarks", "fastclust"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "fastclust" / "libfastclust_cuda.so").touch()  # an old one does not count
+    script, python = tmp_path / "benchmarks" / "gpu.sh", tmp_path / "python"
+    for path, text in ((script, (BENCHMARKS / "gpu.sh").read_text()), (python, FAKE_PYTHON)):
+        path.write_text(text)
+        path.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "PYTHONPATH": "", "BUILDS": builds}
+    command = [str(script), str(tmp_path / "out"), "kmeans"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == (0 if builds else 1), done.stdout
+    assert ("build: FAILED" in done.stdout) != bool(builds)
+    assert ("gpu.py" in done.stdout and f"kmeans with {tmp_path}" in done.stdout) == bool(builds)
+
+
 def test_script_wants_a_folder() -> None:
     done = subprocess.run([str(BENCHMARKS / "gpu.sh")], capture_output=True, text=True)
     assert done.returncode == 2 and "usage" in done.stderr
+
+
+def test_a_made_up_graph_is_not_called_by_a_real_name(
+    gpu, tmp_path, monkeypatch, made_up_graphs
+) -> None:
+    """An accuracy on it would stand in the README as one on Cora."""
+    assert gpu.graph_name("tiny", tmp_path) == "tiny-like"
+    monkeypatch.setattr(gpu, "train_once", lambda *args: {})
+    monkeypatch.setattr(gpu, "train_row", lambda result: {"acc": 0.9})
+    report = gpu.Report("train", "train", tmp_path, "cpu", True)
+    gpu.train(report)
+    gpu.train_cpu(report)
+    assert {row["case"] for row in report.rows} == {"tiny-like"}
+    (tmp_path / "tiny.npz").touch()
+    monkeypatch.setenv("FASTCLUST_DATA", str(tmp_path))
+    assert gpu.graph_name("tiny", tmp_path) == "tiny"
 
 
 def test_made_up_graph_has_the_shape_of_its_model(gpu, tmp_path, made_up_graphs) -> None:
@@ -471,6 +513,7 @@ def test_table_from_results(gpu_table, tmp_path) -> None:
     row = {
         "part": "infonce", "case": "amac", "peer": "fastclust", "what": "forward", "ms": 4.321,
         "rate": 700.0, "unit": "TFLOP/s", "share": 0.61, "peak_bytes": 2**20, "weights": "snapshot",
+        "host_ms": 0.5,
     }  # fmt: skip
     trained = {
         "part": "train",
@@ -480,7 +523,9 @@ def test_table_from_results(gpu_table, tmp_path) -> None:
         "acc": 0.7,
         "nmi": 0.5,
     }
-    (out / "infonce.json").write_text(result("infonce", [row, {"part": "x", "case": "no timing"}]))
+    small = row | {"case": "cora", "ms": 0.2}
+    found = [row, small, {"part": "x", "case": "no timing"}]
+    (out / "infonce.json").write_text(result("infonce", found))
     (out / "train.json").write_text(result("train", [trained], errors=[{"case": "x"}]))
     assert gpu_table.main([str(out)], kept, readme) == 0
     text = readme.read_text()
@@ -489,6 +534,7 @@ def test_table_from_results(gpu_table, tmp_path) -> None:
         "| infonce: amac, forward, weighted | fastclust | 4.32 ms | 700 TFLOP/s = 61 % | 1 MiB |"
         in text
     )
+    assert "| infonce: cora, forward, weighted | fastclust | 0.2 ms (0.5 ms to launch) |" in text
     assert "| hsan: cora | fastclust | 9 s | ACC 70.0, NMI 50.0 |  |" in text
     assert "1 cases failed" in text and text.startswith("a\n") and text.endswith("b\n")
     assert gpu_table.main(["--check"], kept, readme) == 0
