@@ -112,7 +112,7 @@ class Report:
                 self.rows.append({"part": self.part, "case": name, **labels, **rounded(found)})
                 print(f"  {self.rows[-1]}", flush=True)
         self.write()
-        if self.device == "cuda":
+        if self.device == "cuda" and torch.cuda.is_initialized():
             try:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
@@ -1077,7 +1077,7 @@ def profile(report: Report) -> None:
     # Not torch's own; and the first patches of a loss are as good as all of them.
     ours = "(forward|tile|product|pack|sum|finish|gram|apply|cholesky|jacobi|center|shifted)_kernel"
     # cuBLAS calls its own products nvjet on Hopper.
-    command += ["--kernel-name", f"regex:^{ours}|^propagate_|gemm|nvjet", "--launch-count", "48"]
+    command += ["--kernel-name", f"regex:^{ours}|^propagate_|gemm|nvjet", "--launch-count", "96"]
     for name, hopper in (
         ("bf16", "1"), ("bf16x3", "1"), ("bf16", "0"), ("bf16x3", "0"),
         ("propagate", "0"), ("lowrank", "0"),

@@ -101,6 +101,7 @@ def test_a_lost_context_ends_the_part(gpu, tmp_path, monkeypatch) -> None:
     def lost() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
+    monkeypatch.setattr(gpu.torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(gpu.torch.cuda, "synchronize", lost)
     with pytest.raises(gpu.ContextLost, match="after first"):
         report.case("first", lost)
@@ -295,8 +296,6 @@ def test_what_the_sanitizer_says(gpu, tmp_path, monkeypatch) -> None:
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(gpu, "SANITIZER_SECONDS", 2.0)
-    for name in ("synchronize", "empty_cache"):
-        monkeypatch.setattr(gpu.torch.cuda, name, lambda: None)
     (tmp_path / "out").mkdir()
     report = gpu.Report("sanitizer", "sanitizer", tmp_path / "out", "cuda", False)
     start = time.perf_counter()
