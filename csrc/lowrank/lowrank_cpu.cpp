@@ -361,7 +361,7 @@ void project_transposed(const Rows<T>& x, int64_t width, const T* q, T* out) {
     T* z = n_slots > 1 ? partial.data() + task * size : out + batch * size;
     const int64_t stop = std::min(batch_rows(x, batch), (s + 1) * slot);
     if (s * slot >= stop) std::fill(z, z + size, T(0));
-    std::vector<T> panel(kPanel * d);
+    std::vector<T> panel(std::clamp<int64_t>(stop - s * slot, 0, kPanel) * d);
     for (int64_t row = s * slot; row < stop; row += kPanel) {
       const int64_t rows = std::min(kPanel, stop - row), begin = batch * x.batch_size + row;
       load_panel(x, begin, rows, panel.data());
