@@ -591,19 +591,40 @@ def test_last_batch_with_fewer_rows_than_the_rank(layout, n, d, batch, rank):
         assert torch.isfinite(low.to_dense()).all()
 
 
-@pytest.mark.parametrize("power", [-90, -70, -20, 20, 70, 110])
-@pytest.mark.parametrize("rank", [5, 0.5])
+@pytest.mark.parametrize(
+    ("dtype", "power"),
+    [(torch.float32, p) for p in (-90, -70, -20, 20, 70, 110)]
+    + [(torch.float64, p) for p in (-900, -290, 290, 900)],
+)
+@pytest.mark.parametrize("rank", [5, 0.5, "gavish-donoho"])
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, csr])
-def test_products_that_leave_the_range(layout, rank, power):
+def test_products_that_leave_the_range(layout, rank, dtype, power):
     """Entries far from 1, to which their products would overflow or vanish: the same factors."""
-    x = torch.randn(100, 20, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(100, 20, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[:, :3] *= 8
     want = ops.batched_svd(layout(x), rank)
     got = ops.batched_svd(layout(x * 2.0**power), rank)
     assert torch.equal(got.u, want.u) and torch.equal(got.vh, want.vh)
     assert torch.equal(got.s * 2.0**-power, want.s)
     assert torch.equal(got.mean * 2.0**-power, want.mean)
-    dense = ops.low_rank(layout(x * 2.0**power), rank, add_mean=True).to_dense()
-    assert torch.equal(dense * 2.0**-power, ops.low_rank(layout(x), rank, add_mean=True).to_dense())
+    for batch_size in (None, 60):
+        options = {"rank": rank, "batch_size": batch_size, "add_mean": True}
+        dense = ops.low_rank(layout(x * 2.0**power), **options).to_dense()
+        assert torch.equal(dense * 2.0**-power, ops.low_rank(layout(x), **options).to_dense())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, csr])
+def test_a_batch_does_not_depend_on_the_scale_of_the_others(layout, dtype):
+    x = torch.randn(100, 20, generator=torch.Generator().manual_seed(0)).to(dtype)
+    powers = (0, 100, -64, -100)  # the last of fewer rows
+    parts = [part * 2.0**p for part, p in zip(x.split(30), powers, strict=True)]
+    want = ops.batched_svd(layout(x), 5, batch_size=30)
+    got = ops.batched_svd(layout(torch.cat(parts)), 5, batch_size=30)
+    assert torch.equal(got.u, want.u) and torch.equal(got.vh, want.vh)
+    for b, power in enumerate(powers):
+        assert torch.equal(got.s[b] * 2.0**-power, want.s[b])
+        assert torch.equal(got.mean[b] * 2.0**-power, want.mean[b])
 
 
 @pytest.mark.parametrize("recombine", ["merge", "per_batch"])

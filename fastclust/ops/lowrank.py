@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,6 +27,10 @@ _SPARSE_SLOWDOWN = 8
 
 # Gram matrices held at a time, in bytes; more batches are worked through in groups.
 _GRAM_BYTES = 256 * 2**20
+
+# Batches whose largest entry lies between 2 to this power and its inverse are taken as they are:
+# sums of products of two entries stay well within float32, and squares of those within float64.
+_SAFE_EXPONENT = 30
 
 # Batches worked through at a time: no more fit a grid of CUDA blocks.
 _MOST_BATCHES = 2**16 - 1
@@ -241,8 +246,8 @@ def batched_svd(
     if not isinstance(center, bool):
         raise TypeError(f"center must be True or False, got {center!r}")
     n_batches = -(-rows.n_rows // batch)
-    rows, exponent = rows.within_range()
-    r = _resolve_rank(rows, rank, batch, center)
+    rows, exponents = rows.within_range(batch)
+    r = _resolve_rank(rows, rank, batch, center, exponents)
     if omega is None:
         width = min(r + oversample, batch, rows.n_cols)
     else:
@@ -273,8 +278,8 @@ def batched_svd(
     u, s, vh = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
     if not center:
         means = torch.zeros_like(means)
-    if exponent:
-        s, means = _scaled(s, exponent), _scaled(means, exponent)
+    if exponents is not None:
+        s, means = _scaled(s, exponents), _scaled(means, exponents)
     offsets = torch.arange(n_batches + 1).mul_(batch).clamp_(max=rows.n_rows)
     return LowRank(u, s, vh, means, offsets)
 
@@ -337,10 +342,13 @@ def low_rank(
     rows = _Rows.of(x)
     n = rows.n_rows
     batch = _check_batch_size(batch_size, n)
-    r = _resolve_rank(rows, rank, n if recombine == "merge" else batch, center)
+    exponents = None
+    if recombine == "merge":
+        rows, exponents = rows.within_range(n)
+        rank = _resolve_rank(rows, rank, n, center)
     svd = batched_svd(
         rows,
-        r,
+        rank,
         batch_size=batch,
         center=center,
         n_iter=n_iter,
@@ -349,11 +357,17 @@ def low_rank(
     )
     mean = svd.mean if center else None
     weighted = svd.s[:, :, None] * svd.vh  # [M, r, D]
-    m = svd.s.shape[0]
+    m, r = svd.s.shape
+    if recombine == "merge":
+        u, right = svd.u, weighted
+        if m > 1:
+            u, right, mean = _merged(rows, svd, weighted, center, n_iter, oversample, seed)
+        if exponents is not None:
+            right = _scaled(right, exponents)
+            mean = None if mean is None else _scaled(mean, exponents)
+        return LowRankMatrix(u, right, n, mean, n, add_mean)
     if m == 1 or recombine == "per_batch":
         return LowRankMatrix(svd.u, weighted, n, mean, batch, add_mean)
-    if recombine == "merge":
-        return _merged(rows, svd, weighted, center, add_mean, n_iter, oversample, seed)
     left = svd.u.flatten(0, 1)[:n]  # [N, r]
     top = torch.sort(svd.s.flatten(), descending=True, stable=True).indices[:r]  # [r]
     if recombine == "block":
@@ -369,12 +383,14 @@ def _merged(
     svd: LowRank,
     weighted: Tensor,  # [M, r, D]
     center: bool,
-    add_mean: bool,
     n_iter: int,
     oversample: int,
     seed: int,
-) -> LowRankMatrix:
-    """The distributed truncated SVD: factor the stacked ``s v^T``, then project X."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The distributed truncated SVD: factor the stacked ``s v^T``, then project X.
+
+    Returns left [1, N, r], right [1, r, D] and the global mean [1, D].
+    """
     r = svd.s.shape[1]
     mean = None
     stacked = weighted.flatten(0, 1)  # [M r, D]
@@ -394,7 +410,7 @@ def _merged(
     left, s, vt = torch.ops.fastclust.lowrank_thin_svd(w, r)
     s = torch.where(s > _noise(s, mean, rows.n_rows, rows.n_cols, w.dtype), s, 0.0)
     right = _multiply((s[:, :, None] * vt).to(w.dtype), basis)
-    return LowRankMatrix(left, right, rows.n_rows, mean, rows.n_rows, add_mean)
+    return left, right, mean
 
 
 def _factor(
@@ -557,19 +573,40 @@ class _Rows:
                 part = _Rows(self.values, indptr, self.indices, end - begin, self.n_cols)
             yield begin // batch, part
 
-    def within_range(self) -> tuple[_Rows, int]:
-        """These, scaled by a power of two where products of entries would overflow or vanish, and
-        the exponent that undoes it. Not where looking would wait for a device or break a graph.
+    def within_range(self, batch: int) -> tuple[_Rows, npt.NDArray[np.int64] | None]:
+        """These, each batch scaled by a power of two where products of entries would overflow or
+        vanish, and the exponents [M] that undo it; None: nothing was scaled. Not where looking
+        would wait for a device or break a graph.
         """
         if self.values.is_cuda or torch.compiler.is_compiling() or not self.values.numel():
-            return self, 0
-        low, high = torch.aminmax(self.values)
-        largest = max(-float(low), float(high))
-        exponent = math.frexp(largest)[1]
-        limit = 30 if self.values.dtype == torch.float32 else 300
-        if not math.isfinite(largest) or largest == 0 or abs(exponent) <= limit:
-            return self, 0
-        return replace(self, values=_scaled(self.values, -exponent)), exponent
+            return self, None
+        largest = self._largest(batch)
+        exponents = np.frexp(largest)[1].astype(np.int64)
+        exponents[~np.isfinite(largest) | (abs(exponents) <= _SAFE_EXPONENT)] = 0
+        if not exponents.any():
+            return self, None
+        of_rows = exponents.repeat(batch)[: self.n_rows]  # [N]
+        if self.indptr is None:
+            return replace(self, values=_scaled(self.values, -of_rows)), exponents
+        of_entries = of_rows.repeat(self.indptr.diff().numpy())
+        return replace(self, values=_scaled(self.values, -of_entries)), exponents
+
+    def _largest(self, batch: int) -> npt.NDArray[Any]:
+        """Largest magnitude of each batch, [M]; NaN where it holds one."""
+        values = self.values
+        if batch >= self.n_rows:
+            parts = [values.view(1, -1)]
+        elif self.indptr is not None:
+            bounds = torch.arange(0, self.n_rows + batch, batch).clamp_(max=self.n_rows)
+            offsets = self.indptr[bounds]  # [M + 1]
+            of_batch = torch.segment_reduce(values.abs(), "max", offsets=offsets, initial=0.0)
+            return of_batch.numpy()
+        else:
+            whole = self.n_rows // batch * batch
+            parts = [values[:whole].view(-1, batch * self.n_cols), values[whole:].view(1, -1)]
+        # amin and amax: aminmax of a dimension takes twenty times as long
+        largest = [torch.maximum(-p.amin(1), p.amax(1)) for p in parts if p.numel()]
+        return torch.cat(largest).numpy()
 
     def mean(self, batch: int) -> Tensor:
         """Column means of each batch [M, D]; raises for NaN and infinite entries of x."""
@@ -604,10 +641,16 @@ class _Rows:
         )
 
 
-def _scaled(x: Tensor, exponent: int) -> Tensor:
-    """x 2^exponent; in two steps, since the power alone may leave the range of the dtype."""
-    half = exponent // 2
-    return x * 2.0**half * 2.0 ** (exponent - half)
+def _scaled(x: Tensor, exponents: npt.NDArray[np.int64]) -> Tensor:
+    """x 2^exponents, one exponent for each index of the first dimension; x on the CPU.
+
+    In two steps, since a power alone may leave the range of the dtype.
+    """
+    halves = exponents // 2
+    for half in (halves, exponents - halves):
+        power = torch.from_numpy(np.ldexp(1.0, half)).to(x.dtype)
+        x = x * power.view(-1, *[1] * (x.dim() - 1))
+    return x
 
 
 def _capturing(t: Tensor) -> bool:
@@ -654,7 +697,13 @@ def _check_omega(omega: Tensor, rows: _Rows, n_batches: int, rank: int) -> int:
 # --------------------------------------------------------------------------------- adaptive rank
 
 
-def _resolve_rank(rows: _Rows, rank: Any, batch: int, center: bool) -> int:
+def _resolve_rank(
+    rows: _Rows,
+    rank: Any,
+    batch: int,
+    center: bool,
+    exponents: npt.NDArray[np.int64] | None = None,  # [M], see _Rows.within_range
+) -> int:
     limit = min(batch, rows.n_cols)  # a shorter last batch has zeros beyond its rows
     if isinstance(rank, str):
         if rank != "gavish-donoho":
@@ -678,7 +727,10 @@ def _resolve_rank(rows: _Rows, rank: Any, batch: int, center: bool) -> int:
             raise ValueError(
                 f"a fractional rank must lie in (0, 1), got {rank}; pass an int for a fixed rank"
             )
-        wanted = _rank_by_residual(_spectrum(rows, batch, center), float(rank))
+        spectrum = _spectrum(rows, batch, center)
+        if exponents is not None:  # of no matter to a threshold, but batches are added up here
+            spectrum = _scaled(spectrum, exponents - exponents.max())
+        wanted = _rank_by_residual(spectrum, float(rank))
         return max(1, min(wanted, limit))
     raise TypeError(f"rank must be an integer, a fraction or 'gavish-donoho', got {rank!r}")
 
