@@ -931,7 +931,10 @@ def test_bad_weights() -> None:
 # --- what the exponential cannot hold ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 80), (torch.float64, 700)])
+LOGITS = [(torch.float32, 70), (torch.float64, 670)]
+
+
+@pytest.mark.parametrize(("dtype", "limit"), LOGITS)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_logits_out_of_range_are_refused(dtype: torch.dtype, limit: int, sign: float) -> None:
     """All logits of these rows are the same, on both sides of the stated limit."""
@@ -943,16 +946,79 @@ def test_logits_out_of_range_are_refused(dtype: torch.dtype, limit: int, sign: f
             ops.hard_infonce(z, None, alpha)
 
 
+@pytest.mark.parametrize(("dtype", "limit"), LOGITS)
+@pytest.mark.parametrize("n", [1, 2000])
+def test_logits_up_to_the_stated_limit_are_taken(dtype: torch.dtype, limit: int, n: int) -> None:
+    z = torch.ones(2 * n, 1, dtype=dtype)
+    for logit in (-limit, limit):
+        loss = ops.hard_infonce(z, None, float(logit))
+        want = reference.hard_infonce(z, z[:, :0], float(logit))
+        torch.testing.assert_close(loss, want, rtol=0, atol=abs(logit) * torch.finfo(dtype).eps * 4)
+
+
+@pytest.mark.parametrize("alpha", [200.0, -200.0, 1000.0, -1000.0])
+def test_a_compiled_loss_out_of_range_is_no_number(alpha: float) -> None:
+    """A compiled graph does not look at values: what it returns must not pass for a loss."""
+    z = torch.ones(8, 1, requires_grad=True)
+    loss = torch.compile(lambda z: ops.hard_infonce(z, None, alpha), backend="aot_eager")(z)
+    assert not loss.isfinite()
+    (grad,) = torch.autograd.grad(loss, z)
+    assert not grad.isfinite().any()
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e-3, 1e-6, 1e-12])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 80), (torch.float64, 700)])
+def test_gradient_of_a_weighted_loss_with_large_logits(
+    dtype: torch.dtype, most: int, weight: float
+) -> None:
+    """The weight of the loss over a row sum may be below the least normal number."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.rand(60, 4, generator=generator, dtype=torch.float64)
+    z = (torch.nn.functional.normalize(z, dim=1) * (0.99 * most) ** 0.5).to(dtype)
+    got, want = z.clone().requires_grad_(), z.double().requires_grad_()
+    (weight * ops.hard_infonce(got, None, 1.0)).backward()
+    (weight * reference.hard_infonce(want, None, 1.0)).backward()
+    error = float((got.grad.double() - want.grad).abs().max() / want.grad.abs().max())
+    assert error < 40 * most**0.5 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("storage", ["snapshots", "stored"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_similarities_too_close_to_tell_apart_give_weights_in_range(
+    dtype: torch.dtype, storage: str
+) -> None:
+    """The width of their range has no inverse: it counts as no range at all."""
+    tiny = torch.finfo(dtype).tiny
+    z = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    z = z * (0.01 * tiny) ** 0.5
+    labels, confident = torch.tensor([0, 1, 0, 1]), torch.tensor([True, True, True, False])
+    for beta in (1.0, 0.5, 65.0):
+        w = ops.hardness(z, None, 1.0, labels, confident, beta, storage=storage)
+        least, greatest = torch.ops.fastclust.similarity_range(
+            z, z[:, :0], torch.ones((), dtype=dtype), 0
+        )
+        assert 0 < greatest - least < tiny
+        weights = ops.dense_weights(w)
+        assert (weights >= 0).all() and (weights <= 1).all()
+        got, want = z.clone().requires_grad_(), z.clone().requires_grad_()
+        loss = ops.hard_infonce(got * 1e3, None, 1.0, weights=w)
+        expected = reference.hard_infonce(want * 1e3, None, 1.0, weights)
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        expected.backward()
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=0)
+
+
 def test_labels_beyond_int32_are_told_apart() -> None:
     z = torch.nn.functional.normalize(torch.randn(8, 3), dim=1)
     confident = torch.ones(4, dtype=torch.bool)
-    small, large = (torch.tensor([0, 1, 0, 1]) * step for step in (1, 2**32))
+    small, large, least = (torch.tensor([0, 1, 0, 1]) * step for step in (1, 2**32, -(2**63)))
     for storage in ("snapshots", "stored"):
-        one, other = (
+        one, *others = (
             ops.dense_weights(ops.hardness(z, None, 1.0, y, confident, 1.0, storage=storage))
-            for y in (small, large)
+            for y in (small, large, least)
         )
-        assert torch.equal(one, other)
+        assert all(torch.equal(one, other) for other in others)
 
 
 def test_dense_weights_wants_weights() -> None:

@@ -17,7 +17,8 @@
 //
 //   W_ik = | [labels_s[u] == labels_s[v]] - (S_s[i, k] - min_s) / (max_s - min_s) | ^ beta
 //
-// and W_ik = 1 when they share no bit. 0^0 = 1. Where max_s == min_s the quotient counts as 0.
+// and W_ik = 1 when they share no bit. 0^0 = 1. Where max_s - min_s is no normal number the quotient
+// counts as 0.
 // One snapshot is the published method; several, with the newest in the highest bit, keep the
 // value of the last refresh at which both nodes were confident (the released code's behaviour).
 //
@@ -95,7 +96,8 @@ struct ForwardParams {
   Weights<T> weights;
   Precision precision;
   T* loss;           // []
-  double* row_sums;  // [2N] r_i, kept for the backward pass
+  double* row_sums;  // [2N] r_i, kept for the backward pass; the CPU writes NaN where logits leave
+                     //   the range of its exponential
   Window window = {};
 };
 

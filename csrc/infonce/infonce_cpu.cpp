@@ -198,7 +198,7 @@ struct PackedWeights {
     for (int s = 0; s < n; ++s) {
       const T width = w.range[2 * s + 1] - w.range[2 * s];
       least.push_back(w.range[2 * s]);
-      per_width.push_back(width > 0 ? 1 / width : T(0));
+      per_width.push_back(width >= std::numeric_limits<T>::min() ? 1 / width : T(0));
       const bool same = current != nullptr && same_bits(w.snapshots[s], *current, rows.m);
       views.push_back(same ? nullptr : std::make_unique<PackedViews<T, T>>(rows, w.snapshots[s]));
       for (int64_t p = 0; p < rows.m; ++p) {
@@ -345,8 +345,16 @@ void forward_in(const ForwardParams<T>& p) {
       for (int64_t j = std::max(x, rows.column); x < end && j < rows.tiles; ++j) add(from_row, x, j);
     });
   });
+  // Logits beyond the limit of vec_exp have been taken for the limit: such a row is no number, nor are
+  // the loss and the gradients. (The shares of a window may be small.)
+  const double most = 0.999 * std::exp(double{MathTable<T>::limit});
+  const double least =
+      static_cast<double>(rows.m) / most / static_cast<double>(std::numeric_limits<T>::epsilon());
   double loss = 0;
   for (int64_t s = 0; s < rows.m; ++s) {
+    if (!(sums[s] < most && (sums[s] > least || !p.window.whole))) {
+      sums[s] = std::numeric_limits<double>::quiet_NaN();
+    }
     p.row_sums[rows.row_of[s]] = sums[s];
     loss += (p.window.whole ? std::log(sums[s]) : 0.0) - static_cast<double>(positive[s]);
   }
@@ -358,10 +366,11 @@ void backward_in(const BackwardParams<T>& p) {
   const Pass<T, X> pass(p.n_nodes, p.views, p.weights, p.window);
   const Rows& rows = pass.rows;
   const int64_t nr = pass.kern.nr;
+  // c goes into the factor of the product, not into T: c / r_i may be no normal number.
   const double c = static_cast<double>(*p.grad_loss) / static_cast<double>(rows.m);
-  std::vector<T> per_row(rows.tiles * kTile, T(0));  // [M] c / r_i by position
+  std::vector<T> per_row(rows.tiles * kTile, T(0));  // [M] 1 / r_i by position
   for (int64_t s = 0; s < rows.m; ++s) {
-    per_row[s] = static_cast<T>(c / p.row_sums[rows.row_of[s]]);
+    per_row[s] = static_cast<T>(1 / p.row_sums[rows.row_of[s]]);
   }
 
   // Columns of [dZ | dE] that are wanted, in slivers that may straddle the two.
@@ -373,16 +382,16 @@ void backward_in(const BackwardParams<T>& p) {
     Target<T>* to = targets.data() + 2 * s;
     const int64_t begin = s * nr, end = std::min(begin + nr, dz + de);
     if (begin < dz) {
-      *to++ = {p.grad_z + begin, p.views.z + begin, pass.views.alpha, dz, 0,
+      *to++ = {p.grad_z + begin, p.views.z + begin, static_cast<T>(c * pass.views.alpha), dz, 0,
                std::min(end, dz) - begin};
     }
     if (end > dz) {
       const int64_t from = std::max(begin, dz);
-      *to = {p.grad_e + (from - dz), p.views.e + (from - dz), pass.views.rest, de, from - begin,
-             end - from};
+      *to = {p.grad_e + (from - dz), p.views.e + (from - dz),
+             static_cast<T>(c * pass.views.rest), de, from - begin, end - from};
     }
   }
-  // The factor [alpha Z | (1 - alpha) E] of the gradient product, slivers [tile][sliver][row, nr].
+  // The factor c [alpha Z | (1 - alpha) E] of the gradient product, slivers [tile][sliver][row, nr].
   const int64_t factor_size = kTile * nr / pass.kern.terms;
   const Buffer<X> factor(rows.tiles * column_slivers * factor_size);
   const auto factor_at = [&](int64_t tile, int64_t sliver) {
@@ -406,7 +415,7 @@ void backward_in(const BackwardParams<T>& p) {
   const int64_t height = std::clamp<int64_t>(kPanelBytes / tile_row_bytes, 1, kPanelTiles);
   const Buffer<X> panel(std::min(height, rows.tiles) * rows.tiles * kStoredTile);
   std::vector<double> slopes(height * rows.tiles);
-  std::vector<T> partner(rows.tiles * kTile);  // [M] w_{i,p(i)}, then -2 c w_{i,p(i)}
+  std::vector<T> partner(rows.tiles * kTile);  // [M] w_{i,p(i)}
   double slope = 0;
   if (!p.window.whole) {  // its rows need not meet every row of the gradient
     std::fill_n(p.grad_z, rows.m * dz, T(0));
@@ -423,16 +432,13 @@ void backward_in(const BackwardParams<T>& p) {
       double sum = 0;
       pass.for_each_strip(i, j, worker, [&](const Strip<T>& strip, int64_t s) {
         sum += pass.kern.gradient(strip, per_row.data() + i * kTile,
-                                  per_row.data() + j * kTile + s * nr, static_cast<T>(c),
-                                  tile_at(i, j), s * nr, partner.data() + i * kTile);
+                                  per_row.data() + j * kTile + s * nr, tile_at(i, j), s * nr,
+                                  partner.data() + i * kTile);
       });
       slopes[(i - first) * rows.tiles + j] = i == j ? sum : 2 * sum;
     });
     for (int64_t i = first; i < end; ++i) {
       for (int64_t j = std::max(i, rows.column); j < rows.tiles; ++j) slope += slopes[(i - first) * rows.tiles + j];
-    }
-    for (int64_t r = first * kTile; r < std::min(end * kTile, rows.m); ++r) {
-      partner[r] *= static_cast<T>(-2 * c);
     }
     const int64_t groups = ceil_div(column_slivers, kGroupSlivers);
     parallel_tasks(groups * width, [&](int64_t task, int) {
@@ -469,13 +475,13 @@ void backward_in(const BackwardParams<T>& p) {
           if (run.count == 0) continue;
           T* to = run.base + rows.row_of[r] * run.ld;
           const T* from = run.from + rows.row_of[r ^ 1] * run.ld;
-          const T scale = partner[r] * run.scale;
+          const T scale = -2 * partner[r] * run.scale;
           for (int64_t k = 0; k < run.count; ++k) to[k] += scale * from[k];
         }
       }
     });
   });
-  if (p.grad_alpha != nullptr) *p.grad_alpha = static_cast<T>(slope / 2);
+  if (p.grad_alpha != nullptr) *p.grad_alpha = static_cast<T>(c * slope / 2);
 }
 
 }  // namespace

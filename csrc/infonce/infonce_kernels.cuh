@@ -640,7 +640,8 @@ __device__ __forceinline__ void weigh(const WeightArgs<typename WPath::Acc>& arg
   using Acc = typename WPath::Acc;
   const Acc* bounds = args.table[s].range;
   const Acc s_min = bounds[0], range = bounds[1] - s_min;
-  const Acc inverse_range = range > Acc(0) ? Acc(1) / range : Acc(0);
+  constexpr Acc kLeastNormal = sizeof(Acc) == 4 ? Acc(1.17549435e-38f) : Acc(2.2250738585072014e-308);
+  const Acc inverse_range = range >= kLeastNormal ? Acc(1) / range : Acc(0);
   const int32_t* labels = args.labels + s * args.n_ranks;
 #pragma unroll
   for (int mi = 0; mi < WPath::kMi; ++mi)

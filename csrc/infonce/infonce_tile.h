@@ -66,13 +66,13 @@ struct Segment {
   const X* f;  // [k / terms, nr]
 };
 
-// Where the columns of a sliver of [dZ | dE] and of F = [alpha Z | (1 - alpha) E] lie: one or two
+// Where the columns of a sliver of [dZ | dE] and of F = g/M [alpha Z | (1 - alpha) E] lie: one or two
 // runs of columns.
 template <typename T>
 struct Target {
   T* base;         // element of the gradient at row 0 and the run's first column
   const T* from;   // the same element of Z or E
-  T scale;         // alpha or 1 - alpha
+  T scale;         // g/M alpha or g/M (1 - alpha)
   int64_t ld;      // row stride of both
   int64_t offset;  // first column of the run within the sliver
   int64_t count;   // columns of the run; 0: there is none
@@ -103,9 +103,8 @@ struct TileKernels {
 
   // P w (per_row + per_column), T without its positive pairs, into columns column to column + nr of
   // a stored tile (those that do not exist are 0). On diagonal tiles positive[i] is the weight of
-  // row i's other view. Returns sum T (gz - ge), positive pairs included, each -2 c w. The
-  // reciprocals carry c = g / M.
-  double (*gradient)(const Strip<T>& strip, const T* per_row, const T* per_column, T c, X* tile,
+  // row i's other view. Returns sum T (gz - ge), positive pairs included, each -2 w.
+  double (*gradient)(const Strip<T>& strip, const T* per_row, const T* per_column, X* tile,
                      int64_t column, T* positive);
 
   void (*range)(const Strip<T>& strip, T* least, T* greatest);  // widens [least, greatest]

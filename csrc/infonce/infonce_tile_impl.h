@@ -232,8 +232,8 @@ double gradient_strip(const Strip<T>& s, const T* per_row, const T* per_column, 
 }
 
 template <typename T, typename X>
-double gradient(const Strip<T>& s, const T* per_row, const T* per_column, T c, X* tile,
-                int64_t column, T* positive) {
+double gradient(const Strip<T>& s, const T* per_row, const T* per_column, X* tile, int64_t column,
+                T* positive) {
   const bool plain = s.first < 0 && s.columns == kNr<T>;
   const auto run = plain ? gradient_strip<T, false> : gradient_strip<T, true>;
   double sum;
@@ -251,7 +251,7 @@ double gradient(const Strip<T>& s, const T* per_row, const T* per_column, T c, X
   for (int64_t j = 0; j < s.columns; ++j) {
     const int64_t i = (s.first + j) ^ 1, at = i * kNr<T> + j;
     positive[i] = s.w == nullptr ? T(1) : s.w[i * kTile + j];
-    sum -= 2 * static_cast<double>(c * positive[i]) *
+    sum -= 2 * static_cast<double>(positive[i]) *
            static_cast<double>(s.gz[at] - (s.ge == nullptr ? T(0) : s.ge[at]));
   }
   return sum;
