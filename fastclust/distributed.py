@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,7 +53,6 @@ from fastclust.ops.kmeans import (
     _METHODS,
     _PAPER_CODE_ITERATIONS,
     _PAPER_CODE_TOLERANCE,
-    _check_spread,
 )
 
 __all__ = [
@@ -962,6 +962,14 @@ def _kmeans(
         inertia=inertia.item(),
         n_iter=int(n_iter[best]),
     )
+
+
+def _check_spread(spread: float, dtype: torch.dtype) -> None:
+    """Check the sum of squared distances to the mean."""
+    if not math.isfinite(spread):
+        raise ValueError("x must hold finite values, found NaN or infinity")
+    if spread > torch.finfo(dtype).max / 16:
+        raise ValueError(f"x is too widely spread for squared distances in {dtype}: scale it down")
 
 
 def _start(ranks: ShardedRanks, xc: Tensor) -> Tensor:

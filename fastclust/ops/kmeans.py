@@ -146,16 +146,20 @@ def kmeans(
 
     ops = torch.ops.fastclust
     xc, mean, variance = ops.kmeans_center(x.detach().contiguous())
-    _check_spread(variance.item() * width * n_points, x.dtype)
+    exponent = _exponent(x, xc, variance.item())
+    if exponent:  # squared distances would overflow or vanish
+        xc = _times_power(xc, -exponent)
+        variance = xc.double().square().sum() / (n_points * width)
 
     norm_rule = isinstance(init, str) and init == "paper-code"
     if norm_rule:
         max_iter, n_init = _PAPER_CODE_ITERATIONS, 1
         tolerance = torch.full_like(variance, _PAPER_CODE_TOLERANCE)
+        tolerance = _times_power(_times_power(tolerance, -exponent), -exponent)
     else:
         tolerance = variance * tol
     if isinstance(init, Tensor):
-        centers = _given_centers(init, x, n_clusters, mean, xc)
+        centers = _given_centers(init, x, n_clusters, mean, xc, exponent)
     else:
         method = _METHODS.get("k-means++" if init is None else init)
         if method is None:
@@ -183,8 +187,8 @@ def kmeans(
         iterations += 1
     return KMeansResult(
         labels=labels.long(),
-        centers=(centers[:, :width].double() + mean).to(x.dtype),
-        inertia=inertia.item(),
+        centers=(_times_power(centers[:, :width].double(), exponent) + mean).to(x.dtype),
+        inertia=_times_power(_times_power(inertia, exponent), exponent).item(),
         n_iter=iterations,
     )
 
@@ -208,8 +212,10 @@ def _lloyd(
     return centers, n_iter
 
 
-def _given_centers(init: Tensor, x: Tensor, n_clusters: int, mean: Tensor, xc: Tensor) -> Tensor:
-    """Shift and pad a warm start like the data: [1, K, dp]."""
+def _given_centers(
+    init: Tensor, x: Tensor, n_clusters: int, mean: Tensor, xc: Tensor, exponent: int
+) -> Tensor:
+    """Shift, scale and pad a warm start like the data: [1, K, dp]."""
     if init.shape != (n_clusters, x.shape[1]):
         raise ValueError(
             f"init must have shape [n_clusters, d] = [{n_clusters}, {x.shape[1]}], "
@@ -222,16 +228,27 @@ def _given_centers(init: Tensor, x: Tensor, n_clusters: int, mean: Tensor, xc: T
     if not torch.isfinite(init).all():
         raise ValueError("init must hold finite values, found NaN or infinity")
     centers = xc.new_zeros(1, n_clusters, xc.shape[1])
-    centers[0, :, : x.shape[1]] = init.detach().double() - mean
+    centers[0, :, : x.shape[1]] = _times_power(init.detach().double() - mean, -exponent)
     return centers
 
 
-def _check_spread(spread: float, dtype: torch.dtype) -> None:
-    """Check the sum of squared distances to the mean."""
-    if not math.isfinite(spread):
-        raise ValueError("x must hold finite values, found NaN or infinity")
-    if spread > torch.finfo(dtype).max / 16:
-        raise ValueError(f"x is too widely spread for squared distances in {dtype}: scale it down")
+def _exponent(x: Tensor, xc: Tensor, variance: float) -> int:
+    """Of the power of two that centred data must be divided by; 0: they can stay as they are."""
+    info = torch.finfo(x.dtype)
+    if variance > math.sqrt(info.tiny) and variance * x.numel() < info.max / 16:
+        return 0
+    largest = float(xc.abs().max())
+    if math.isfinite(largest):
+        return math.frexp(largest)[1]
+    if x.isfinite().all():
+        raise ValueError(f"x is too widely spread for differences in {x.dtype}: scale it down")
+    raise ValueError("x must hold finite values, found NaN or infinity")
+
+
+def _times_power(x: Tensor, exponent: int) -> Tensor:
+    """x 2^exponent; in two steps, since the power alone may leave the range of the dtype."""
+    half = exponent // 2
+    return x * 2.0**half * 2.0 ** (exponent - half) if exponent else x
 
 
 def _check_points(x: Tensor) -> None:
