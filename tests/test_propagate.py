@@ -9,6 +9,10 @@ test_matches_the_twin); a backward without swapped scales, without the mask, wit
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -141,6 +145,18 @@ def test_zero_steps_do_not_alias_the_input():
     h = randn(10, 4)
     out = ops.propagate(graph, h, steps=0)
     assert torch.equal(out, h) and out.data_ptr() != h.data_ptr()
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_the_result_is_contiguous(steps, residual, activation):
+    graph = Graph(random_adjacency(10, 3))
+    h = randn(4, 10).T
+    out = ops.propagate(
+        graph, h, residual=2 * h if residual else None, steps=steps, activation=activation
+    )
+    assert out.is_contiguous()
 
 
 # ---- graphs at the edge --------------------------------------------------------------------------
@@ -373,6 +389,30 @@ def test_columns_do_not_depend_on_their_neighbours(level):
         assert torch.equal(
             ops.propagate(graph, part, residual=part, activation="relu"), out[:, begin:end]
         )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects pages")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("norm", ["rw", "sym"])
+def test_not_a_byte_past_the_last_row_is_touched(norm, dtype, level, small_hubs):
+    """Narrow rows are gathered where they lie, by wider vectors; behind them is no memory."""
+    n = 20
+    graph = Graph(random_adjacency(n, 5), norm)
+    page = mmap.PAGESIZE
+    for d in (1, 3, 7, 15, 17, 33, 50, 63):
+        size = n * d * np.dtype(dtype).itemsize
+        room = -(-size // page) * page
+        memory = mmap.mmap(-1, room + page)
+        h = np.frombuffer(memory, dtype, n * d, room - size).reshape(n, d)
+        h[:] = np.random.default_rng(d).standard_normal((n, d))
+        behind = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + room)
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mprotect(behind, ctypes.c_size_t(page), 0) == 0  # PROT_NONE
+        x = torch.from_numpy(h)
+        out = ops.propagate(graph, x, residual=x, activation="relu")
+        padded = torch.nn.functional.pad(x, (0, 80 - d))
+        want = ops.propagate(graph, padded, residual=padded, activation="relu")[:, :d]
+        assert torch.equal(out, want)
 
 
 def test_permutation_equivariance(small_hubs):

@@ -14,7 +14,8 @@ constexpr int64_t kGroupCols = 16;
 // The matrix that is gathered, for `n_cols` columns of h from `col` on.
 template <typename T>
 struct Panel {
-  const T* x;      // [N, n_cols], rows `stride` apart: c_j M_j h_j, zero past the last column of h
+  const T* x;      // [N, n_cols], rows `stride` apart: c_j M_j h_j, zero past the last column of h,
+                   //   or h itself, which ends there
   int64_t stride;
   int64_t col;
   int64_t n_cols;  // a multiple of kGroupCols
@@ -24,7 +25,8 @@ struct Panel {
 
 template <typename T>
 struct PropagateKernel {
-  int64_t max_cols;  // columns of the widest panel
+  int64_t max_cols;   // columns of the widest panel
+  bool loads_lanes;   // whether a panel of h itself may reach past its last column
   // Writes c_j M_j h_j of the panel's columns to x, and M h to p.masked_h.
   void (*pack)(const PropagateParams<T>& p, const Panel<T>& panel, T* x, int64_t row_begin,
                int64_t row_end);

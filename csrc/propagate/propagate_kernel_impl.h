@@ -47,6 +47,60 @@ FASTCLUST_INLINE void store_around_cache(T* p, typename Vec<T>::Reg x) {
 #endif
 }
 
+// The first `count` lanes of a vector in memory, no byte beyond them is touched; a loaded vector is
+// zero in the others.
+#if defined(__AVX512F__)
+constexpr bool kLoadsLanes = true;
+FASTCLUST_INLINE Vec<float>::Reg load_lanes(const float* p, int count) {
+  const auto lanes = static_cast<__mmask16>((1u << count) - 1u);
+  return (Vec<float>::Reg)_mm512_maskz_loadu_ps(lanes, p);
+}
+FASTCLUST_INLINE Vec<double>::Reg load_lanes(const double* p, int count) {
+  const auto lanes = static_cast<__mmask8>((1u << count) - 1u);
+  return (Vec<double>::Reg)_mm512_maskz_loadu_pd(lanes, p);
+}
+FASTCLUST_INLINE void store_lanes(float* p, Vec<float>::Reg x, int count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1u), (__m512)x);
+}
+FASTCLUST_INLINE void store_lanes(double* p, Vec<double>::Reg x, int count) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1u), (__m512d)x);
+}
+#elif defined(__AVX2__)
+constexpr bool kLoadsLanes = true;
+FASTCLUST_INLINE Vec<float>::Int lanes_below(float, int count) {
+  return Vec<float>::Int{0, 1, 2, 3, 4, 5, 6, 7} < count;
+}
+FASTCLUST_INLINE Vec<double>::Int lanes_below(double, int count) {
+  return Vec<double>::Int{0, 1, 2, 3} < int64_t{count};
+}
+FASTCLUST_INLINE Vec<float>::Reg load_lanes(const float* p, int count) {
+  return (Vec<float>::Reg)_mm256_maskload_ps(p, (__m256i)lanes_below(0.f, count));
+}
+FASTCLUST_INLINE Vec<double>::Reg load_lanes(const double* p, int count) {
+  return (Vec<double>::Reg)_mm256_maskload_pd(p, (__m256i)lanes_below(0., count));
+}
+FASTCLUST_INLINE void store_lanes(float* p, Vec<float>::Reg x, int count) {
+  _mm256_maskstore_ps(p, (__m256i)lanes_below(0.f, count), (__m256)x);
+}
+FASTCLUST_INLINE void store_lanes(double* p, Vec<double>::Reg x, int count) {
+  _mm256_maskstore_pd(p, (__m256i)lanes_below(0., count), (__m256d)x);
+}
+#else
+constexpr bool kLoadsLanes = false;  // slower than a whole vector
+template <typename T>
+FASTCLUST_INLINE typename Vec<T>::Reg load_lanes(const T* p, int count) {
+  T x[Vec<T>::width] = {};
+  std::memcpy(x, p, count * sizeof(T));
+  return load<T>(x);
+}
+template <typename T>
+FASTCLUST_INLINE void store_lanes(T* p, typename Vec<T>::Reg r, int count) {
+  T x[Vec<T>::width];
+  store<T>(x, r);
+  std::memcpy(p, x, count * sizeof(T));
+}
+#endif
+
 FASTCLUST_INLINE void finish_stores_around_cache() {
 #if defined(__AVX2__)
   _mm_sfence();
@@ -62,8 +116,8 @@ struct Loops {
   static constexpr int W = Vec<T>::width;
   static constexpr int kPerGroup = static_cast<int>(kGroupCols) / W;
 
-  // Whether the panel reaches past the last column of h; the loops below then take the slower way
-  // through a padded copy of every vector.
+  // Whether the panel reaches past the last column of h; the loops below then load and store as many
+  // lanes of every vector as there are columns.
   static bool is_ragged(P p, const Panel<T>& panel) {
     return panel.col + panel.n_cols > p.n_cols;
   }
@@ -75,16 +129,18 @@ struct Loops {
   template <bool kRagged>
   FASTCLUST_INLINE Reg load_at(P p, const T* row, int64_t col) {
     if constexpr (!kRagged) return load<T>(row + col);
-    T x[W] = {};
-    std::memcpy(x, row + col, columns_left(p, col) * sizeof(T));
-    return load<T>(x);
+    return load_lanes(row + col, columns_left(p, col));
   }
   template <bool kRagged>
   FASTCLUST_INLINE void store_at(P p, T* row, int64_t col, Reg r) {
     if constexpr (!kRagged) return store<T>(row + col, r);
-    T x[W];
-    store<T>(x, r);
-    std::memcpy(row + col, x, columns_left(p, col) * sizeof(T));
+    store_lanes(row + col, r, columns_left(p, col));
+  }
+  // Vector v of a row of the panel; of h itself there is nothing past the last column.
+  template <bool kRagged>
+  FASTCLUST_INLINE Reg gathered(P p, const Panel<T>& panel, const T* row, int v) {
+    if constexpr (!kRagged || !kLoadsLanes) return load<T>(row + v * W);
+    return load_lanes(row + v * W, columns_left(p, panel.col + v * W));
   }
 
   // M h at (i, col)
@@ -115,7 +171,7 @@ struct Loops {
   }
 
   // acc = sum of the edges' rows
-  template <bool kValued, bool kFar>
+  template <bool kValued, bool kFar, bool kRagged>
   FASTCLUST_INLINE void gather(P p, const Panel<T>& panel, int64_t begin, int64_t end, Reg (&acc)[NV]) {
     const int32_t* const indices = p.indices;
     const float* const values = p.values;
@@ -136,10 +192,12 @@ struct Loops {
       if constexpr (kValued) {
         const Reg value = broadcast(static_cast<T>(values[e]));
 #pragma GCC unroll 16
-        for (int v = 0; v < NV; ++v) sum[v] = fma(load<T>(row + v * W), value, sum[v]);
+        for (int v = 0; v < NV; ++v) {
+          sum[v] = fma(gathered<kRagged>(p, panel, row, v), value, sum[v]);
+        }
       } else {
 #pragma GCC unroll 16
-        for (int v = 0; v < NV; ++v) sum[v] += load<T>(row + v * W);
+        for (int v = 0; v < NV; ++v) sum[v] += gathered<kRagged>(p, panel, row, v);
       }
     };
     Reg odd[NV];
@@ -169,12 +227,13 @@ struct Loops {
     for (int v = 0; v < NV; ++v) {
       const int64_t col = panel.col + v * W;
       Reg x = acc[v];
-      if (p.self_loops) x += load<T>(own + v * W);
+      if (p.self_loops) x += gathered<kRagged>(p, panel, own, v);
       x *= scale;
       if (p.residual != nullptr) {
         x += load_at<kRagged>(p, p.residual + i * p.residual_stride, col);
       } else if (p.add_input) {
-        x += p.col_scale == nullptr ? load<T>(own + v * W) : masked<kRagged>(p, i, col);
+        x += p.col_scale == nullptr ? gathered<kRagged>(p, panel, own, v)
+                                    : masked<kRagged>(p, i, col);
       }
       const Int passed = ~(x <= Reg{});  // NaN passes, as in torch.relu and its gradient
       if (p.out_mask != nullptr) {
@@ -216,16 +275,16 @@ struct Loops {
       const int64_t begin = p.indptr[i], end = p.indptr[i + 1];
       if (end - begin > p.hub.hub_edges) continue;
       Reg acc[NV];
-      gather<kValued, kFar>(p, panel, begin, end, acc);
+      gather<kValued, kFar, kRagged>(p, panel, begin, end, acc);
       finish<kRagged>(p, panel, i, acc);
     }
     if (panel.stream) finish_stores_around_cache();
   }
 
-  template <bool kValued, bool kFar>
+  template <bool kValued>
   static void segment(P p, const Panel<T>& panel, int64_t s) {
     Reg acc[NV];
-    gather<kValued, kFar>(p, panel, p.hub.segments[3 * s + 1], p.hub.segments[3 * s + 2], acc);
+    gather<kValued, true, true>(p, panel, p.hub.segments[3 * s + 1], p.hub.segments[3 * s + 2], acc);
     T* const slot = p.scratch + s * p.n_cols;
     for (int v = 0; v < NV; ++v) store_at<true>(p, slot, panel.col + v * W, acc[v]);
   }
@@ -263,6 +322,7 @@ PropagateKernel<T> make_propagate_kernel() {
   using P = const PropagateParams<T>&;
   return {
       kMaxPanelCols<T>,
+      kLoadsLanes,
       [](P p, const Panel<T>& panel, T* x, int64_t row_begin, int64_t row_end) {
         with_loops(panel, [&](auto loops) {
           if (loops.is_ragged(p, panel)) {
@@ -279,8 +339,10 @@ PropagateKernel<T> make_propagate_kernel() {
             loops.template rows<true, true, true>(p, panel, row_begin, row_end);
           } else if (p.values != nullptr) {
             loops.template rows<true, true, false>(p, panel, row_begin, row_end);
-          } else if (ragged) {
+          } else if (ragged && panel.far) {
             loops.template rows<false, true, true>(p, panel, row_begin, row_end);
+          } else if (ragged) {
+            loops.template rows<false, false, true>(p, panel, row_begin, row_end);
           } else if (panel.far) {
             loops.template rows<false, true, false>(p, panel, row_begin, row_end);
           } else {
@@ -291,9 +353,9 @@ PropagateKernel<T> make_propagate_kernel() {
       [](P p, const Panel<T>& panel, int64_t s) {
         with_loops(panel, [&](auto loops) {
           if (p.values != nullptr) {
-            loops.template segment<true, true>(p, panel, s);
+            loops.template segment<true>(p, panel, s);
           } else {
-            loops.template segment<false, true>(p, panel, s);
+            loops.template segment<false>(p, panel, s);
           }
         });
       },

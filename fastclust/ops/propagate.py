@@ -82,7 +82,7 @@ def propagate(
     if steps == 0:
         out = h if residual is None else h + residual
         out = torch.relu(out) if relu else out
-        return out.clone(memory_format=torch.contiguous_format) if out is h else out
+        return out.clone(memory_format=torch.contiguous_format) if out is h else out.contiguous()
 
     tensors = _graph_args(graph, h.dtype)
     out = h
