@@ -123,6 +123,11 @@ class Graph:
         if self_loops:
             degree = degree + 1.0
         inverse = np.divide(1.0, degree, out=np.zeros_like(degree), where=degree > 0)
+        if norm == "rw" and inverse.max() > np.finfo(np.float32).max:
+            raise ValueError(
+                f"adjacency must have node degrees of 1e-38 or more, got "
+                f"{degree[degree > 0].min():.0e}; scale the weights"
+            )
         row = col = None
         if norm == "rw":
             row = inverse

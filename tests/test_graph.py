@@ -91,6 +91,16 @@ def test_isolated_nodes_have_scale_zero_without_self_loops():
     assert Graph(sp.csr_array((3, 3), dtype=np.float32)).row_scale.tolist() == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("weight", [1e-39, 1e-44])
+def test_degrees_whose_inverse_overflows_are_told(weight):
+    adjacency = np.array([[0.0, weight], [weight, 0.0]])
+    with pytest.raises(ValueError, match=r"degrees of 1e-38 or more, got 1e-\d\d; scale"):
+        Graph(adjacency, self_loops=False)
+    Graph(adjacency)  # a self loop adds 1
+    scale = Graph(adjacency, "sym", self_loops=False).row_scale
+    assert scale.isfinite().all()
+
+
 def test_graph_never_changes():
     adjacency = random_adjacency(10, 3)
     graph = Graph(adjacency)
