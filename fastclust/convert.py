@@ -52,6 +52,7 @@ from fastclust.datasets import (
     DatasetNotFoundError,
     load_array,
 )
+from fastclust.tables import INDEX_NAMES, require_ends_first
 from fastclust.validation import check_features
 
 __all__ = ["convert", "main", "write_directory"]
@@ -280,6 +281,7 @@ _DIGITS[list(b"0123456789")] = True
 _NUMERIC = _DIGITS.copy()
 _NUMERIC[list(b"+-.eE")] = True
 _TO_BLANK = bytes.maketrans(b"\t,;\r", b"    ")
+_TO_COMMA = str.maketrans("\t;", ",,")
 
 
 def _text_blocks(path: Path, memory: int, report: Progress) -> Iterator[_Block]:
@@ -319,6 +321,7 @@ def _parse(text: bytes, path: Path, line: int, columns: int) -> tuple[_Block | N
     if not columns:
         first = text.lstrip(b"\r\n\t ,;")
         if line == 1 and first and not _NUMERIC[first[0]]:  # a first line of words is a header
+            _check_header(text.lstrip(b"\r\n").split(b"\n", 1)[0], path)
             text = re.sub(rb"\A([\s,;]*)[^\n]*", rb"\1", text)
             first = text.lstrip(b"\r\n\t ,;")
         if not first:
@@ -364,6 +367,19 @@ def _parse(text: bytes, path: Path, line: int, columns: int) -> tuple[_Block | N
         raise DatasetFormatError(f"{path}: line {line + number} must hold {what}, got {content!r}")
     weights = values[:, 2].astype(np.float32) if columns == 3 else None
     return (values[:, 0].astype(np.int64), values[:, 1].astype(np.int64), weights), columns
+
+
+def _check_header(line: bytes, path: Path) -> None:
+    """Raise where the first two columns are not the ends of the edges."""
+    cells = line.decode("utf-8-sig", "replace").strip("\r ").translate(_TO_COMMA).split(",")
+    header = [cell.strip().strip('"') for cell in cells]
+    if header[0] in INDEX_NAMES and len(header) > 1:
+        raise DatasetFormatError(
+            f"{path} must have the ends of each edge in its first two columns, got an index column "
+            f"without a name before {', '.join(header[1:])}; write it without the index (pandas: "
+            f"index=False)"
+        )
+    require_ends_first(header, path)
 
 
 def _first_no_number(text: bytes) -> int:
@@ -460,13 +476,14 @@ def _parquet(path: Path) -> Any:
 
 def _parquet_blocks(path: Path, report: Progress) -> Iterator[_Block]:
     file = _parquet(path)
-    names = file.schema_arrow.names
+    names = [name for name in file.schema_arrow.names if name not in INDEX_NAMES]
     if len(names) not in (2, 3):
         raise DatasetFormatError(
             f"{path} must have two or three columns, got {len(names)}: {', '.join(names[:8])}"
         )
+    require_ends_first(names, path)
     done, total = 0, file.metadata.num_rows
-    for batch in file.iter_batches(batch_size=1 << 20):
+    for batch in file.iter_batches(batch_size=1 << 20, columns=names):
         values = [batch.column(i).to_numpy(zero_copy_only=False) for i in range(len(names))]
         for name, column in zip(names[:2], values, strict=False):
             if column.dtype.kind not in "iu":
@@ -669,10 +686,11 @@ def _write_features(path: Path, folder: Path, memory: int, report: Progress) -> 
         blocks: Iterator[Any] = (source[i : i + step] for i in range(0, n, step))
     elif name.endswith(".parquet"):
         file = _parquet(path)
-        n, d = file.metadata.num_rows, len(file.schema_arrow.names)
+        names = [column for column in file.schema_arrow.names if column not in INDEX_NAMES]
+        n, d = file.metadata.num_rows, len(names)
         blocks = (
             np.stack([column.to_numpy(zero_copy_only=False) for column in batch.columns], axis=1)
-            for batch in file.iter_batches(batch_size=max(1, memory // (32 * d)))
+            for batch in file.iter_batches(batch_size=max(1, memory // (32 * d)), columns=names)
         )
     else:
         raise DatasetFormatError(f"{path} must be .npy, .npz of scipy.sparse, or .parquet")

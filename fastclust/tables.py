@@ -2,7 +2,9 @@
 
 ===================  =============================================================================
 ``.csv .tsv .txt``   Text columns apart by tab, comma, semicolon or blanks. The first line is a
-                     header unless it holds a number; ``#`` and ``%`` begin lines of comment.
+                     header unless it holds a number; it is one all the same where it names a
+                     column that is looked for, or is 0, 1, 2, ... in a table of attributes. ``#``
+                     and ``%`` begin lines of comment.
 ``.parquet``         The same as columns of a Parquet file; needs pyarrow.
 ``.npz``             A matrix from ``scipy.sparse.save_npz``.
 ``.mtx``             A matrix in Matrix Market format, also ``.mtx.gz``.
@@ -10,8 +12,8 @@
 ===================  =============================================================================
 
 Nodes are rows of the attributes. A column ``id``, ``node`` or ``node_id`` of the attribute table
-gives them names, by which the edges and labels may then call them; otherwise they are 0, 1, 2, ...
-Nothing is ever unpickled.
+gives them names, by which the edges and labels may then call them, and so does the index that
+pandas writes as a column without a name; otherwise they are 0, 1, 2, ... Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import gzip
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,12 +42,15 @@ from fastclust.datasets import (
     load_array,
     nearest_neighbor_graph,
 )
-from fastclust.validation import check_adjacency, check_features, check_labels
+from fastclust.validation import DataWarning, check_adjacency, check_features, check_labels
 
-__all__ = ["load_files"]
+__all__ = ["INDEX_NAMES", "load_files", "require_ends_first"]
 
 ID_COLUMNS = ("id", "node", "node_id")
-_EDGE_WORDS = {"source", "target", "src", "dst", "from", "to", "u", "v", "node1", "node2"}
+_EDGE_PAIRS = (("source", "target"), ("src", "dst"), ("from", "to"), ("u", "v"), ("node1", "node2"))
+_EDGE_WORDS = frozenset(itertools.chain(*_EDGE_PAIRS))
+# What pandas and R call the column of an index without a name, in text, read again, in Parquet.
+INDEX_NAMES = ("", "Unnamed: 0", "__index_level_0__")
 _MATRICES = (".npz", ".mtx", ".npy")
 _N_NEIGHBORS = 10
 
@@ -64,8 +70,9 @@ def load_files(
     ----------
     edges : path, optional
         A table of two columns, the ends of each undirected edge, and optionally a third, its
-        weight; an edge that is listed again counts once, with its largest weight. Or a square
-        matrix. Without it: the graph of 10 nearest neighbours of the attributes.
+        weight; an edge that is listed again counts once, with its largest weight. An index column
+        without a name, as pandas writes it, is left out. Or a square matrix. Without it: the graph
+        of 10 nearest neighbours of the attributes.
     features : path
         The attributes, a table of numbers or a matrix [N, D].
     labels : str or path, optional
@@ -73,7 +80,7 @@ def load_files(
         the nodes, or with two columns, node and label.
     ids : str, optional
         The column of the attribute table that names the nodes; by default ``id``, ``node`` or
-        ``node_id``, where there is one.
+        ``node_id``, where there is one, or the index column without a name.
 
     Returns
     -------
@@ -90,7 +97,10 @@ def load_files(
     if features is None:
         raise DatasetFormatError("--features FILE is required with --edges, --labels or --ids")
     path = _existing(features)
-    table = None if _is_matrix(path) else _Table.read(path)
+    table = None
+    if not _is_matrix(path):
+        asked = [os.fspath(name) for name in (ids, labels) if name is not None]
+        table = _Table.read(path, words=(*ID_COLUMNS, *asked))
     header = [] if table is None else table.header
     if (
         labels is not None
@@ -113,7 +123,8 @@ def load_files(
             names = _unique_names(table.text(id_column), table, id_column)
         if labels is not None and os.fspath(labels) in table.header:
             label_column = table.header.index(os.fspath(labels))
-        numeric = [i for i in range(table.width) if i not in (id_column, label_column)]
+        left_out = (id_column, label_column, table.index_column)
+        numeric = [i for i in range(table.width) if i not in left_out]
         matrix = _checked(check_features, table.numbers(numeric), name=str(path))
     n = int(matrix.shape[0])
 
@@ -147,13 +158,17 @@ def _adjacency(path: Path, n: int, names: npt.NDArray[np.str_] | None) -> sp.csr
     if _is_matrix(path):
         return _checked(check_adjacency, _matrix(path), n, name=str(path))
     table = _Table.read(path, edge_list=True, names=names)
-    if table.width not in (2, 3):
+    columns = [i for i in range(table.width) if i != table.index_column]
+    if len(columns) not in (2, 3):
         raise DatasetFormatError(
             f"{path} must have two columns, the ends of each edge, and at most a third, its "
-            f"weight; got {table.width}"
+            f"weight; got {len(columns)}"
         )
-    ends = np.stack([_nodes(table.text(column), n, names, path) for column in (0, 1)])  # [2, E]
-    weights = table.numbers([2])[:, 0] if table.width == 3 else np.ones(ends.shape[1], np.float32)
+    require_ends_first([table.header[i] for i in columns] if table.header else [], path)
+    ends = np.stack([_nodes(table.text(i), n, names, path) for i in columns[:2]])  # [2, E]
+    weights = np.ones(ends.shape[1], np.float32)
+    if len(columns) == 3:
+        weights = table.numbers(columns[2:])[:, 0]
     # One entry per pair of nodes, of the largest of its weights, in both directions.
     low, high = np.minimum(*ends), np.maximum(*ends)
     order = np.lexsort((-weights, high, low))
@@ -162,6 +177,18 @@ def _adjacency(path: Path, n: int, names: npt.NDArray[np.str_] | None) -> sp.csr
     low, high, weights = low[first], high[first], weights[first]
     upper = sp.csr_array((weights, (low, high)), shape=(n, n))
     return _checked(check_adjacency, upper + upper.T, n, name=str(path))
+
+
+def require_ends_first(header: Sequence[str], path: Path) -> None:
+    """Raise where the header of an edge list names the ends, but not in its first two columns."""
+    words = [word.lower() for word in header]
+    for pair in _EDGE_PAIRS:
+        if set(pair) <= set(words) and set(words[:2]) != set(pair):
+            raise DatasetFormatError(
+                f"{path} must have the ends of each edge in its first two columns, got the columns "
+                f"{', '.join(header)}; put {pair[0]!r} and {pair[1]!r} first, and at most a weight "
+                f"behind them"
+            )
 
 
 def _nodes(
@@ -223,7 +250,7 @@ def _labels(labels: PathLike, n: int, names: npt.NDArray[np.str_] | None) -> npt
 def _id_column(table: _Table, ids: str | None) -> int | None:
     if ids is None:
         found = [i for i, name in enumerate(table.header) if name.lower() in ID_COLUMNS]
-        return found[0] if found else None
+        return found[0] if found else table.index_column
     if ids not in table.header:
         near = difflib.get_close_matches(ids, table.header, n=1)
         raise DatasetFormatError(
@@ -335,17 +362,33 @@ class _Table:
     width: int
     separator: str | None = None
     skip: int = 0  # lines before the data
+    first: int = 1  # the line that tells the number of columns
     parquet: Any = None
+
+    @property
+    def index_column(self) -> int | None:
+        """The column of an index that has no name, or None."""
+        return next((i for i, name in enumerate(self.header) if name in INDEX_NAMES), None)
 
     @classmethod
     def read(
-        cls, path: Path, *, edge_list: bool = False, names: npt.NDArray[np.str_] | None = None
+        cls,
+        path: Path,
+        *,
+        edge_list: bool = False,
+        names: npt.NDArray[np.str_] | None = None,
+        words: Collection[str] = (),
     ) -> _Table:
         if path.suffix == ".parquet":
             return cls._read_parquet(path)
         try:
             with _open_text(path) as file:
-                used = ((i, line.strip()) for i, line in enumerate(file) if _is_data(line))
+                # A tab in front stands behind an empty name.
+                used = (
+                    (i, line.strip("\r\n ").rstrip())
+                    for i, line in enumerate(file)
+                    if _is_data(line)
+                )
                 head = list(itertools.islice(used, 2))
             if not head:
                 raise DatasetFormatError(f"{path} must hold a table, got no line of data")
@@ -353,15 +396,30 @@ class _Table:
             rows = [_split(line, separator) for _, line in head]
         except (OSError, UnicodeDecodeError, EOFError, csv.Error) as error:
             raise DatasetFormatError(f"{path} must be a text table: {error}") from None
-        is_header = not any(map(_is_number, rows[0]))
+        first = rows[0]
+        is_header = not any(map(_is_number, first))
         if edge_list and is_header:
             # Ends may be names: then only known words or numbers below tell a header.
-            words = {word.lower() for word in rows[0]}
-            is_header = bool(words & _EDGE_WORDS) or any(map(_is_number, rows[-1][:2]))
-        if names is not None and len(rows[0]) > 1 and rows[0][0] in names:
+            known = {word.lower() for word in first}
+            is_header = bool(known & _EDGE_WORDS) or any(map(_is_number, rows[-1][:2]))
+        if names is not None and len(first) > 1 and first[0] in names:
             is_header = False  # it begins with the name of a node
+        numbered = [str(i) for i in range(len(first))]  # as pandas names columns without names
+        if any(word in words or word.lower() in words for word in first) or (
+            len(first) > 1 and first == ["", *numbered[:-1]]
+        ):
+            is_header = True
+        elif words and len(first) > 2 and first == numbered:
+            is_header = True
+            warnings.warn(
+                f"{path} begins with {', '.join(first[:3])}, ...: taken for the names that pandas "
+                f"gives to columns; if it is the first node, write a header above it",
+                DataWarning,
+                stacklevel=3,
+            )
         skip = head[0][0] + is_header
-        return cls(path, rows[0] if is_header else [], len(rows[0]), separator, skip)
+        header = first if is_header else []
+        return cls(path, header, len(first), separator, skip, head[0][0] + 1)
 
     @classmethod
     def _read_parquet(cls, path: Path) -> _Table:
@@ -410,9 +468,8 @@ class _Table:
     def _load(self, columns: Sequence[int], dtype: Any) -> npt.NDArray[Any]:
         try:
             with _open_text(self.path) as file:
-                lines = (line for line in itertools.islice(file, self.skip, None) if _is_data(line))
                 return np.loadtxt(
-                    lines,
+                    self._lines(file),
                     dtype=dtype,
                     comments=None,
                     delimiter=self.separator,
@@ -420,12 +477,14 @@ class _Table:
                     quotechar='"',
                     ndmin=2,
                 )
+        except DatasetFormatError:
+            raise
         except (ValueError, IndexError, UnicodeDecodeError, OSError, EOFError) as error:
             text = " ".join(str(error).split()).partition("; use")[0][:160]
             if dtype is not str:
                 with _open_text(self.path) as file:
                     line = next(itertools.islice(file, self.skip, None), "")
-                for column, word in enumerate(_split(line.strip(), self.separator)):
+                for column, word in enumerate(_split(line.rstrip(), self.separator)):
                     if column in columns and not _is_number(word):
                         text = self._not_numeric(column, word)
                         raise DatasetFormatError(text) from None
@@ -433,6 +492,23 @@ class _Table:
                 f"{self.path} must be a table of {self.width} columns: {text} (rows of data count "
                 f"from 0)"
             ) from None
+
+    def _lines(self, file: Iterable[str]) -> Iterator[str]:
+        """Lines of data. NumPy reads chosen columns of a line without a look at how many it has."""
+        for number, line in enumerate(itertools.islice(file, self.skip, None), self.skip + 1):
+            if not _is_data(line):
+                continue
+            if self.separator is None:
+                width = len(line.split())
+            else:
+                width = line.rstrip().count(self.separator) + 1
+            if width != self.width and '"' not in line:
+                raise DatasetFormatError(
+                    f"{self.path} must have as many columns in every line, got {self.width} in "
+                    f"line {self.first} and {width} in line {number}; name every column, and quote "
+                    f"text that holds the separator"
+                )
+            yield line
 
     def _not_numeric(self, column: int, value: str) -> str:
         name = self.header[column] if self.header else f"{column + 1}"

@@ -78,8 +78,9 @@ files of your own:
   --edges     two columns, the ends of each edge, and perhaps a third, its weight; or a matrix.
               Without it: the graph of nearest neighbours of the attributes
   --features  one row of numbers per node, with a header; or a matrix. A column named id, node or
-              node_id (or --ids NAME) names the nodes, which --edges then calls by these names;
-              otherwise nodes are 0, 1, 2, ... in the order of the rows
+              node_id (or --ids NAME), or an index without a name as pandas writes it, names the
+              nodes, which --edges then calls by these names; otherwise nodes are 0, 1, 2, ... in
+              the order of the rows
   --labels    a column of the attribute table, or a file: one label per node, or node and label
   tables: .csv .tsv .txt, .parquet (needs pyarrow); matrices: .npz of SciPy, .mtx, .npy
 

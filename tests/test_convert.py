@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,24 @@ def test_weights_count_once_with_the_largest(tmp_path: Path) -> None:
     (tmp_path / "e.csv").write_text("a,b,w\n" + "\n".join(lines) + "\n")
     ds = fc.load_dataset(convert(tmp_path / "graph", tmp_path / "e.csv"))
     assert same(ds.adjacency, expected(EDGES, 6, weights))
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (",source,target", "an index column without a name before source, target"),
+        ('"","source","target"', "an index column without a name before source, target"),
+        ("id\tsource\ttarget", "got the columns id, source, target; put 'source' and 'target'"),
+    ],
+)
+def test_ends_that_are_not_the_first_columns_are_told(
+    tmp_path: Path, header: str, message: str
+) -> None:
+    mark = "\t" if "\t" in header else ","
+    lines = [mark.join(map(str, (k, *edge))) for k, edge in enumerate(EDGES.tolist())]
+    (tmp_path / "e.txt").write_text("\n".join([header, *lines]) + "\n")
+    with pytest.raises(DatasetFormatError, match=re.escape(message)):
+        convert(tmp_path / "g", tmp_path / "e.txt")
 
 
 def test_parquet(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from fastclust.datasets import DatasetFormatError, DatasetNotFoundError
 from fastclust.memory import InsufficientMemoryError
 from fastclust.tables import load_files
+from fastclust.validation import DataWarning
 
 # 0 - 1 - 2, 0 - 3, with names, attributes and classes
 NAMES = ["ann", "bob", "cy", "di"]
@@ -90,6 +91,76 @@ def test_first_row_with_the_name_of_a_node_is_no_header(folder):
     dataset = load_files("edges.csv", "named.csv", "y.csv", ids="id")
     np.testing.assert_array_equal(dataset.adjacency.toarray(), A)
     assert dataset.labels.tolist() == [1, 0, 1, 0]
+
+
+def test_tables_as_pandas_writes_them(folder):
+    """An index without a name is no attribute and no end of an edge, but names the nodes."""
+    pd = pytest.importorskip("pandas")
+    table = pd.DataFrame(X, columns=["h", "w"])
+    wide = pd.DataFrame(np.c_[X, X])  # columns 0, 1, 2, 3
+    edges = pd.DataFrame(EDGES, columns=["source", "target"])
+    edges.to_csv("links.csv")
+    table.to_csv("x.csv")
+    check_numbered(load_files("links.csv", "x.csv"))
+    pd.read_csv("x.csv").to_csv("x.csv", index=False)  # "Unnamed: 0"
+    check_numbered(load_files("links.csv", "x.csv"))
+    table.to_csv("x.tsv", sep="\t")
+    check_numbered(load_files("links.csv", "x.tsv"))
+    table.set_axis(NAMES).to_csv("x.csv")
+    check(load_files("edges.csv", "x.csv"), named=True)
+    table.assign(id=NAMES).to_csv("x.csv")
+    check(load_files("edges.csv", "x.csv"), named=True)
+
+    for options in ({}, {"index_label": "id"}):
+        wide.to_csv("wide.csv", **options)
+        dataset = load_files("links.csv", "wide.csv")
+        np.testing.assert_array_equal(dataset.features, np.c_[X, X])
+        assert dataset.node_names.tolist() == ["0", "1", "2", "3"]
+    wide.to_csv("wide.csv", index=False)
+    with pytest.warns(DataWarning, match="taken for the names that pandas gives to columns"):
+        dataset = load_files("links.csv", "wide.csv")
+    np.testing.assert_array_equal(dataset.features, np.c_[X, X])
+
+    write("x.csv", ",0.5,1", "2,0,1")  # an attribute is missing: no header
+    with pytest.raises(DatasetFormatError, match="numbers in its attribute columns, got ''"):
+        load_files(features="x.csv")
+
+
+def check_numbered(dataset) -> None:
+    np.testing.assert_array_equal(dataset.adjacency.toarray(), A)
+    np.testing.assert_array_equal(dataset.features, X)
+    assert dataset.node_names.tolist() == ["0", "1", "2", "3"]
+
+
+def test_parquet_with_an_index(folder):
+    pytest.importorskip("pyarrow")
+    pd = pytest.importorskip("pandas")
+    pd.DataFrame(EDGES, columns=["u", "v"], index=[5, 7, 9]).to_parquet("e.parquet")
+    pd.DataFrame(X, columns=["h", "w"], index=NAMES).to_parquet("x.parquet")
+    check(load_files("edges.csv", "x.parquet"), named=True)
+    check(load_files("e.parquet", "plain.csv"))
+
+
+@pytest.mark.parametrize("header", ["id,source,target", "weight,Source,Target", "n,u,v"])
+def test_ends_that_are_not_the_first_columns_are_told(folder, header):
+    write("links.csv", header, *(f"{k},{i},{j}" for k, (i, j) in enumerate(EDGES)))
+    with pytest.raises(
+        DatasetFormatError, match="must have the ends of each edge in its first two"
+    ):
+        load_files("links.csv", "plain.csv")
+
+
+def test_lines_of_other_lengths_are_told(folder):
+    """NumPy would take the first columns of each: half a label, another attribute."""
+    write("y.txt", "red", "dark blue", "dark green", "red")
+    with pytest.raises(DatasetFormatError, match="got 1 in line 1 and 2 in line 2"):
+        load_files("numbers.txt", "plain.csv", "y.txt")
+    write("r.txt", "h w", *(f"{i} {a} {b}" for i, (a, b) in enumerate(X)))  # R's write.table
+    with pytest.raises(DatasetFormatError, match="got 2 in line 1 and 3 in line 2"):
+        load_files("numbers.txt", "r.txt")
+    write("x.csv", "# made by hand", "h,w", *(f"{a},{b}" for a, b in X[:3]), "0,0,5")
+    with pytest.raises(DatasetFormatError, match="got 2 in line 2 and 3 in line 6"):
+        load_files("numbers.txt", "x.csv")
 
 
 def test_home_of_every_path(folder, monkeypatch):
@@ -171,7 +242,7 @@ def test_attributes_alone_make_a_nearest_neighbour_graph(folder):
         (("one.txt", "plain.csv"), "must have two columns"),
         (("far.txt", "plain.csv"), r"node numbers 0..3, one per row .* got 1..4; numbers count"),
         (("negative.txt", "plain.csv"), "no negative weights, got -1"),
-        (("ragged.csv", "plain.csv"), "must be a table of 2 columns: .*row 2"),
+        (("ragged.csv", "plain.csv"), "in every line, got 2 in line 1 and 1 in line 3"),
         (("numbers.txt", "empty.csv"), "must hold a table, got no line of data"),
         (("numbers.txt", "binary.csv"), "must be a text table"),
         (("numbers.txt", "field.csv"), "must be a text table: field larger than field limit"),
