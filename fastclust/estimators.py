@@ -417,8 +417,8 @@ class _TrainedClusterer(_GraphClusterer):
             Present for scikit-learn; never read.
         adjacency : scipy sparse, array [N, N], torch tensor, edge index [2, E] or networkx graph
             The graph; None takes the symmetric ``n_neighbors`` nearest-neighbour graph of X. A
-            square pandas table is put in the order of the index of X where both name the same
-            nodes; otherwise row i of one belongs to row i of the other.
+            square pandas table and a networkx graph are put in the order of the index of X where
+            both name the same nodes; otherwise row i of one belongs to row i of the other.
 
         Returns
         -------
@@ -447,13 +447,10 @@ class _TrainedClusterer(_GraphClusterer):
         rule = {key: self.resolved_[key] for key in ("epochs", "optimizer", "lr")}
         identity = None
         if self.checkpoint_dir is not None or ranks.size > 1:
+            settings = _jsonable_params(self, self.seed_)
             identity = {
                 "estimator": type(self).__name__,
-                **{
-                    k: v
-                    for k, v in _jsonable_params(self, self.seed_).items()
-                    if k not in _RUN_ONLY
-                },
+                **{key: value for key, value in settings.items() if key not in _RUN_ONLY},
                 **rule,
                 "data": _digest(features, graph),
             }
@@ -663,7 +660,7 @@ class HSAN(_TrainedClusterer):
         released = self.protocol == "paper-code"
         optimizer = self._optimizer()
         averaged = optimizer == "averaged"
-        epochs = self.epochs or (AVERAGED_EPOCHS if averaged else PUBLISHED_EPOCHS)
+        epochs = int(self.epochs or (AVERAGED_EPOCHS if averaged else PUBLISHED_EPOCHS))
         lr = self.lr
         if lr is None:
             lr = min(AVERAGED_PATH / epochs, AVERAGED_LR_MAX) if averaged else 1e-3
@@ -883,7 +880,7 @@ checkpoint_dir, checkpoint_every, resume, verbose
             unit = norm == "rw"
         self.resolved_ = {
             "n_clusters": self.n_clusters_,
-            "epochs": self.epochs,
+            "epochs": int(self.epochs),
             "lr": 1e-4 if self.lr is None else float(self.lr),
             "optimizer": self.optimizer or "adam",
             "rank": None if self.second_view == "attributes" else self._rank(*features.shape),

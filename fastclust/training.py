@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
@@ -647,8 +648,8 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 def parse_interval(every: int | str) -> tuple[int, float]:
     """``checkpoint_every`` as (epochs, 0) or (0, seconds)."""
-    if isinstance(every, int) and not isinstance(every, bool) and every > 0:
-        return every, 0.0
+    if isinstance(every, Integral) and not isinstance(every, bool) and every > 0:
+        return int(every), 0.0
     if isinstance(every, str):
         with contextlib.suppress(ValueError):
             if every.endswith("s") and float(every[:-1]) >= 0:

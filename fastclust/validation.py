@@ -134,12 +134,17 @@ def check_adjacency(
 
 
 def align_adjacency(adjacency: Any, features: Any = None) -> Any:
-    """Put an adjacency that is a pandas table into the order of the nodes; others pass.
+    """Put a pandas table or a networkx graph into the order of the nodes; others pass.
 
     The columns of a square table are brought into the order of its index where both bear the same
-    names, and both into the order of the index of ``features`` where that is a table of the same
-    names. Other names say nothing about order: rows are then taken as they stand.
+    names, and both, or the nodes of a graph, into the order of the index of ``features`` where that
+    is a table of the same names. Other names say nothing about order: rows are then taken as they
+    stand.
     """
+    if _is_networkx(adjacency) and hasattr(features, "iloc"):
+        order = features.index
+        if order.is_unique and set(order) == set(adjacency.nodes):
+            return _networkx_to_csr(adjacency, list(order))
     if not hasattr(adjacency, "iloc") or getattr(adjacency, "ndim", 0) != 2:
         return adjacency
     order = adjacency.index
@@ -244,9 +249,10 @@ def check_labels(labels: Any, n_nodes: int | None = None, *, name: str = "labels
     TypeError
         The labels cannot be sorted.
     ValueError
-        Not one-dimensional, empty, of the wrong length, or NaN.
+        Not one-dimensional, empty, of the wrong length, NaN or otherwise missing.
     """
-    array = np.asarray(_to_host(labels))
+    values = _to_host(labels)
+    array = np.asarray(values)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1:
@@ -259,11 +265,35 @@ def check_labels(labels: Any, n_nodes: int | None = None, *, name: str = "labels
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ValueError(f"{name} must not hold NaN or infinite values; drop unlabelled nodes")
+    n_missing = _count_missing(values, array)
+    if n_missing:
+        raise ValueError(
+            f"{name} must not hold missing values, got {n_missing}; drop unlabelled nodes"
+        )
     try:
         _, inverse = np.unique(array, return_inverse=True)
     except TypeError as error:
         raise TypeError(f"{name} must hold labels of one sortable type: {error}") from None
     return inverse.reshape(-1).astype(np.int64)
+
+
+def _count_missing(values: Any, array: npt.NDArray[Any]) -> int:
+    """How many of ``values``, which are ``array`` to NumPy, stand for no value.
+
+    NumPy sorts NaN among other objects, makes text of it among words, and forgets masks.
+    """
+    if np.ma.isMaskedArray(values):
+        return int(np.ma.count_masked(values))
+    if array.dtype.kind in "mM":
+        return int(np.isnat(array).sum())
+    if array.dtype.kind == "O":
+        values = array.tolist()
+    elif array.dtype.kind not in "US" or not isinstance(values, (list, tuple)):
+        return 0
+    return sum(
+        value is None or type(value).__name__ == "NAType" or bool(value != value)
+        for value in values
+    )
 
 
 def check_n_clusters(n_clusters: Any, n_nodes: int | None = None, *, minimum: int = 2) -> int:
@@ -418,7 +448,7 @@ def _as_csr(adjacency: Any, n_nodes: int | None, name: str) -> sp.csr_array:
             raise ValueError(f"{name} must be 2-dimensional, got shape {adjacency.shape}")
         _require_real(adjacency.dtype, name)
         return _checked_csr(adjacency, name)
-    if hasattr(adjacency, "number_of_nodes") and hasattr(adjacency, "adj"):
+    if _is_networkx(adjacency):
         return _networkx_to_csr(adjacency)
 
     array = _as_array(adjacency, name)
@@ -457,12 +487,18 @@ def _edge_index_pair(array: Any, n_nodes: int | None, name: str) -> tuple[Any, A
     return array[0].astype(np.int64), array[1].astype(np.int64)
 
 
-def _networkx_to_csr(graph: Any) -> sp.csr_array:
+def _is_networkx(graph: Any) -> bool:
+    return hasattr(graph, "number_of_nodes") and hasattr(graph, "adj")
+
+
+def _networkx_to_csr(graph: Any, nodes: list[Any] | None = None) -> sp.csr_array:
+    """A networkx graph as CSR, its nodes as they are listed."""
     import networkx as nx
 
-    nodes = list(graph.nodes)
-    if set(nodes) == set(range(len(nodes))):
-        nodes.sort()
+    if nodes is None:
+        nodes = list(graph.nodes)
+        if set(nodes) == set(range(len(nodes))):
+            nodes.sort()
     if not nodes:
         return sp.csr_array((0, 0), dtype=np.float32)
     return sp.csr_array(nx.to_scipy_sparse_array(graph, nodelist=nodes, format="csr"))
@@ -505,6 +541,11 @@ def _torch_to_host(tensor: torch.Tensor) -> Any:
 def _as_array(value: Any, name: str) -> Any:
     """Anything array-like as a NumPy array of real numbers or booleans."""
     value = _to_host(value)
+    if np.ma.is_masked(value):
+        raise ValueError(
+            f"{name} must have no masked entries, got {np.ma.count_masked(value)}; fill them or "
+            f"drop their rows"
+        )
     if value is None or isinstance(value, (str, bytes, dict)):
         raise TypeError(f"{name} must be an array, sparse matrix or tensor, got {value!r:.60}")
     try:

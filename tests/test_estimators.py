@@ -125,6 +125,16 @@ def test_tables_and_foreign_arrays(two_blocks):
         fitted = QUICK["ecnmf"]().fit(table, adjacency=graph_like)
         assert fitted.embedding_.tobytes() == expected.embedding_.tobytes()
     assert list(fitted.feature_names_in_) == list(table.columns)
+    # as do the nodes of a networkx graph, which come in the order of the edges
+    linked = nx.from_pandas_adjacency(graph.iloc[shuffled, shuffled])
+    fitted = QUICK["ecnmf"]().fit(table, adjacency=linked)
+    assert fitted.embedding_.tobytes() == expected.embedding_.tobytes()
+    numbers = nx.from_scipy_sparse_array(adjacency)
+    fitted = QUICK["ecnmf"]().fit(pd.DataFrame(x).iloc[shuffled], adjacency=numbers)
+    assert np.array_equal(
+        fitted.labels_,
+        QUICK["ecnmf"]().fit(x[shuffled], adjacency=adjacency[shuffled][:, shuffled]).labels_,
+    )
     # names that the table of attributes does not know say nothing about order
     numbered = QUICK["ecnmf"]().fit(pd.DataFrame(x), adjacency=graph)
     assert np.array_equal(numbered.labels_, expected.labels_)
@@ -160,6 +170,26 @@ def test_runs_repeat_and_seeds_matter(model, two_blocks):
         c = QUICK[model](random_state=7).fit(x, adjacency=adjacency)
         assert a.embedding_.tobytes() != c.embedding_.tobytes()
         QUICK[model](random_state=np.random.RandomState(0)).fit(x, adjacency=adjacency)
+
+
+@trained_model
+@pytest.mark.parametrize("dtype", [np.int64, np.int32])
+def test_numpy_numbers_as_settings(model, dtype, two_blocks, tmp_path):
+    """A search over np.arange gives such: the checkpoint failed after the epochs it was to keep."""
+    adjacency, x, _ = two_blocks
+    plain = QUICK[model]().fit(x, adjacency=adjacency)
+    fitted = QUICK[model](
+        epochs=dtype(3),
+        width=dtype(8),
+        eval_every=dtype(10),
+        checkpoint_dir=tmp_path,
+        checkpoint_every=dtype(1),
+    )
+    fitted.fit(x, adjacency=adjacency)
+    assert np.array_equal(fitted.labels_, plain.labels_)
+    assert type(fitted.n_iter_) is int
+    resumed = QUICK[model](checkpoint_dir=tmp_path, resume=True).fit(x, adjacency=adjacency)
+    assert np.array_equal(resumed.labels_, plain.labels_)
 
 
 @every_model

@@ -118,7 +118,7 @@ def test_bad_labels_are_refused(y_true, y_pred, message):
 
 def test_labels_of_mixed_type_are_refused():
     with pytest.raises(TypeError, match="y_true must hold labels of one sortable type"):
-        metrics.clustering_scores(np.array([0, "a", None], dtype=object), [0, 1, 2])
+        metrics.clustering_scores(np.array([0, "a", 1.5], dtype=object), [0, 1, 2])
 
 
 def test_internal_scores_equal_scikit_learn():

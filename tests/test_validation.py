@@ -302,6 +302,43 @@ def test_labels():
 
 
 @pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([0, 1, np.nan, 1], dtype=object),
+        ["a", "b", float("nan"), "b"],  # NumPy makes it "nan", a class like the others
+        ["a", "b", None, "b"],
+        np.array(["2020-01-01", "NaT", "2020-01-02", "NaT"], dtype="datetime64[D]"),
+        np.ma.masked_array([0, 1, 5, 1], [False, False, True, False]),
+    ],
+    ids=["object", "words", "None", "dates", "masked"],
+)
+def test_missing_labels_are_no_class(labels):
+    with pytest.raises(ValueError, match=r"labels must not hold missing values, got [12]; drop"):
+        check_labels(labels)
+
+
+def test_missing_labels_of_pandas_are_no_class():
+    pd = pytest.importorskip("pandas")
+    for values, dtype in (
+        (["a", None, "b"], None),
+        (["a", None, "b"], "category"),
+        ([True, None, False], "boolean"),
+        ([1, None, 2], object),
+    ):
+        with pytest.raises(ValueError, match="labels must not hold"):
+            check_labels(pd.Series(values, dtype=dtype))
+
+
+def test_masked_values_are_refused():
+    masked = np.ma.masked_array(np.ones((3, 3)), np.eye(3, dtype=bool))
+    with pytest.raises(ValueError, match="features must have no masked entries, got 3; fill"):
+        check_features(masked)
+    with pytest.raises(ValueError, match="adjacency must have no masked entries, got 3; fill"):
+        check_adjacency(masked)
+    np.testing.assert_array_equal(check_features(np.ma.masked_array(np.ones((2, 2)))), 1)
+
+
+@pytest.mark.parametrize(
     ("n_clusters", "n_nodes", "error", "message"),
     [
         (1, 10, ValueError, "n_clusters must be at least 2, got 1"),
