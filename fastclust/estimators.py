@@ -452,7 +452,7 @@ class _TrainedClusterer(_GraphClusterer):
                 "estimator": type(self).__name__,
                 **{key: value for key, value in settings.items() if key not in _RUN_ONLY},
                 **rule,
-                "data": _digest(features, graph),
+                "data": data_digest(features, graph),
             }
             ranks.check_same(identity)
         callbacks = [] if self.callbacks is None else self.callbacks
@@ -1259,7 +1259,9 @@ def _jsonable_params(estimator: BaseEstimator, seed: int) -> dict[str, Any]:
     return out
 
 
-def _digest(features: Features, graph: sp.csr_array) -> str:
+def data_digest(
+    features: Features, graph: sp.csr_array, labels: npt.NDArray[np.int64] | None = None
+) -> str:
     """SHA-256 of the data, in hexadecimal."""
     digest = hashlib.sha256()
     arrays = [graph.indptr, graph.indices, graph.data]
@@ -1267,6 +1269,8 @@ def _digest(features: Features, graph: sp.csr_array) -> str:
         arrays.append(features)
     else:
         arrays += [features.indptr, features.indices, features.data]
+    if labels is not None:
+        arrays.append(labels)
     for array in arrays:
         digest.update(f"{array.shape}{array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).data)

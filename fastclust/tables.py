@@ -52,7 +52,6 @@ _EDGE_WORDS = frozenset(itertools.chain(*_EDGE_PAIRS))
 # What pandas and R call the column of an index without a name, in text, read again, in Parquet.
 INDEX_NAMES = ("", "Unnamed: 0", "__index_level_0__")
 _MATRICES = (".npz", ".mtx", ".npy")
-_N_NEIGHBORS = 10
 
 PathLike = str | os.PathLike[str]
 
@@ -63,6 +62,7 @@ def load_files(
     labels: str | os.PathLike[str] | None = None,
     *,
     ids: str | None = None,
+    n_neighbors: int = 10,
 ) -> Dataset:
     """Read an attributed graph from files of one's own.
 
@@ -72,7 +72,7 @@ def load_files(
         A table of two columns, the ends of each undirected edge, and optionally a third, its
         weight; an edge that is listed again counts once, with its largest weight. An index column
         without a name, as pandas writes it, is left out. Or a square matrix. Without it: the graph
-        of 10 nearest neighbours of the attributes.
+        of ``n_neighbors`` nearest neighbours of the attributes.
     features : path
         The attributes, a table of numbers or a matrix [N, D].
     labels : str or path, optional
@@ -81,6 +81,8 @@ def load_files(
     ids : str, optional
         The column of the attribute table that names the nodes; by default ``id``, ``node`` or
         ``node_id``, where there is one, or the index column without a name.
+    n_neighbors : int, default 10
+        Of the graph made of the attributes where no edges are given.
 
     Returns
     -------
@@ -129,7 +131,7 @@ def load_files(
     n = int(matrix.shape[0])
 
     if edges is None:
-        adjacency = nearest_neighbor_graph(matrix, _N_NEIGHBORS)
+        adjacency = nearest_neighbor_graph(matrix, n_neighbors)
     else:
         adjacency = _adjacency(_existing(edges), n, names)
     classes = None

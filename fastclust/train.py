@@ -29,7 +29,7 @@ from fastclust import cli, distributed, metrics, report
 from fastclust._library import _C
 from fastclust.cli import Interrupted, UsageError, note
 from fastclust.datasets import Dataset, is_dataset_path, load_dataset
-from fastclust.estimators import ECNMF, HSAN, PRECISIONS, SSGC
+from fastclust.estimators import ECNMF, HSAN, PRECISIONS, SSGC, data_digest
 from fastclust.files import as_json, write_atomically
 from fastclust.info import cpu_name, versions
 from fastclust.rundir import RunDirectory, read_toml
@@ -261,13 +261,15 @@ def resolve(settings: dict[str, Any]) -> tuple[Plan, Dataset]:
             )
         settings[key] = cli.convert(key, value, hints[key])
     # Before the data are read and anything is printed or moved: fit would refuse them as well.
-    MODELS[model](**settings)._validate_params()
+    checked = MODELS[model](**settings)
+    checked._validate_params()
     check_device(settings.get("device", "auto"))
 
     is_path = is_dataset_path(dataset_name)
     if files:
         files = {key: _absolute(key, value) for key, value in files.items()}
-        dataset = load_files(**files)
+        read: dict[str, Any] = {**files, "n_neighbors": checked.n_neighbors}
+        dataset = load_files(**read)
         dataset_name = dataset.name
         preset = MODELS[model]()
     elif is_path:
@@ -520,7 +522,9 @@ def _peak_resident() -> int:
 # --- the run -----------------------------------------------------------------------------------
 
 
-def summarise(plan: Plan, dataset: Dataset, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(
+    plan: Plan, dataset: Dataset, runs: list[dict[str, Any]], digest: str
+) -> dict[str, Any]:
     """The content of ``result.json``."""
     names = list(runs[0]["metrics"]) if runs else []
     # A score that is not defined, such as the silhouette of one cluster, is None as in the file.
@@ -542,6 +546,7 @@ def summarise(plan: Plan, dataset: Dataset, runs: list[dict[str, Any]]) -> dict[
         # Estimated, it may differ between seeds: then it is that of the first.
         "n_clusters": (runs[0]["resolved"] if runs else plan.parameters)["n_clusters"],
         "labelled": dataset.labels is not None,
+        "data": digest,
         "complete": len(runs) == len(plan.seeds),
         "runs": runs,
         "mean": {name: float(np.mean(values)) for name, values in columns.items()},
@@ -577,6 +582,12 @@ def run(
     """
     before = ranks.from_first(directory.read_result) if directory is not None and resume else None
     finished = {run["seed"]: run for run in before["runs"]} if before else {}
+    digest = data_digest(dataset.features, dataset.adjacency, dataset.labels)
+    if directory is not None and before and finished and before.get("data", digest) != digest:
+        raise UsageError(
+            f"--resume must go on with the same data: the data of {directory.root} have changed "
+            f"since its finished seeds were trained; begin anew in another directory"
+        )
     if directory is not None:
         # Seeds of an earlier call stay in the results.
         seeds = list(dict.fromkeys([*plan.seeds[:1], *finished, *plan.seeds]))
@@ -607,11 +618,11 @@ def run(
             raise Interrupted(f"seed {seed}: {what}; {advice}") from None
         runs.append(as_json(entry))
         if directory is not None:
-            result = as_json(summarise(plan, dataset, runs))
+            result = as_json(summarise(plan, dataset, runs, digest))
             # Where it fails the scores are still shown; the checkpoint holds the trained state.
             keep = partial(keep_seed, directory, seed, estimator, dataset, history, result)
             failure = ranks.from_first(keep) or failure
-    return as_json(summarise(plan, dataset, runs)), failure
+    return as_json(summarise(plan, dataset, runs, digest)), failure
 
 
 def open_folder(directory: RunDirectory, seed: int) -> Path:

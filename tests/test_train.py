@@ -22,7 +22,7 @@ import torch
 
 import fastclust
 from fastclust import cli, train
-from fastclust.datasets import load_dataset
+from fastclust.datasets import load_dataset, nearest_neighbor_graph
 from fastclust.estimators import ECNMF
 from fastclust.metrics import clustering_scores
 from fastclust.rundir import RunDirectory
@@ -351,6 +351,18 @@ def test_own_tables_and_exact_repetition(
     assert code == 0, err
 
 
+def test_neighbors_of_a_graph_made_from_attributes(
+    capsys: pytest.CaptureFixture[str], parts: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    x = parts["x_data"].reshape(60, 8)
+    np.savetxt(tmp_path / "x.csv", x, delimiter=",", header="a,b,c,d,e,f,g,h", comments="")
+    run = ("--features", str(tmp_path / "x.csv"), "--model", "ssgc", "--n-clusters", "3", "--json")
+    for n_neighbors in (3, 10):
+        out = call(capsys, *run, "--set", f"n_neighbors={n_neighbors}")[1]
+        expected = nearest_neighbor_graph(x.astype(np.float32), n_neighbors).nnz
+        assert json.loads(out)["n_edges"] == expected
+
+
 def test_back_end_and_what_it_was_chosen_by_are_recorded(
     capsys: pytest.CaptureFixture[str], unlabelled: str, tmp_path: Path
 ) -> None:
@@ -598,6 +610,30 @@ def test_data_that_disappeared_or_changed(
     edges.unlink()
     code, _, err = call(capsys, "--out", out, "--resume")
     assert code == 2 and f"{edges} does not exist" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("changed", ["x_data", "labels"])
+@pytest.mark.parametrize("model", ["ecnmf", "ssgc"])
+def test_finished_seeds_of_other_data_are_not_mixed_in(
+    model: str,
+    changed: str,
+    capsys: pytest.CaptureFixture[str],
+    parts: dict[str, np.ndarray],
+    tmp_path: Path,
+) -> None:
+    data, out = tmp_path / "data.npz", tmp_path / "out"
+    np.savez(data, **parts)
+    run = ["--dataset", str(data), "--model", model, "--out", str(out)]
+    run += ["--epochs", "2", *SMALL] if model == "ecnmf" else []
+    assert call(capsys, *run)[0] == 0
+    np.savez(data, **(parts | {changed: parts[changed][::-1]}))
+    before = (out / "result.json").read_bytes(), (out / "config.toml").read_bytes()
+    for seeds in ("0", "0-1"):
+        code, _, err = call(capsys, *run, "--resume", "--seeds", seeds)
+        assert code == 2 and f"the data of {out} have changed since" in err
+    assert before == ((out / "result.json").read_bytes(), (out / "config.toml").read_bytes())
+    np.savez(data, **parts)
+    assert call(capsys, *run, "--resume", "--seeds", "0-1")[0] == 0
 
 
 def test_a_damaged_checkpoint_is_told_and_survived(
