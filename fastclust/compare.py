@@ -130,6 +130,9 @@ COLUMNS = (
     "peak_memory_bytes", "variant", "selected_epoch",
 )  # fmt: skip
 
+# Hyper-parameters that an option decides: train_command gives it to every run.
+OWN_OPTIONS = ("protocol", "precision", "device")
+
 # What tells one row from another.
 KEY = ("dataset", "model", "protocol", "variant", "selection", "seed")
 
@@ -290,7 +293,7 @@ def finished_runs(root: Path) -> Iterator[tuple[str, Method, Path]]:
         preset = MODELS[method.model].for_dataset(folder.parent.name, **settings).get_params()
         changes = [
             f"{key} {config[key]}"
-            for key in sorted(config.keys() & hints.keys() - {"device", "n_clusters"})
+            for key in sorted(config.keys() & hints.keys() - {"device"})
             if str(config[key]).lower() != str(preset[key]).lower()
         ]
         parts = [part for part in (method.variant, *changes) if part]
@@ -567,7 +570,7 @@ def page(
         "**oracle** is the evaluated epoch with the best accuracy by the true labels, the protocol "
         "of most published numbers: nobody without labels can choose it. Published numbers were "
         "not measured here. In brackets: the protocol, where it is not the standard one, and "
-        "settings that differ from the preset.",
+        "settings that differ from the preset, except those that the command above gives to all.",
         f"## Seeds finished\n\n{progress(rows, datasets)}\n\nAn empty cell, or one below ten, is a "
         "run that was not made, or not finished. What is wanted for a graph and a model:\n\n```\n"
         "python -m fastclust.compare --datasets NAME --models MODEL --protocol standard,paper-code "
@@ -801,6 +804,13 @@ def _settings(
         key, equals, value = text.partition("=")
         if not equals or not any(key in MODELS[m]().get_params() for m in models):
             raise UsageError(f"{option} must be KEY=VALUE with a hyper-parameter, got {text!r}")
+        if key in OWN_OPTIONS:
+            raise UsageError(f"use --{key} instead of {option} {key}")
+        if key == "selection":
+            raise UsageError(
+                f"{option} selection is not for comparisons: they train to the last epoch, and "
+                f"results.csv has the epoch of every rule"
+            )
         yield key, value
 
 

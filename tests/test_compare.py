@@ -212,6 +212,18 @@ def test_collecting_runs_nothing_and_names_what_differs_from_the_preset(
     assert made.strip() in (tmp_path / "again" / "results.md").read_text()
 
 
+def test_another_number_of_clusters_differs_from_the_preset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--datasets", "digits", "--seeds", "0", "--models", "ssgc", "--out", str(tmp_path))
+    code, _, err = call(capsys, *given, "--set", "n_clusters=4", "--set", "n_init=2", "--quiet")
+    assert code == 0, err
+    assert "those that the command above gives to all" in (tmp_path / "results.md").read_text()
+    collect = ("--datasets", "digits", "--collect", str(tmp_path), "--out", str(tmp_path / "made"))
+    code, printed, err = call(capsys, *collect)
+    assert code == 0 and "| ssgc (n_clusters 4, n_init 2) | last |" in printed, err
+
+
 def test_a_sweep_makes_a_variant_and_a_point_of_each_value(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,6 +280,9 @@ def test_a_method_that_fails_is_told_and_the_others_go_on(
         (("--datasets", "corra"), "did you mean cora?"),
         (("--models", "hsam"), "did you mean hsan?"),
         (("--set", "widht=3"), "--set must be KEY=VALUE with a hyper-parameter, got 'widht=3'"),
+        (("--set", "selection=inertia"), "--set selection is not for comparisons"),
+        (("--sweep", "protocol=paper-code"), "use --protocol instead of --sweep protocol"),
+        (("--set", "precision=bf16"), "use --precision instead of --set precision"),
         (("--sweep", "rank"), "--sweep must be KEY=VALUE with a hyper-parameter, got 'rank'"),
         (("--out", "/dev/null/x"), "--out must be a directory"),
     ],
