@@ -242,6 +242,17 @@ class _GraphClusterer(
             )
         return features, graph, device
 
+    def _tell_of_one_cluster(self) -> None:
+        """Warn where all nodes fell into one of several clusters."""
+        if self.n_clusters_ > 1 and np.all(self.labels_ == self.labels_[0]):
+            warnings.warn(
+                f"all nodes are in one of the {self.n_clusters_} clusters asked for: attributes "
+                f"may look alike to the method; see whether they are constant, very small, or far "
+                f"from 0, which wants centring",
+                DataWarning,
+                stacklevel=5,
+            )
+
     def _memory_needed(self, n_nodes: int, n_features: int) -> int:
         """Bytes that a fit holds at once at least: parameters, their optimiser, embeddings."""
         raise NotImplementedError
@@ -475,6 +486,7 @@ class _TrainedClusterer(_GraphClusterer):
         self.parameters_ = result.parameters | {k: v.cpu() for k, v in basis.items()}
         self.history_, self.n_iter_ = result.history, self.resolved_["epochs"]
         self.selected_epoch_ = result.epoch
+        self._tell_of_one_cluster()
         return self
 
 
@@ -1127,6 +1139,7 @@ class SSGC(_GraphClusterer):
         }
         self.history_, self.n_iter_ = [], 0
         self.parameters_ = {"centers": result.centers.cpu(), **info["projection"]}
+        self._tell_of_one_cluster()
         return self
 
     def _embed(

@@ -362,6 +362,25 @@ def test_a_number_of_clusters_that_is_a_guess_is_told():
         estimate_n_clusters(x, adjacency)
 
 
+def test_halves_that_do_not_split_do_not_agree(two_blocks):
+    """Two clusterings into one cluster are equal, which says nothing about their number."""
+    adjacency, _, _ = two_blocks
+    with pytest.warns(DataWarning, match="found no number of clusters that two halves"):
+        _, evidence = estimate_n_clusters(np.ones((60, 8), np.float32), adjacency)
+    assert max(evidence["agreement"]) == 0
+
+
+@every_model
+def test_clusters_that_fall_into_one_are_told(model, two_blocks):
+    adjacency, x, _ = two_blocks
+    with pytest.warns(DataWarning, match="all nodes are in one of the 2 clusters asked for"):
+        fitted = QUICK[model]().fit(np.zeros_like(x), adjacency=adjacency)
+    assert len(np.unique(fitted.labels_)) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        QUICK[model]().fit(x, adjacency=adjacency)
+
+
 @every_model
 def test_auto_clusters(model, tmp_path):
     adjacency, x = planted(3, seed=3)

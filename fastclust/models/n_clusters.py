@@ -20,6 +20,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import scipy.sparse as sp
 import torch
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
@@ -107,10 +108,7 @@ def estimate_n_clusters(
                     for k in candidates
                 ]
             )
-        scores[split] = [
-            (adjusted_rand_score(*pair) + adjusted_mutual_info_score(*pair)) / 2
-            for pair in zip(*halves, strict=True)
-        ]
+        scores[split] = [_agreement(*pair) for pair in zip(*halves, strict=True)]
     agreement = scores.mean(axis=0)
     enough = agreement >= _NEAR_BEST * agreement.max()
     best = candidates[int(enough.argmax())]
@@ -126,3 +124,11 @@ def estimate_n_clusters(
         "n_clusters": list(candidates),
         "agreement": [round(float(value), 4) for value in agreement],
     }
+
+
+def _agreement(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> float:
+    """What two clusterings have in common; nothing where one of them does not split the nodes."""
+    if min(np.unique(first).size, np.unique(second).size) < 2:
+        return 0.0  # both scores call two such clusterings equal
+    rand = adjusted_rand_score(first, second)
+    return float(rand + adjusted_mutual_info_score(first, second)) / 2
