@@ -561,7 +561,8 @@ def _as_array(value: Any, name: str) -> Any:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{name} must be numeric, got dtype {array.dtype}: {error}") from None
     _require_real(array.dtype, name)
-    return array
+    # SciPy knows no matrix of another byte order.
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _checked_csr(matrix: Any, name: str) -> sp.csr_array:

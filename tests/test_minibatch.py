@@ -67,6 +67,16 @@ def test_a_pass_takes_every_node_once(order: Any) -> None:
     )
 
 
+def test_no_batch_of_parts_is_empty() -> None:
+    for n in range(3, 14):
+        for batch_size in range(2, n):
+            batches = Batches(n, batch_size, seed=n, order=np.arange(n))
+            steps = [batches(step) for step in range(20 * batches.per_pass)]
+            assert min(map(len, steps)) > 0, (n, batch_size)
+            first_pass = torch.cat(steps[: batches.per_pass])
+            assert first_pass.sort().values.tolist() == list(range(n))
+
+
 def test_partition_keeps_edges_inside() -> None:
     graph = fc.Graph(DS.adjacency)
     order = partition(graph, 8, seed=0)

@@ -46,6 +46,7 @@ def assert_canonical(matrix: sp.csr_array) -> None:
         PATH.astype(bool),
         PATH.astype(np.uint8),
         PATH.astype(np.float16),
+        PATH.astype(">f8"),
         PATH.tolist(),
         *(sp.csr_array(PATH).asformat(f) for f in ("csr", "csc", "coo", "bsr", "lil", "dok")),
         sp.csr_matrix(PATH.astype(np.int64)),

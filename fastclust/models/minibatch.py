@@ -91,7 +91,7 @@ class Batches:
         self.per_pass = -(-n_nodes // batch_size)
         self.parts = None
         if order is not None:
-            self.parts = np.array_split(order, self.per_pass * _PARTS_PER_BATCH)
+            self.parts = np.array_split(order, _count_parts(n_nodes, batch_size))
         self._pass: tuple[int, list[npt.NDArray[np.int64]]] | None = None
 
     def __call__(self, step: int) -> Tensor:
@@ -106,6 +106,11 @@ class Batches:
                 cut = [np.concatenate([self.parts[p] for p in group]) for group in drawn]
             self._pass = number, [np.sort(nodes) for nodes in cut]
         return torch.from_numpy(self._pass[1][position])
+
+
+def _count_parts(n_nodes: int, batch_size: int) -> int:
+    """The same number for each batch, so few that no batch is made of empty ones only."""
+    return -(-n_nodes // batch_size) * min(_PARTS_PER_BATCH, batch_size)
 
 
 def partition(graph: Graph, n_parts: int, seed: int) -> npt.NDArray[np.int64]:
@@ -438,5 +443,5 @@ def _batches(graph: Graph, batch_size: int, batching: Batching, seed: int) -> Ba
     n = graph.n_nodes
     order = None
     if batching == "partition":
-        order = partition(graph, -(-n // batch_size) * _PARTS_PER_BATCH, seed)
+        order = partition(graph, _count_parts(n, batch_size), seed)
     return Batches(n, batch_size, seed, order)
