@@ -533,8 +533,9 @@ class HSAN(_TrainedClusterer):
         labels, which no setting here reproduces: a label-blind ``selection`` takes its place.
     optimizer : {"adam", "averaged", "accumulated"}, optional
         ``"standard"`` takes ``"averaged"``: cleared gradients, stepping along the mean of all of
-        them over the root of their mean square. See docs/evaluation.md: with plain Adam and cleared
-        gradients accuracy falls by 34 points on cora, 20 on bat and 2.5 on eat.
+        them over the root of their mean square; alpha, the weight of the attributes' similarity, is
+        kept in [0, 1], where it is free with the others. See docs/evaluation.md: with plain Adam
+        and cleared gradients accuracy falls by 34 points on cora, 20 on bat and 2.5 on eat.
     stale_weights : bool, optional
         Whether pairs that leave the confident set keep their weight (paper-code) or go back to 1.
     weight_storage : {"auto", "snapshots", "stored"}, default "auto"
