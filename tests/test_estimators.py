@@ -22,6 +22,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastclust as fc
 from fastclust.callbacks import TensorBoard
+from fastclust.models import n_clusters
 from fastclust.models.n_clusters import estimate_n_clusters
 from fastclust.presets import PRESETS
 from fastclust.validation import DataWarning
@@ -360,6 +361,20 @@ def test_a_number_of_clusters_that_is_a_guess_is_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         estimate_n_clusters(x, adjacency)
+
+
+def test_the_number_of_clusters_of_many_nodes_is_that_of_a_sample(monkeypatch):
+    """k-means of all nodes, 1000 times, took 20 minutes of 200,000 that SSGC clusters in 4 s."""
+    planted = fc.make_attributed_sbm(3000, 15000, 16, 5, homophily=0.9, feature_noise=0.3)
+    rows = []
+    plain = n_clusters.ops.kmeans
+    monkeypatch.setattr(
+        n_clusters.ops, "kmeans", lambda x, *a, **kw: (rows.append(len(x)), plain(x, *a, **kw))[1]
+    )
+    monkeypatch.setattr(n_clusters, "SAMPLED_FROM", 1000)
+    monkeypatch.setattr(n_clusters, "AGREEMENT_ROWS", 500)
+    assert estimate_n_clusters(planted.features, planted.adjacency)[0] == 5
+    assert set(rows) == {500}
 
 
 def test_halves_that_do_not_split_do_not_agree(two_blocks):

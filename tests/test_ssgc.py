@@ -163,7 +163,7 @@ def test_scales_are_the_embeddings_with_half_and_twice_the_steps(two_blocks, mon
     for n_steps, count in ((0, 0), (1, 1), (2, 2)):
         _, info = ssgc_embedding(features, adjacency, 2, n_steps=n_steps, scales=True)
         assert len(info["scales"]) == count
-    monkeypatch.setattr(ssgc, "_SAMPLED_FROM", 59)
+    monkeypatch.setattr(ssgc, "SAMPLED_FROM", 59)
     assert ssgc_embedding(features, adjacency, 2, n_steps=4, scales=True)[1]["scales"] == []
 
 
@@ -277,8 +277,8 @@ def test_votes_are_orthonormal_indicators() -> None:
 @pytest.mark.parametrize("sampled_from", [1 << 14, 100])
 def test_other_embeddings_vote_as_well(monkeypatch, sampled_from) -> None:
     """Rows whose groups cannot be seen are clustered by the votes of those that show them."""
-    monkeypatch.setattr(ssgc, "_SAMPLED_FROM", sampled_from)
-    monkeypatch.setattr(ssgc, "_AGREEMENT_ROWS", 150)
+    monkeypatch.setattr(ssgc, "SAMPLED_FROM", sampled_from)
+    monkeypatch.setattr(ssgc, "AGREEMENT_ROWS", 150)
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1, 2], 100)
     blurred, clear = (
@@ -354,12 +354,12 @@ def test_many_nodes_in_blocks_are_as_few_nodes_at_once(monkeypatch, tmp_path):
     whole, info = ssgc_embedding(ds.features, ds.adjacency, 3)
     for name, value in (
         ("SAMPLE_ROWS", 64),
-        ("_SAMPLED_FROM", 64),
+        ("SAMPLED_FROM", 64),
         ("_COLUMNS", 8),
         ("_EDGES", 500),
     ):
         monkeypatch.setattr(ssgc, name, value)
-    monkeypatch.setattr(ssgc, "_AGREEMENT_ROWS", 200)
+    monkeypatch.setattr(ssgc, "AGREEMENT_ROWS", 200)
     blocks, again = ssgc_embedding(mapped, ds.adjacency, 3)
     assert info["n_steps"] == again["n_steps"] and again["agreement"][8] > 0.3
     assert abs((whole * blocks).sum(1)).min() > 0.999, "the same up to the signs of columns"

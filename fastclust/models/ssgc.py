@@ -85,8 +85,8 @@ _CONSENSUS_RESTARTS = 20
 _EXACT_VOTES = 512
 # Nodes from which on a sample votes and chooses T, and its rows: with all of 30,000 nodes, 40
 # clusters, the whole fit took 73 CPU seconds instead of 20.
-_SAMPLED_FROM = 1 << 14
-_AGREEMENT_ROWS = 1 << 13
+SAMPLED_FROM = 1 << 14
+AGREEMENT_ROWS = 1 << 13
 # Of more than SAMPLE_ROWS nodes: columns smoothed at a time, edges looked at at a time, and the
 # most columns of which a Gram matrix is made.
 _COLUMNS = 64
@@ -181,7 +181,7 @@ def ssgc_embedding(
     width = n_components or (2 * n_clusters if recipe == "multiview" else _PLAIN_COMPONENTS)
     graph = Graph(adjacency, norm="sym").to(device)
     steps = [n_steps]
-    if scales and graph.n_nodes <= _SAMPLED_FROM:
+    if scales and graph.n_nodes <= SAMPLED_FROM:
         steps += [t for t in (n_steps // 2, 2 * n_steps) if t not in (0, n_steps)]
     projection: dict[str, torch.Tensor] = {}
     # Of each number of steps: smoothed pairs, bases of their views.
@@ -313,8 +313,8 @@ def consensus_kmeans(
     if n_init < 4:
         return sampled_kmeans(z, n_clusters, n_init=n_init, seed=seed)
     voters = [z, *others]
-    if z.shape[0] > _SAMPLED_FROM:
-        sample = sample_rows(z.shape[0], _AGREEMENT_ROWS, seed).to(z.device)
+    if z.shape[0] > SAMPLED_FROM:
+        sample = sample_rows(z.shape[0], AGREEMENT_ROWS, seed).to(z.device)
         voters = [voter[sample] for voter in voters]
     each = max(2, n_init // len(voters))
     votes = torch.cat([_votes(x, n_clusters, each, seed) for x in voters], dim=1)
@@ -706,7 +706,7 @@ def _labels_by_steps(
     q, _, energy, mean_energy = _leading_pairs(x, idf, seed, graph.device)
     scale = _scalings(energy, mean_energy, "multiview")[1]
     n = graph.n_nodes
-    sample = sample_rows(n, _AGREEMENT_ROWS, seed).to(q.device) if n > _SAMPLED_FROM else None
+    sample = sample_rows(n, AGREEMENT_ROWS, seed).to(q.device) if n > SAMPLED_FROM else None
     labels = {}
     for t, smooth in _smoothed(graph, q, _STEPS, sample).items():
         (basis,) = _bases(_gram([smooth]), [scale], 2 * n_clusters).to(smooth)
