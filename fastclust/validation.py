@@ -149,8 +149,9 @@ def align_adjacency(adjacency: Any, features: Any = None) -> Any:
         return adjacency
     order = adjacency.index
     if order.is_unique and set(order) == set(adjacency.columns):
-        if hasattr(features, "iloc") and set(features.index) == set(order):
-            order = features.index
+        named = getattr(features, "index", None) if hasattr(features, "iloc") else None
+        if named is not None and named.is_unique and set(named) == set(order):
+            order = named
         return adjacency.loc[order, order]
     return adjacency
 

@@ -136,6 +136,9 @@ def test_tables_and_foreign_arrays(two_blocks):
         fitted.labels_,
         QUICK["ecnmf"]().fit(x[shuffled], adjacency=adjacency[shuffled][:, shuffled]).labels_,
     )
+    twice = pd.concat([table, table.iloc[:5]])
+    with pytest.raises(ValueError, match=r"per row of the features \(65\), got shape \(60, 60\)"):
+        QUICK["ecnmf"]().fit(twice, adjacency=graph)
     # names that the table of attributes does not know say nothing about order
     numbered = QUICK["ecnmf"]().fit(pd.DataFrame(x), adjacency=graph)
     assert np.array_equal(numbered.labels_, expected.labels_)
