@@ -23,6 +23,7 @@ fits. The result has another name until it is complete.
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import functools
 import gzip
@@ -316,6 +317,8 @@ def _text_blocks(path: Path, memory: int, report: Progress) -> Iterator[_Block]:
 
 def _parse(text: bytes, path: Path, line: int, columns: int) -> tuple[_Block | None, int]:
     """Edges of whole lines, and the number of columns (0: not known yet)."""
+    if line == 1:
+        text = text.removeprefix(codecs.BOM_UTF8)
     if b"#" in text or b"%" in text:
         text = re.sub(rb"(?m)^[ \t]*[#%].*$", b"", text)
     if not columns:
@@ -371,7 +374,7 @@ def _parse(text: bytes, path: Path, line: int, columns: int) -> tuple[_Block | N
 
 def _check_header(line: bytes, path: Path) -> None:
     """Raise where the first two columns are not the ends of the edges."""
-    cells = line.decode("utf-8-sig", "replace").strip("\r ").translate(_TO_COMMA).split(",")
+    cells = line.decode("utf-8", "replace").strip("\r ").translate(_TO_COMMA).split(",")
     header = [cell.strip().strip('"') for cell in cells]
     if header[0] in INDEX_NAMES and len(header) > 1:
         raise DatasetFormatError(

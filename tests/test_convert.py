@@ -74,6 +74,13 @@ def test_every_kind_of_file(tmp_path: Path, kind: str) -> None:
     assert ds.labels is None and ds.features.shape == (8, 1)
 
 
+@pytest.mark.parametrize("header", ["", "source,target\n", "# made by hand\n"])
+def test_byte_order_mark_costs_no_edge(tmp_path: Path, header: str) -> None:
+    (tmp_path / "e.csv").write_text(f"{header}0,1\n1,2\n", encoding="utf-8-sig")
+    ds = fc.load_dataset(convert(tmp_path / "g", tmp_path / "e.csv"))
+    assert same(ds.adjacency, expected([(0, 1), (1, 2)], 3))
+
+
 def test_weights_count_once_with_the_largest(tmp_path: Path) -> None:
     weights = [1, 3.5, 2, 2, 9, 0.25, 1e-3]
     lines = [f"{u},{v},{w}" for (u, v), w in zip(EDGES, weights, strict=True)]
