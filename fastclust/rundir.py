@@ -131,7 +131,8 @@ class RunDirectory:
     def set_aside(self) -> Path | None:
         """Move an earlier run out of the way; returns where to, or None if there was none."""
         old = [self.root / name for name in (*_SHARED_FILES, *_SEED_FILES)]
-        old = [path for path in old if path.exists()] + sorted(self.root.glob("seed-*"))
+        seeds = [path for path in self.root.glob("seed-*") if path.name[len("seed-") :].isdigit()]
+        old = [path for path in old if path.exists()] + sorted(seeds)
         if not old:
             return None
         number = 1

@@ -62,7 +62,8 @@ def test_first_seed_lies_on_top(tmp_path: Path) -> None:
 
 def test_earlier_runs_are_set_aside(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
-    (tmp_path / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "seed-nodes.csv"):
+        (tmp_path / name).write_text("mine")
     assert directory.set_aside() is None
     for number in (1, 2):
         directory.write_result({"n": number})
@@ -70,7 +71,7 @@ def test_earlier_runs_are_set_aside(tmp_path: Path) -> None:
         assert directory.set_aside() == tmp_path / f"previous-{number}"
         assert (tmp_path / f"previous-{number}" / "seed-1").is_dir()
         assert directory.read_result() is None
-    assert (tmp_path / "notes.txt").exists()
+    assert (tmp_path / "notes.txt").exists() and (tmp_path / "seed-nodes.csv").exists()
 
 
 def test_directory_must_be_writable(tmp_path: Path) -> None:
