@@ -10,6 +10,7 @@ Isolated nodes, disconnected graphs and all-zero feature rows are ordinary data 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import numbers
 import warnings
@@ -513,9 +514,13 @@ def _to_host(value: Any) -> Any:
     if type(value).__module__.partition(".")[0] == "cupyx" and hasattr(value, "get"):
         return value.get()  # a sparse matrix
     if hasattr(value, "iloc"):
-        return value.sparse.to_coo() if hasattr(value, "sparse") else np.asarray(value)
+        with contextlib.suppress(AttributeError, ValueError):  # dense, or sparse but not of zeros
+            return value.sparse.to_coo()
+        return np.asarray(value)
     if not isinstance(value, (np.ndarray, torch.Tensor)):
-        value = from_foreign(value)
+        # Arrow's arrays of words, or with nulls, speak DLPack in name only.
+        with contextlib.suppress(TypeError):
+            value = from_foreign(value)
     return _torch_to_host(value) if isinstance(value, torch.Tensor) else value
 
 

@@ -330,6 +330,40 @@ def test_missing_labels_of_pandas_are_no_class():
             check_labels(pd.Series(values, dtype=dtype))
 
 
+class NoDLPack:
+    """As an Arrow array of words, or with nulls: the method is there and raises."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def __dlpack__(self, **_: object) -> object:
+        raise TypeError("Can only use DLPack on arrays with no nulls.")
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+        return self.values
+
+
+def test_arrays_that_speak_dlpack_in_name_only():
+    np.testing.assert_array_equal(check_labels(NoDLPack(np.array(["b", "a"]))), [1, 0])
+    with pytest.raises(ValueError, match="labels must not hold missing values, got 1"):
+        check_labels(NoDLPack(np.array(["a", None], dtype=object)))
+
+
+def test_sparse_tables_of_any_fill_value():
+    pd = pytest.importorskip("pandas")
+    for fill in (0.0, 1.0):
+        column = pd.arrays.SparseArray([1.0, 0.0, 1.0], fill_value=fill)
+        features = check_features(pd.DataFrame({"a": column, "b": column}))
+        dense = features.toarray() if fill == 0 else features
+        np.testing.assert_array_equal(dense, [[1, 1], [0, 0], [1, 1]])
+    column = pd.arrays.SparseArray([1.0, np.nan], fill_value=np.nan)
+    with pytest.raises(ValueError, match="features must hold finite values only"):
+        check_features(pd.DataFrame({"a": column}))
+
+
 def test_masked_values_are_refused():
     masked = np.ma.masked_array(np.ones((3, 3)), np.eye(3, dtype=bool))
     with pytest.raises(ValueError, match="features must have no masked entries, got 3; fill"):
