@@ -501,6 +501,15 @@ def _networkx_to_csr(graph: Any, nodes: list[Any] | None = None) -> sp.csr_array
         nodes = list(graph.nodes)
         if set(nodes) == set(range(len(nodes))):
             nodes.sort()
+        elif all(isinstance(node, numbers.Integral) for node in nodes) and nodes != sorted(nodes):
+            shown = ", ".join(map(str, nodes[:3])) + (", ..." if len(nodes) > 3 else "")
+            warnings.warn(
+                f"nodes of the networkx graph are numbered, but not 0 to {len(nodes) - 1}: rows "
+                f"are taken in the order in which they are listed: {shown}; sort them, or give X "
+                f"as a pandas table whose index holds these numbers",
+                DataWarning,
+                stacklevel=_STACKLEVEL + 1,
+            )
     if not nodes:
         return sp.csr_array((0, 0), dtype=np.float32)
     return sp.csr_array(nx.to_scipy_sparse_array(graph, nodelist=nodes, format="csr"))

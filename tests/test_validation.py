@@ -80,6 +80,16 @@ def test_networkx_nodes_named_by_number_are_sorted():
     )
 
 
+def test_networkx_nodes_numbered_otherwise_keep_their_order_and_that_is_told():
+    graph = nx.Graph([(3, 2), (2, 1)])  # counted from 1, in the order of the edges: 3, 2, 1
+    with pytest.warns(DataWarning, match=r"numbered, but not 0 to 2: .* listed: 3, 2, 1"):
+        matrix = check_adjacency(graph)
+    np.testing.assert_array_equal(matrix.toarray(), PATH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_adjacency(nx.Graph([(1, 2), (2, 5)]))  # in order
+
+
 def test_two_by_two_is_dense_unless_the_node_count_says_otherwise():
     swap = np.array([[0, 1], [1, 0]])
     np.testing.assert_array_equal(check_adjacency(swap).toarray(), swap)
