@@ -43,7 +43,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from fastclust import distributed, ops
 from fastclust._version import __version__
 from fastclust.datasets import nearest_neighbor_graph
-from fastclust.files import as_json, replacing, write_atomically
+from fastclust.files import as_json, file_digest, replacing, write_atomically
 from fastclust.graph import Graph
 from fastclust.interop import trains, without_autocast
 from fastclust.memory import require_memory
@@ -354,6 +354,8 @@ class _GraphClusterer(
             "estimator": type(self).__name__,
             "parameters": _jsonable_params(self, self.seed_),
             "fitted": as_json(fitted),
+            # Tells the tensors of another save, should this one end before this file is written.
+            "model": file_digest(folder / "model.safetensors"),
         }
         write_atomically(folder / "config.json", json.dumps(config, indent=1) + "\n")
 
@@ -364,7 +366,8 @@ class _GraphClusterer(
         Raises
         ------
         ValueError
-            The folder lacks a file, a file is damaged, or it holds another estimator.
+            The folder lacks a file, a file is damaged or of another save, or it holds another
+            estimator.
         """
         folder = Path(directory)
         try:
@@ -372,6 +375,11 @@ class _GraphClusterer(
             tensors = load_file(folder / "model.safetensors")
             if config["estimator"] != cls.__name__:
                 raise ValueError(f"it holds a {config['estimator']}, not a {cls.__name__}")
+            digest = file_digest(folder / "model.safetensors")
+            if config.get("model", digest) != digest:
+                raise ValueError(
+                    "model.safetensors is damaged, or of another save than config.json"
+                )
             estimator = cls(**config["parameters"])
             for key, value in config["fitted"].items():
                 setattr(estimator, key, value)

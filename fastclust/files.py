@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import os
 import re
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-__all__ = ["as_json", "replacing", "write_atomically"]
+__all__ = ["as_json", "file_digest", "replacing", "write_atomically"]
 
 
 @contextmanager
@@ -51,6 +52,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file: the old content or the new, whole, whatever happens meanwhile."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def as_json(value: Any) -> Any:

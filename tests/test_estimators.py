@@ -215,6 +215,13 @@ def test_save_and_load(model, two_blocks, tmp_path):
         other.load(tmp_path / "model")
     with pytest.raises(ValueError, match="directory must hold"):
         type(fitted).load(tmp_path)
+    # the disk was full, or the power out, between the two files of a later save
+    QUICK[model](random_state=4).fit(x, adjacency=adjacency).save(tmp_path / "later")
+    (tmp_path / "later" / "model.safetensors").rename(tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"of another save than config\.json"):
+        type(fitted).load(tmp_path / "model")
+    fitted.save(tmp_path / "model")
+    type(fitted).load(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="directory must hold"):
         type(fitted).load(tmp_path / "model")

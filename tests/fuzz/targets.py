@@ -17,7 +17,7 @@ import tempfile
 import types
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,7 @@ import scipy.io
 import scipy.sparse as sp
 import torch
 
-from fastclust import cli, compare, datasets, files, tables, train, training
+from fastclust import cli, compare, datasets, estimators, files, tables, train, training
 from fastclust.convert import convert, write_directory
 from fastclust.datasets import Dataset, DatasetFormatError
 from fastclust.estimators import ECNMF, SSGC
@@ -413,8 +413,8 @@ def fitted() -> Path:
     folder = _scratch() / "fitted"
     with _signed():
         model = _estimator(folder).fit(graph().features, adjacency=graph().adjacency)
-    model.save(folder)
-    SSGC(K).fit(graph().features, adjacency=graph().adjacency).save(folder / "ssgc")
+        model.save(folder)
+        SSGC(K).fit(graph().features, adjacency=graph().adjacency).save(folder / "ssgc")
     return folder
 
 
@@ -424,9 +424,14 @@ def _estimator(folder: Path, **keywords: Any) -> ECNMF:
     )
 
 
-def _signed() -> Any:
+@contextlib.contextmanager
+def _signed() -> Iterator[None]:
     """Every content has the same digest: mutations are to reach what lies behind that check."""
-    return mock.patch.object(training, "_digest", lambda *content: "signed")
+    with (
+        mock.patch.object(training, "_digest", lambda *content: "signed"),
+        mock.patch.object(estimators, "file_digest", lambda path: "signed"),
+    ):
+        yield
 
 
 def read_checkpoint(content: bytes) -> None:
@@ -454,7 +459,7 @@ def read_model(content: bytes) -> None:
     for i, name in enumerate(("config.json", "model.safetensors")):
         mine = i == kind >> 1 & 1
         (folder / name).write_bytes(content if mine else (source / name).read_bytes())
-    with contextlib.suppress(ValueError):
+    with _signed(), contextlib.suppress(ValueError):
         model.load(folder)  # type: ignore[attr-defined]
 
 
