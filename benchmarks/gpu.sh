@@ -12,8 +12,8 @@
 # made up. At most eight small files appear in OUT: one JSON per subject and log.txt. A part that fails
 # or outlasts its time leaves what it had, and the next part runs. GPU_SH_SECONDS (570) is the whole
 # allowance; parts that find no time left can be named in another call. FASTCLUST_COMMIT names the
-# commit where there is no git. Afterwards: python benchmarks/gpu_table.py OUT [OUT ...] puts the
-# figures into README.md.
+# commit where there is no git. Afterwards: python benchmarks/gpu_table.py OUT [OUT ...] puts the main
+# figures into README.md and all of them into benchmarks/results/gpu.md.
 set -uo pipefail
 
 dry=

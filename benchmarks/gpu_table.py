@@ -1,12 +1,13 @@
-"""Writes the README's GPU table from the JSON files that ``benchmarks/gpu.sh`` left.
+"""Writes the tables of what a GPU measured from the JSON files that ``benchmarks/gpu.sh`` left.
 
 ::
 
     python benchmarks/gpu_table.py OUT ... # takes the files into benchmarks/results/gpu, rewrites
     python benchmarks/gpu_table.py         # rewrites from what is there
-    python benchmarks/gpu_table.py --check # exit code 1 if README.md is not what the files say
+    python benchmarks/gpu_table.py --check # exit code 1 if a table is not what the files say
 
-Of several folders, the parts that a later one has replace those of an earlier one. Only files of a
+README.md gets the measurements at the sizes that count, benchmarks/results/gpu.md all of them. Of
+several folders, the parts that a later one has replace those of an earlier one. Only files of a
 real card count: dry runs and runs on the CPU are refused.
 """
 
@@ -20,6 +21,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+# What README.md shows: the card's own rates, Amazon Computers, the largest sizes, whole trainings.
+HEADLINE_CASES = ("copy", "gemm-bf16", "gemm-tf32", "gemm-fp32", "amac", "100k", "100M")
 BEGIN, END = "<!-- gpu table: begin -->", "<!-- gpu table: end -->"
 NOTHING = (
     "No GPU has been measured yet. `benchmarks/gpu.sh OUT` on a machine with one builds, tests and "
@@ -47,7 +50,7 @@ def read(*folders: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
+def table(results: dict[str, dict[str, Any]], *, every: bool = False) -> str:
     """Markdown: the card, a line per measurement and its peers, and what failed."""
     if not results:
         return NOTHING
@@ -66,15 +69,26 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for content in results.values():
         for row in content["rows"]:
             line = table_line(content["subject"], row)
-            if line:
+            if line and (every or is_headline(row)):
                 lines.append(line)
     errors = sum(len(content["errors"]) for content in results.values())
     if errors:
+        lines += ["", f"{errors} cases failed: `errors` in `benchmarks/results/gpu/*.json`."]
+    if not every:
         lines += [
             "",
-            f"{errors} cases failed; see `errors` in the files of `benchmarks/results/gpu`.",
+            "All sizes, and what the loss takes with weights: [gpu.md](benchmarks/results/gpu.md).",
         ]
     return "\n".join(lines)
+
+
+def is_headline(row: dict[str, Any]) -> bool:
+    """Whether README.md shows a measurement, too."""
+    if row.get("what") == "training":
+        return True
+    narrow = row.get("part") == "propagate" and row.get("d") != 500
+    part_of_it = row.get("what") == "forward" or row.get("weights") == "snapshot"
+    return row["case"].removesuffix("-like") in HEADLINE_CASES and not (narrow or part_of_it)
 
 
 def table_line(subject: str, row: dict[str, Any]) -> str | None:
@@ -115,7 +129,7 @@ def rewritten(text: str, content: str) -> str:
 def main(
     argv: list[str] | None = None, results: Path = RESULTS, readme: Path = ROOT / "README.md"
 ) -> int:
-    """Parse the command line and rewrite README.md, or check it."""
+    """Parse the command line and rewrite the tables, or check them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -131,11 +145,16 @@ def main(
             old.unlink()
         for subject, content in found.items():
             (results / f"{subject}.json").write_text(json.dumps(content, indent=1) + "\n")
-    text = readme.read_text()
-    wanted = rewritten(text, table(read(results)))
+    found = read(results)
+    page = results.with_suffix(".md")
+    wanted = {readme: rewritten(readme.read_text(), table(found))}
+    if found:
+        wanted[page] = f"# Measured on a GPU\n\n{table(found, every=True)}\n"
     if arguments.check:
-        return 0 if wanted == text else 1
-    readme.write_text(wanted)
+        right = [path.is_file() and path.read_text() == text for path, text in wanted.items()]
+        return 0 if all(right) and page.is_file() == bool(found) else 1
+    for path, text in wanted.items():
+        path.write_text(text)
     return 0
 
 

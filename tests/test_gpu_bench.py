@@ -510,34 +510,42 @@ def test_table_from_results(gpu_table, tmp_path) -> None:
     readme.write_text(f"a\n{gpu_table.BEGIN}\nold\n{gpu_table.END}\nb\n")
     out.mkdir()
     row = {
-        "part": "infonce", "case": "amac", "peer": "fastclust", "what": "forward", "ms": 4.321,
-        "rate": 700.0, "unit": "TFLOP/s", "share": 0.61, "peak_bytes": 2**20, "weights": "snapshot",
-        "host_ms": 0.5,
+        "part": "infonce", "case": "amac", "peer": "fastclust", "what": "forward+backward",
+        "ms": 4.321, "rate": 700.0, "unit": "TFLOP/s", "share": 0.61, "peak_bytes": 2**20,
+        "weights": "none", "host_ms": 0.5,
     }  # fmt: skip
     trained = {
         "part": "train",
         "case": "cora",
         "model": "hsan",
+        "what": "training",
         "seconds": 9.0,
         "acc": 0.7,
         "nmi": 0.5,
     }
     small = row | {"case": "cora", "ms": 0.2}
-    found = [row, small, {"part": "x", "case": "no timing"}]
+    weighted = row | {"weights": "snapshot"}
+    found = [row, small, weighted, {"part": "x", "case": "no timing"}]
     (out / "infonce.json").write_text(result("infonce", found))
     (out / "train.json").write_text(result("train", [trained], errors=[{"case": "x"}]))
     assert gpu_table.main([str(out)], kept, readme) == 0
     text = readme.read_text()
     assert "Card 9000" in text and "abc" in text and "old" not in text
-    assert (
-        "| infonce: amac, forward, weighted | fastclust | 4.32 ms | 700 TFLOP/s = 61 % | 1 MiB |"
-        in text
-    )
-    assert "| infonce: cora, forward, weighted | fastclust | 0.2 ms (0.5 ms to launch) |" in text
-    assert "| hsan: cora | fastclust | 9 s | ACC 70.0, NMI 50.0 |  |" in text
+    lines = {
+        "| infonce: amac, forward+backward | fastclust | 4.32 ms | 700 TFLOP/s = 61 % | 1 MiB |": 1,
+        "| hsan: cora, training | fastclust | 9 s | ACC 70.0, NMI 50.0 |  |": 1,
+        "| infonce: cora, forward+backward | fastclust | 0.2 ms (0.5 ms to launch) |": 0,
+        "| infonce: amac, forward+backward, weighted |": 0,
+    }
+    assert {line: text.count(line) for line in lines} == lines
     assert "1 cases failed" in text and text.startswith("a\n") and text.endswith("b\n")
+    page = kept.with_suffix(".md")
+    assert {line: page.read_text().count(line) for line in lines} == dict.fromkeys(lines, 1)
     assert gpu_table.main(["--check"], kept, readme) == 0
     readme.write_text(text.replace("4.32", "0.01"))
+    assert gpu_table.main(["--check"], kept, readme) == 1
+    readme.write_text(text)
+    page.unlink()
     assert gpu_table.main(["--check"], kept, readme) == 1
 
 
@@ -555,7 +563,7 @@ def test_table_from_two_calls(gpu_table, tmp_path) -> None:
     readme.write_text(f"{gpu_table.BEGIN}\n{gpu_table.END}\n")
     folders = [str(tmp_path / "a"), str(tmp_path / "b")]
     assert gpu_table.main(folders, tmp_path / "kept", readme) == 0
-    text = readme.read_text()
+    text = (tmp_path / "kept.md").read_text()
     assert "1 ms" in text and "3 ms" in text and "2 ms" not in text
     other = json.loads(rows(profile=3.0)) | {"card": {"name": "Card 9001"}}
     (tmp_path / "b" / "ceilings.json").write_text(json.dumps(other))
