@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 import fastclust as fc
 from fastclust import distributed
+from fastclust.distributed import sharded
 from fastclust.train import begin_peak_memory, peak_memory
 from fastclust.training import make_optimizer
 
@@ -68,7 +69,7 @@ def predicted_bytes(method: str, model: Any, n: int, k: int, ranks: int) -> floa
 def measure(method: str, ds: Any, steps: int) -> dict[str, Any]:
     """On one of the ranks: build, step, count."""
     kind = method.split()[0]
-    distributed.GATHER_UP_TO = 0 if "ring" in method else 4
+    sharded.GATHER_UP_TO = 0 if "ring" in method else 4
     k, width = ds.n_clusters, WIDTH[kind]
     before = resident_bytes()
     make: Any = {"hsan": fc.HSAN, "ecnmf": fc.ECNMF}[kind]

@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 
 import fastclust as fc
 from fastclust import Graph, distributed, ops, reference
+from fastclust.distributed import launch, sharded
 from fastclust.metrics import clustering_scores
 
 SIZES = (1, 2, 3, 4)
@@ -196,12 +197,12 @@ def check_training(size: int) -> None:
     """The estimators on all ranks against one process; attributes dense, then sparse."""
     x, a = small_problem()
     for ring in (False, True):
-        distributed.GATHER_UP_TO = 0 if ring else 4
+        sharded.GATHER_UP_TO = 0 if ring else 4
         for make in TRAINED:
             for features in (x, sp.csr_array(np.where(np.abs(x) > 2.2, x, 0))):
-                distributed._active = False
+                launch._active = False
                 alone = make().fit(features, adjacency=a)
-                distributed._active = True
+                launch._active = True
                 shared = make().fit(features, adjacency=a)
                 losses = [[h["loss"] for h in m.history_] for m in (alone, shared)]
                 np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
@@ -211,7 +212,7 @@ def check_training(size: int) -> None:
                 assert shared.parameters_.keys() == alone.parameters_.keys()
                 for name, value in shared.parameters_.items():
                     assert value.shape == alone.parameters_[name].shape
-    distributed._active = False
+    launch._active = False
 
 
 CHECKS = (check_exchange, check_loss, check_propagation, check_kmeans, check_training)
