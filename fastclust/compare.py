@@ -50,6 +50,7 @@ from fastclust.files import write_atomically
 from fastclust.info import versions
 from fastclust.models.hsan import filtered_attributes
 from fastclust.models.inputs import as_tensor
+from fastclust.ops.infonce import PRECISIONS
 from fastclust.report import LABEL_SCORES
 from fastclust.rundir import read_toml
 from fastclust.train import MODELS, parameter_types
@@ -757,7 +758,7 @@ def build_parser() -> cli.Parser:
         help=f"the rule of the tables' middle column: {', '.join(LABEL_FREE)} (default: inertia); "
         "results.csv has them all")  # fmt: skip
     add("--epochs", type=cli.count, metavar="N", help="default: the presets'")
-    add("--precision", choices=("fp32", "tf32", "bf16x3", "bf16"), default="fp32")
+    add("--precision", choices=tuple(PRECISIONS), default="fp32")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--data-root", metavar="DIR", help="folder of the graphs, as for fastclust.train")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",

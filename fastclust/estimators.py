@@ -78,6 +78,7 @@ from fastclust.models.ssgc import (
     ssgc_embedding,
     ssgc_projection,
 )
+from fastclust.ops.infonce import Precision
 from fastclust.presets import preset
 from fastclust.training import Selection, Trainable, parse_interval, print_progress, train
 from fastclust.validation import (
@@ -95,8 +96,6 @@ __all__ = ["ECNMF", "HSAN", "SSGC"]
 
 Features: TypeAlias = npt.NDArray[np.float32] | sp.csr_array
 Self = TypeVar("Self", bound="_GraphClusterer")
-
-PRECISIONS = ("fp32", "tf32", "bf16x3", "bf16")
 
 # Sparse attributes with a larger share of entries than this are worked with as dense ones.
 DENSE_FROM = 0.1
@@ -405,7 +404,7 @@ class _TrainedClusterer(_GraphClusterer):
     width: Count = 600
     protocol: Literal["standard", "paper-code"] = "standard"
     optimizer: Literal["adam", "averaged", "accumulated"] | None = None
-    precision: Literal["fp32", "tf32", "bf16x3", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     selection: Selection = "last"
     eval_every: Count = 10
     callbacks: Annotated[Any, "array-like", callable, None] = None

@@ -29,9 +29,10 @@ from fastclust import cli, distributed, metrics, report
 from fastclust._library import _C
 from fastclust.cli import Interrupted, UsageError, note
 from fastclust.datasets import Dataset, is_dataset_path, load_dataset
-from fastclust.estimators import ECNMF, HSAN, PRECISIONS, SSGC, data_digest
+from fastclust.estimators import ECNMF, HSAN, SSGC, data_digest
 from fastclust.files import as_json, write_atomically
 from fastclust.info import cpu_name, versions
+from fastclust.ops.infonce import PRECISIONS
 from fastclust.rundir import RunDirectory, read_toml
 from fastclust.tables import load_files
 from fastclust.training import SELECTIONS, internal_scores
@@ -151,7 +152,7 @@ def build_parser() -> cli.Parser:
     add("--device", choices=("auto", "cpu", "cuda"), help="default: auto")
     add(
         "--precision",
-        choices=PRECISIONS,
+        choices=tuple(PRECISIONS),
         help="arithmetic of the matrix products (default: fp32)",
     )
     add("--config", metavar="FILE.toml", help="settings from a file, one KEY = VALUE per line")

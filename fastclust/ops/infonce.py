@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from fastclust.memory import require_memory
 # exponential (csrc/common/vec_math.h) than rows, or rounding errors, can add up to.
 _LOGITS = {torch.float32: 70, torch.float64: 670}
 
-#: Arithmetic of the products, as numbered in csrc/infonce/infonce.h.
-PRECISIONS = {"fp32": 0, "tf32": 1, "bf16x3": 2, "bf16": 3}
+#: Arithmetic of the products, in the order of csrc/infonce/infonce.h.
+Precision = Literal["fp32", "tf32", "bf16x3", "bf16"]
+PRECISIONS = {name: code for code, name in enumerate(get_args(Precision))}
 
 #: Snapshots that one :class:`Hardness` can hold (bits of its membership masks).
 MAX_SNAPSHOTS = 63
