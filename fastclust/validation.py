@@ -1,9 +1,10 @@
-"""Checks on user-supplied graphs, features, labels and cluster counts.
+"""Checks on user-supplied graphs, features, labels and cluster counts, and operators' arguments.
 
 Every function here either returns its argument in the one form that the rest of the package
-works with, or raises ``TypeError`` / ``ValueError`` with a message that names the argument, says
-what it must be, what it was and how to mend it. What can be mended without guessing (self loops,
-an asymmetric adjacency) is mended, with a :class:`DataWarning`.
+works with (an operator's argument passes as it is), or raises ``TypeError`` / ``ValueError`` with a
+message that names the argument, says what it must be, what it was and how to mend it. What can be
+mended without guessing (self loops, an asymmetric adjacency) is mended, with a
+:class:`DataWarning`.
 
 Isolated nodes, disconnected graphs and all-zero feature rows are ordinary data and pass.
 """
@@ -14,6 +15,7 @@ import contextlib
 import functools
 import numbers
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,9 +31,13 @@ __all__ = [
     "DataWarning",
     "align_adjacency",
     "check_adjacency",
+    "check_choice",
+    "check_dense",
     "check_device",
     "check_features",
+    "check_integer",
     "check_labels",
+    "check_like",
     "check_n_clusters",
     "is_graph_data",
     "unpack_graph_data",
@@ -437,6 +443,45 @@ def unpack_graph_data(data: Any) -> tuple[npt.NDArray[np.float32] | sp.csr_array
         )
     weighted = sp.coo_array((weight, (rows, cols)), shape=(n_nodes, n_nodes))
     return features, check_adjacency(weighted, n_nodes, name="data.edge_index")
+
+
+# --- arguments of operators ----------------------------------------------------------------------
+
+
+def check_integer(name: str, value: Any, minimum: int | None = None) -> None:
+    """Raise unless ``value`` is an integer, of at least ``minimum``."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        words = [repr(choice) for choice in choices]
+        raise ValueError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, got {value!r}")
+
+
+def check_dense(name: str, x: Any, *, bfloat16_on_cuda: bool = False) -> None:
+    """Raise unless x is a dense tensor of float32 or float64, or of bfloat16 where that will do."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    narrow = bfloat16_on_cuda and x.is_cuda and x.dtype == torch.bfloat16
+    if x.dtype not in (torch.float32, torch.float64) and not narrow:
+        also = " (on CUDA also bfloat16)" if bfloat16_on_cuda else ""
+        raise TypeError(f"{name} must be float32 or float64{also}, got {x.dtype}; convert it first")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got layout {x.layout}; call .to_dense()")
+
+
+def check_like(name: str, y: torch.Tensor, other: str, x: torch.Tensor) -> None:
+    """Raise unless y has the dtype and device of x, which messages call ``other``."""
+    if y.dtype != x.dtype or y.device != x.device:
+        raise ValueError(
+            f"{name} must have the dtype and device of {other} ({x.dtype} on {x.device}), "
+            f"got {y.dtype} on {y.device}"
+        )
 
 
 # --- from any kind to scipy CSR ------------------------------------------------------------------

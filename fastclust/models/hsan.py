@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ from fastclust.models.inputs import (
     uniform_parameter,
 )
 from fastclust.models.ssgc import consensus_kmeans, leading_directions
+from fastclust.validation import check_choice
 
 __all__ = ["HSANModel", "confident_nodes", "filtered_attributes", "principal_axes"]
 
@@ -159,8 +160,7 @@ def _storage_of(
     ValueError
         ``"stored"`` is asked for where it cannot be had.
     """
-    if wish not in ("auto", "snapshots", "stored"):
-        raise ValueError(f"weight_storage must be 'auto', 'snapshots' or 'stored', got {wish!r}")
+    check_choice("weight_storage", wish, get_args(WeightStorage))
     # Ranks of a launch share their work out even where there is one of them only.
     where = x.device.type if ranks is ONE else f"a launch of {ranks.size} processes"
     possible = where == "cpu"

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,7 @@ from fastclust.models.inputs import (
     unit_rows,
     weighted_rows,
 )
+from fastclust.validation import check_choice
 
 __all__ = [
     "consensus_kmeans",
@@ -383,10 +384,8 @@ def _check(
     n_components: int | None,
     weighting: str,
 ) -> None:
-    if recipe not in ("multiview", "plain"):
-        raise ValueError(f"recipe must be 'multiview' or 'plain', got {recipe!r}")
-    if weighting not in ("auto", "l2", "tf-idf"):
-        raise ValueError(f"weighting must be 'auto', 'l2' or 'tf-idf', got {weighting!r}")
+    check_choice("recipe", recipe, get_args(Recipe))
+    check_choice("weighting", weighting, get_args(Weighting))
     if weighting == "tf-idf" and _minimum(features) < 0:
         raise ValueError(
             f"weighting 'tf-idf' must be given features of 0 or more, got {_minimum(features):g}; "

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastclust._library import register_gradient
 from fastclust.interop import as_operand, without_autocast
 from fastclust.memory import require_memory
+from fastclust.validation import check_choice, check_dense
 
 # Logits with which the CPU finds row sums for any number of rows: further inside the limits of its
 # exponential (csrc/common/vec_math.h) than rows, or rounding errors, can add up to.
@@ -370,8 +371,7 @@ def hardness(
         >>> w.tiles.shape
         torch.Size([1, 192, 192])
     """
-    if storage not in ("snapshots", "stored"):
-        raise ValueError(f"storage must be 'snapshots' or 'stored', got {storage!r}")
+    check_choice("storage", storage, ("snapshots", "stored"))
     z, e, alpha = _check_views(z, e, alpha)
     n = z.shape[0] // 2
     labels, confident = as_operand(labels), as_operand(confident)
@@ -492,17 +492,21 @@ def _elements(w: Hardness | StoredHardness) -> Tensor:
     return w.tiles if isinstance(w, StoredHardness) else w.alpha
 
 
+def _check_like_z(name: str, w: Hardness | StoredHardness, z: Tensor) -> None:
+    held = _elements(w)
+    if held.dtype != z.dtype or held.device != z.device:
+        raise ValueError(
+            f"{name} must have dtype {z.dtype} on {z.device} like z, "
+            f"got {held.dtype} on {held.device}"
+        )
+
+
 def _check_previous(previous: Hardness | StoredHardness, n: int, like: Tensor, beta: float) -> None:
-    held = _elements(previous)
     if previous.n_nodes != n:
         raise ValueError(
             f"previous must be for the same nodes: it has {previous.n_nodes}, z has {n}"
         )
-    if held.dtype != like.dtype or held.device != like.device:
-        raise ValueError(
-            f"previous must have dtype {like.dtype} on {like.device} like z, "
-            f"got {held.dtype} on {held.device}"
-        )
+    _check_like_z("previous", previous, like)
     if previous.beta != beta:
         raise ValueError(f"previous must have beta = {beta}, got {previous.beta}")
 
@@ -601,12 +605,7 @@ def _check_views(
 
 
 def _check_embedding(x: Tensor, name: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor [2N, d], got {type(x).__name__}")
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} must be float32 or float64, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be dense, got layout {x.layout}; call .to_dense()")
+    check_dense(name, x)
     if x.dim() != 2:
         raise ValueError(f"{name} must have shape [2N, d], got {tuple(x.shape)}")
 
@@ -637,17 +636,12 @@ def _check_weights(weights: Hardness | StoredHardness, z: Tensor) -> None:
             f"weights must be for the nodes of z: they are for {weights.n_nodes}, "
             f"z has {z.shape[0]} rows"
         )
-    held = _elements(weights)
     if isinstance(weights, StoredHardness) and z.device.type != "cpu":
         raise ValueError(
             f'weights of storage="stored" are for the CPU, z is on {z.device}; make them with '
             f'storage="snapshots"'
         )
-    if held.dtype != z.dtype or held.device != z.device:
-        raise ValueError(
-            f"weights must have dtype {z.dtype} on {z.device} like z, "
-            f"got {held.dtype} on {held.device}"
-        )
+    _check_like_z("weights", weights, z)
 
 
 def _precision_code(precision: str | None, dtype: torch.dtype) -> int:

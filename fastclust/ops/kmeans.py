@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastclust import _library  # noqa: F401  (registers the operators)
 from fastclust.interop import as_operand
+from fastclust.validation import check_dense, check_integer
 
 _METHODS = {"k-means++": 0, "random": 1, "paper-code": 2}
 # The released HSAN code: at most this many iterations, until (sum_k |dC_k|)^2 < 1e-4.
@@ -131,10 +132,10 @@ def kmeans(
         fit = torch.ops.fastclust.kmeans_fit
         return KMeansResult(*fit(x, n_clusters, n_init, max_iter, tol, given, method, seed))
     _check_points(x)
-    _check_integer("n_clusters", n_clusters, 1)
-    _check_integer("n_init", n_init, 1)
-    _check_integer("max_iter", max_iter, 1)
-    _check_integer("seed", seed, None)
+    check_integer("n_clusters", n_clusters, 1)
+    check_integer("n_init", n_init, 1)
+    check_integer("max_iter", max_iter, 1)
+    check_integer("seed", seed)
     n_points, width = x.shape
     if n_clusters > n_points:
         raise ValueError(
@@ -252,23 +253,11 @@ def _times_power(x: Tensor, exponent: int) -> Tensor:
 
 
 def _check_points(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x must be float32 or float64, got {x.dtype}; convert it with x.float()")
-    if x.layout != torch.strided:
-        raise TypeError(f"x must be dense, got {x.layout}; convert it with x.to_dense()")
+    check_dense("x", x)
     if x.dim() != 2 or x.shape[0] == 0 or x.shape[1] == 0:
         raise ValueError(f"x must have shape [N, d] with N, d >= 1, got {list(x.shape)}")
     if x.shape[0] >= 2**31:
         raise ValueError(f"x must have fewer than 2^31 rows, got {x.shape[0]}")
-
-
-def _check_integer(name: str, value: int, least: int | None) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 @torch.library.custom_op("fastclust::kmeans_fit", mutates_args=())

@@ -6,7 +6,7 @@ import math
 import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,12 @@ from fastclust import _library  # noqa: F401  (registers the operators)
 from fastclust.interop import as_operand, from_foreign, without_autocast
 from fastclust.memory import require_memory
 from fastclust.ops import lowrank_device  # registers the same on CUDA tensors
+from fastclust.validation import check_choice, check_integer
 
 __all__ = ["LowRank", "LowRankMatrix", "batched_svd", "low_rank"]
 
 Recombine = Literal["merge", "block", "per_batch", "literal"]
+_RECOMBINE = get_args(Recombine)
 
 # A sparse axpy runs at about an eighth of the speed of a packed matrix product.
 _SPARSE_SLOWDOWN = 8
@@ -240,8 +242,8 @@ def batched_svd(
     """
     rows = _Rows.of(x)
     batch = _check_batch_size(batch_size, rows.n_rows)
-    _check_count("n_iter", n_iter, 0)
-    _check_count("oversample", oversample, 0)
+    check_integer("n_iter", n_iter, 0)
+    check_integer("oversample", oversample, 0)
     seed = _check_seed(seed)
     if not isinstance(center, bool):
         raise TypeError(f"center must be True or False, got {center!r}")
@@ -335,10 +337,7 @@ def low_rank(
     >>> low_rank(x, rank=5).matmul(torch.randn(20, 3)).shape
     torch.Size([100, 3])
     """
-    if recombine not in ("merge", "block", "per_batch", "literal"):
-        raise ValueError(
-            f"recombine must be 'merge', 'block', 'per_batch' or 'literal', got {recombine!r}"
-        )
+    check_choice("recombine", recombine, _RECOMBINE)
     rows = _Rows.of(x)
     n = rows.n_rows
     batch = _check_batch_size(batch_size, n)
@@ -660,19 +659,12 @@ def _capturing(t: Tensor) -> bool:
 def _check_batch_size(batch_size: int | None, n_rows: int) -> int:
     if batch_size is None:
         return n_rows
-    _check_count("batch_size", batch_size, 1)
+    check_integer("batch_size", batch_size, 1)
     return min(int(batch_size), n_rows)
 
 
-def _check_count(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
 def _check_seed(seed: Any) -> int:
-    _check_count("seed", seed, 0)
+    check_integer("seed", seed, 0)
     if seed >= 2**63:
         raise ValueError(f"seed must be below 2**63, got {seed}")
     return int(seed)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastclust._library import register_gradient
 from fastclust.interop import as_operand, without_autocast
+from fastclust.validation import check_dense, check_like
 
 __all__ = ["matmul"]
 
@@ -74,11 +75,8 @@ def matmul(
 
 
 def _check(a: Any, b: Any, bias: Tensor | None, out: Tensor | None) -> None:
-    for name, x in (("a", a), ("b", b)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name} must be float32 or float64, got {x.dtype}")
+    check_dense("a", a)
+    check_dense("b", b)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(
             f"a and b must have shapes [m, k] and [k, n], got {list(a.shape)} and {list(b.shape)}"
@@ -89,11 +87,7 @@ def _check(a: Any, b: Any, bias: Tensor | None, out: Tensor | None) -> None:
             continue
         if list(y.shape) != shapes[name]:
             raise ValueError(f"{name} must have shape {shapes[name]}, got {list(y.shape)}")
-        if y.dtype != a.dtype or y.device != a.device:
-            raise ValueError(
-                f"{name} must have the dtype and device of a ({a.dtype} on {a.device}), "
-                f"got {y.dtype} on {y.device}"
-            )
+        check_like(name, y, "a", a)
     if out is not None:
         if not out.is_contiguous():
             raise ValueError("out must be contiguous")

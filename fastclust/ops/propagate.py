@@ -9,6 +9,7 @@ import torch
 from fastclust._library import register_gradient
 from fastclust.graph import Graph
 from fastclust.interop import as_operand
+from fastclust.validation import check_choice, check_dense, check_like
 
 __all__ = ["propagate"]
 
@@ -102,13 +103,7 @@ def propagate(
 def _check(graph: Any, h: Any, residual: Any, activation: Any, steps: Any) -> None:
     if not isinstance(graph, Graph):
         raise TypeError(f"graph must be a fastclust.Graph, got {type(graph).__name__}")
-    if not isinstance(h, torch.Tensor):
-        raise TypeError(f"h must be a torch.Tensor, got {type(h).__name__}")
-    stored = (torch.bfloat16,) if h.device.type == "cuda" else ()
-    if h.dtype not in (torch.float32, torch.float64, *stored):
-        raise TypeError(f"h must be float32 or float64 (on CUDA also bfloat16), got {h.dtype}")
-    if h.layout != torch.strided:
-        raise TypeError(f"h must be dense, got layout {h.layout}; call .to_dense()")
+    check_dense("h", h, bfloat16_on_cuda=True)
     if h.ndim != 2:
         raise ValueError(
             f"h must have shape [N, d], got {list(h.shape)}; use h[:, None] for one value per node"
@@ -129,13 +124,8 @@ def _check(graph: Any, h: Any, residual: Any, activation: Any, steps: Any) -> No
             raise ValueError(
                 f"residual must have the shape of h ({list(h.shape)}), got {list(residual.shape)}"
             )
-        if residual.dtype != h.dtype or residual.device != h.device:
-            raise ValueError(
-                f"residual must have the dtype and device of h ({h.dtype} on {h.device}), "
-                f"got {residual.dtype} on {residual.device}"
-            )
-    if activation not in ("none", "relu"):
-        raise ValueError(f"activation must be 'none' or 'relu', got {activation!r}")
+        check_like("residual", residual, "h", h)
+    check_choice("activation", activation, ("none", "relu"))
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise TypeError(f"steps must be an int, got {type(steps).__name__}")
     if steps < 0:
