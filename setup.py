@@ -30,6 +30,11 @@ def sources(*suffixes: str) -> list[Path]:
     return sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in suffixes)
 
 
+def is_hopper(source: Path) -> bool:
+    """Whether a source holds kernels of Hopper's own instructions."""
+    return source.stem.endswith("_sm90")
+
+
 class NinjaBuild(build_ext):
     """Compile through one ninja graph: parallel, and incremental by header dependencies."""
 
@@ -47,90 +52,98 @@ class NinjaBuild(build_ext):
                 "Building fastclust needs torch 2.10 or later in this environment "
                 f"({sys.prefix}): pip install torch, or build without --no-build-isolation."
             )
-        import pybind11
-
-        build_dir = ROOT / self.build_temp
-        build_dir.mkdir(parents=True, exist_ok=True)
-        cxx = toolchain.find_compiler()
-        nvcc = toolchain.find_nvcc()
         with_cuda = any(ext.name == CUDA_LIBRARY for ext in self.extensions)
-        archs = toolchain.cuda_archs() if with_cuda else []
         if not with_cuda and not self.inplace:
             # An earlier build's would go into this one's wheel.
             stale = Path(self.build_lib) / self.get_ext_filename(CUDA_LIBRARY)
             stale.unlink(missing_ok=True)
+        self.torch, self.cxx = torch, toolchain.find_compiler()
+        self.nvcc = toolchain.find_nvcc() if with_cuda else None
+        self.archs = toolchain.cuda_archs() if with_cuda else []
+        self.build_dir = ROOT / self.build_temp
+        self.build_dir.mkdir(parents=True, exist_ok=True)
 
-        common = ["-I", str(ROOT / "csrc")]
-        if toolchain.is_x86_64():
-            common.append("-DFASTCLUST_X86_SIMD")
-        compiler = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
-        build_facts = {
-            "FASTCLUST_BUILD_TORCH": torch.version,
-            "FASTCLUST_BUILD_COMPILER": compiler.splitlines()[0] if compiler else cxx,
-            "FASTCLUST_BUILD_CUDA": nvcc.version if with_cuda and nvcc else "",
-            "FASTCLUST_BUILD_CUDA_ARCHS": " ".join(archs) if with_cuda else "",
-        }
-        python_flags = [
-            *("-isystem", sysconfig.get_path("include")),
-            *("-isystem", pybind11.get_include()),
-            *(f'-D{key}="{value}"' for key, value in build_facts.items()),
-        ]
+        graph = Graph(self.build_dir / "build.ninja")
+        self.add_rules(graph)
+        outputs = [self.add_library(graph, ext) for ext in self.extensions]
+        graph.write()
+        self.run_ninja(graph.path)
+        # Also beside the sources: `python -m fastclust.train` in a checkout imports the folder it
+        # stands in, and after `pip install .` that should work as well as anywhere else.
+        for output in outputs:
+            with contextlib.suppress(OSError, shutil.SameFileError):
+                shutil.copy2(output, ROOT / "fastclust" / output.name)
 
-        graph = Graph(build_dir / "build.ninja")
-        graph.rule("cxx", f"{q(cxx)} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d")
-        graph.rule("link", f"{q(cxx)} -shared $in -o $out $flags")
-        if with_cuda and nvcc is not None:
+    def add_rules(self, graph: Graph) -> None:
+        cxx = q(self.cxx)
+        graph.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d")
+        graph.rule("link", f"{cxx} -shared $in -o $out $flags")
+        if self.nvcc is not None:
+            nvcc = q(self.nvcc.path)
             # ptxas reports registers and spills on stderr; kept beside the object for the budget
             # check, and shown only when the compile fails.
             graph.rule(
                 "nvcc",
-                f"{q(nvcc.path)} -MD -MF $out.d $flags -c $in -o $out 2> $out.ptxas "
+                f"{nvcc} -MD -MF $out.d $flags -c $in -o $out 2> $out.ptxas "
                 "|| (cat $out.ptxas; exit 1)",
                 depfile="$out.d",
             )
-            graph.rule("nvlink", f"{q(nvcc.path)} -shared $in -o $out $flags")
+            graph.rule("nvlink", f"{nvcc} -shared $in -o $out $flags")
 
-        # Kernels of their own for Hopper are built where the architectures hold 9.0a.
-        hopper = [Path(s) for ext in self.extensions for s in ext.sources if s.endswith("_sm90.cu")]
-        nvcc_defines = ["-DFASTCLUST_SM90"] if hopper else []
+    def add_library(self, graph: Graph, ext: Extension) -> Path:
+        """Add the compiles and the link of one library; returns where it will be."""
+        objects = []
+        for source in ((ROOT / s).resolve() for s in ext.sources):
+            objects.append(self.build_dir / f"{source.relative_to(ROOT / 'csrc')}.o")
+            rule = "nvcc" if source.suffix == ".cu" else "cxx"
+            graph.build(rule, objects[-1], [source], self.flags(source))
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if ext.name == CUDA_LIBRARY:
+            # libtorch.so is empty but pulls in libtorch_cuda.so where torch has CUDA.
+            link = [
+                f"-L{self.torch.lib_dir}", "--cudart=static",
+                "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu",
+            ]  # fmt: skip
+            graph.build("nvlink", output, objects, link)
+        else:
+            graph.build("link", output, objects, [f"-L{self.torch.lib_dir}", "-ltorch_cpu"])
+        return output
 
-        outputs = []
-        for ext in self.extensions:
-            objects = []
-            for source in map(Path, ext.sources):
-                source = (ROOT / source).resolve()
-                headers = toolchain.torch_flags(source, torch)
-                name = source.relative_to(ROOT / "csrc").with_suffix("")
-                obj = build_dir / f"{name}{source.suffix}.o"
-                if source.suffix == ".cu":
-                    hopper_only = source.stem.endswith("_sm90")
-                    gencode = toolchain.gencode_flags(archs, hopper_only=hopper_only)
-                    flags = [*toolchain.NVCC_FLAGS, *gencode, *common, *headers, *nvcc_defines]
-                    flags.append(f"-ccbin={cxx}")
-                    graph.build("nvcc", obj, [source], flags)
-                else:
-                    flags = [*toolchain.CXX_FLAGS, *toolchain.simd_flags(source), *common, *headers]
-                    if source.name == toolchain.PYTHON_MODULE:
-                        flags += python_flags
-                    graph.build("cxx", obj, [source], flags)
-                objects.append(obj)
-            output = Path(self.get_ext_fullpath(ext.name)).resolve()
-            output.parent.mkdir(parents=True, exist_ok=True)
-            if ext.name == CUDA_LIBRARY:
-                # libtorch.so is empty but pulls in libtorch_cuda.so where torch has CUDA.
-                link = [
-                    f"-L{torch.lib_dir}", "--cudart=static",
-                    "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu",
-                ]  # fmt: skip
-                graph.build("nvlink", output, objects, link)
-            else:
-                graph.build("link", output, objects, [f"-L{torch.lib_dir}", "-ltorch_cpu"])
-            outputs.append(output)
-        graph.write()
+    def flags(self, source: Path) -> list[str]:
+        """The flags that a source is compiled with."""
+        common = ["-I", str(ROOT / "csrc")]
+        if toolchain.is_x86_64():
+            common.append("-DFASTCLUST_X86_SIMD")
+        common += toolchain.torch_flags(source, self.torch)
+        if source.suffix == ".cu":
+            gencode = toolchain.gencode_flags(self.archs, hopper_only=is_hopper(source))
+            hopper = ["-DFASTCLUST_SM90"] if toolchain.with_hopper(self.archs) else []
+            return [*toolchain.NVCC_FLAGS, *gencode, *common, *hopper, f"-ccbin={self.cxx}"]
+        flags = [*toolchain.CXX_FLAGS, *toolchain.simd_flags(source), *common]
+        return flags + self.module_flags() if source.name == toolchain.PYTHON_MODULE else flags
 
+    def module_flags(self) -> list[str]:
+        """Headers of the Python module, and what it can tell of this build."""
+        import pybind11
+
+        compiler = subprocess.run([self.cxx, "--version"], capture_output=True, text=True).stdout
+        facts = {
+            "FASTCLUST_BUILD_TORCH": self.torch.version,
+            "FASTCLUST_BUILD_COMPILER": compiler.splitlines()[0] if compiler else self.cxx,
+            "FASTCLUST_BUILD_CUDA": self.nvcc.version if self.nvcc else "",
+            "FASTCLUST_BUILD_CUDA_ARCHS": " ".join(self.archs),
+        }
+        return [
+            *("-isystem", sysconfig.get_path("include")),
+            *("-isystem", pybind11.get_include()),
+            *(f'-D{key}="{value}"' for key, value in facts.items()),
+        ]
+
+    def run_ninja(self, path: Path) -> None:
         ninja = shutil.which("ninja")
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
-        command += ["-f", str(graph.path), "-j", str(toolchain.parallel_jobs())]
+        command += ["-f", str(path), "-j", str(toolchain.parallel_jobs())]
         if self.verbose:
             command.append("-v")
         try:
@@ -140,12 +153,6 @@ class NinjaBuild(build_ext):
                 "Compiling fastclust failed; the compiler's message stands above. "
                 "FASTCLUST_CUDA=0 leaves the CUDA library out, MAX_JOBS=1 saves memory."
             ) from error
-
-        # Also beside the sources: `python -m fastclust.train` in a checkout imports the folder it
-        # stands in, and after `pip install .` that should work as well as anywhere else.
-        for output in outputs:
-            with contextlib.suppress(OSError, shutil.SameFileError):
-                shutil.copy2(output, ROOT / "fastclust" / output.name)
 
 
 class Graph:
@@ -189,8 +196,8 @@ def extensions() -> list[Extension]:
     result = [Extension("fastclust._C", [str(s.relative_to(ROOT)) for s in cpu])]
     building = any(c in sys.argv for c in ("build_ext", "bdist_wheel", "editable_wheel", "build"))
     if building and toolchain.cuda_wanted(toolchain.find_nvcc()):
-        hopper = any(a.startswith("9.0a") for a in toolchain.cuda_archs())
-        cuda = [s for s in sources(".cu") if hopper or not s.stem.endswith("_sm90")]
+        hopper = toolchain.with_hopper(toolchain.cuda_archs())
+        cuda = [s for s in sources(".cu") if hopper or not is_hopper(s)]
         result.append(Extension(CUDA_LIBRARY, [str(s.relative_to(ROOT)) for s in cuda]))
     return result
 

@@ -172,6 +172,11 @@ def cuda_archs() -> list[str]:
     return [i for i in items if float(re.match(r"\d+\.\d", i)[0]) >= 8.0]  # type: ignore[index]
 
 
+def with_hopper(archs: list[str]) -> bool:
+    """Whether kernels of their own for Hopper are built, ``*_sm90.cu``."""
+    return any(arch.startswith("9.0a") for arch in archs)
+
+
 def gencode_flags(archs: list[str], *, hopper_only: bool) -> list[str]:
     """Flags of nvcc; files named ``*_sm90.cu`` hold Hopper instructions and get sm_90a alone."""
     if hopper_only:
