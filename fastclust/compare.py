@@ -420,6 +420,76 @@ def floor_rows(dataset: Dataset, path: Path, seeds: Sequence[int] | None) -> lis
     return [row for (_, seed), row in rows.items() if seed in seeds]
 
 
+# --- all results ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where finished results lie."""
+
+    roots: list[Path]  # of comparisons
+    runs: list[tuple[str, Method, Path]]  # graph, method and run directory
+    rows: list[dict[str, Any]]  # whose runs are gone
+    seeds: list[int] | None  # those that count; None: all
+
+    @classmethod
+    def collected(cls, folders: Sequence[str]) -> Sources:
+        """What earlier comparisons left in these folders."""
+        roots = [Path(folder) for folder in folders]
+        runs = [run for root in roots for run in finished_runs(root)]
+        gone = [root for root in roots if not (root / "runs").is_dir()]
+        rows = [row for root in gone for row in read_csv(root / "results.csv")]
+        if not runs and not rows:
+            raise UsageError(f"--collect must be directories with runs, got {list(folders)}")
+        return cls(roots, runs, rows, None)
+
+    @property
+    def graphs(self) -> set[str]:
+        """Names of the graphs that were clustered."""
+        return {name for name, _, _ in self.runs} | {row["dataset"] for row in self.rows}
+
+    def commands(self) -> list[str]:
+        """The commands that made them."""
+        paths = [root / "commands.txt" for root in self.roots]
+        return [line for p in paths if p.exists() for line in p.read_text().splitlines()]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was read: rows, and by graph and method curves and the folder of an embedding."""
+
+    rows: list[dict[str, Any]]
+    histories: dict[str, dict[str, list[list[dict[str, Any]]]]]
+    embeddings: dict[str, dict[str, Path]]
+
+
+def read_results(sources: Sources, datasets: Sequence[Dataset]) -> Results:
+    """The results on these graphs; of equal runs the first."""
+    names = [dataset.name for dataset in datasets]
+    rows: list[dict[str, Any]] = []
+    histories: dict[str, dict[str, list[list[dict[str, Any]]]]] = {name: {} for name in names}
+    embeddings: dict[str, dict[str, Path]] = {name: {} for name in names}
+    for dataset in datasets:
+        for root in sources.roots:
+            known = root / "floors" / f"{dataset.name}.json"
+            if sources.seeds is not None or known.exists():
+                rows += floor_rows(dataset, known, sources.seeds)
+    for name, method, folder in sources.runs:
+        if name not in names:
+            continue
+        rows += method_rows(method, name, folder, sources.seeds)
+        places = [folder, *sorted(folder.glob("seed-*"))]
+        if curves := [curve for curve in map(read_history, places) if curve]:
+            histories[name].setdefault(method.title, []).extend(curves)
+        if _with_preset(method.variant) and (folder / "embedding.npy").exists():
+            embeddings[name].setdefault(method.title, folder)
+    rows += [row for row in sources.rows if row["dataset"] in names]
+    first: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        first.setdefault(tuple(row[key] for key in KEY), row)
+    return Results(list(first.values()), histories, embeddings)
+
+
 # --- tables ------------------------------------------------------------------------------------
 
 
@@ -553,16 +623,17 @@ def page(
     datasets: Sequence[str],
     rule: str,
     command: str,
-    commands: str,
+    commands: Sequence[str],
     failures: Mapping[str, str],
     plots: Sequence[str],
 ) -> str:
     """The whole ``results.md``; plots by their place as seen from there."""
+    runs_made_by = "\n".join(commands)
     made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
     parts = [
         "# Results",
         f"Made by\n\n```\n{command}\n```\n\nwith {made_with}.",
-        f"The runs were made by\n\n```\n{commands.rstrip()}\n```\n\n"
+        f"The runs were made by\n\n```\n{runs_made_by}\n```\n\n"
         "where every command goes on from what is finished, and adds seeds if asked for more. "
         "Times are those of these runs, on whatever else the machine was doing: no benchmark.",
         "Scores in percent, mean ± sample standard deviation over seeds; ACC and F1 after the best "
@@ -697,17 +768,15 @@ def plot_embeddings(dataset: Dataset, folders: Mapping[str, Path], path: Path) -
 def draw(
     out: Path,
     datasets: Sequence[Dataset],
-    rows: Sequence[Mapping[str, Any]],
-    histories: Mapping[str, Mapping[str, list[list[dict[str, Any]]]]],
-    embeddings: Mapping[str, Mapping[str, Path]],
+    results: Results,
 ) -> list[Path]:
     """All plots."""
-    paths = []
+    rows, paths = results.rows, []
     for dataset in datasets:
         name = dataset.name
-        if histories[name]:
+        if results.histories[name]:
             paths.append(out / f"curves-{name}.svg")
-            plot_curves(name, histories[name], paths[-1])
+            plot_curves(name, results.histories[name], paths[-1])
         if any(row["dataset"] == name for row in rows):
             paths.append(out / f"methods-{name}.svg")
             plot_bars(rows, name, paths[-1])
@@ -715,9 +784,9 @@ def draw(
             if graph == name:
                 paths.append(out / f"sweep-{name}-{model}-{key}.svg")
                 plot_sweep(members, f"{name}, {model}", key, paths[-1])
-        if embeddings[name]:
+        if results.embeddings[name]:
             paths.append(out / f"t-sne-{name}.png")
-            plot_embeddings(dataset, embeddings[name], paths[-1])
+            plot_embeddings(dataset, results.embeddings[name], paths[-1])
     return paths
 
 
@@ -815,17 +884,21 @@ def _settings(
         yield key, value
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparison as the arguments say; returns the exit code."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    arguments = build_parser().parse_args(given)
+def _wanted(arguments: argparse.Namespace) -> list[Method]:
     settings = dict(_settings("--set", arguments.settings, arguments.models))
     sweeps = [
         (key, value)
         for key, values in _settings("--sweep", arguments.sweeps, arguments.models)
         for value in values.split(",")
     ]
-    wanted = methods(arguments.models, arguments.protocol, arguments.ablation, settings, sweeps)
+    return methods(arguments.models, arguments.protocol, arguments.ablation, settings, sweeps)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the comparison as the arguments say; returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = build_parser().parse_args(given)
+    wanted = _wanted(arguments)
     datasets = [load_dataset(name, root=arguments.data_root) for name in arguments.datasets]
     out = Path(arguments.out)
     try:
@@ -835,18 +908,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = shlex.join(["python", "-m", "fastclust.compare", *given])
     failures: dict[str, str] = {}
-    collected: list[dict[str, Any]] = []  # rows whose runs are gone
     if arguments.collect:
-        roots = [Path(root) for root in arguments.collect]
-        runs = [run for root in roots for run in finished_runs(root)]
-        for root in roots:
-            if not (root / "runs").is_dir():
-                collected += read_csv(root / "results.csv")
-        if not runs and not collected:
-            raise UsageError(f"--collect must be directories with runs, got {arguments.collect}")
-        graphs = {dataset for dataset, _, _ in runs} | {row["dataset"] for row in collected}
-        datasets = [dataset for dataset in datasets if dataset.name in graphs]
-        seeds = None
+        sources = Sources.collected(arguments.collect)
+        datasets = [dataset for dataset in datasets if dataset.name in sources.graphs]
     else:
         remember_command(out, command)
         tasks = [
@@ -855,45 +919,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             for method in wanted
         ]
         failures = run_all(tasks, arguments)
-        roots, runs, seeds = [out], tasks, arguments.seeds
+        sources = Sources([out], tasks, [], arguments.seeds)
 
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}  # of equal runs the first
-    histories: dict[str, dict[str, list[list[dict[str, Any]]]]] = {d.name: {} for d in datasets}
-    embeddings: dict[str, dict[str, Path]] = {d.name: {} for d in datasets}
-    for dataset in datasets:
-        for root in roots:
-            known = root / "floors" / f"{dataset.name}.json"
-            if seeds is not None or known.exists():
-                for row in floor_rows(dataset, known, seeds):
-                    rows.setdefault(tuple(row[key] for key in KEY), row)
-    for name, method, folder in runs:
-        if name not in histories:
-            continue
-        for row in method_rows(method, name, folder, seeds):
-            rows.setdefault(tuple(row[key] for key in KEY), row)
-        curves = map(read_history, [folder, *sorted(folder.glob("seed-*"))])
-        histories[name].setdefault(method.title, []).extend(curve for curve in curves if curve)
-        if _with_preset(method.variant) and (folder / "embedding.npy").exists():
-            embeddings[name].setdefault(method.title, folder)
-    for row in collected:
-        if row["dataset"] in histories:
-            rows.setdefault(tuple(row[key] for key in KEY), row)
-    histories = {name: {t: c for t, c in found.items() if c} for name, found in histories.items()}
-    table = list(rows.values())
-    write_csv(table, out / "results.csv")
+    results = read_results(sources, datasets)
+    write_csv(results.rows, out / "results.csv")
     target = out / "results.md" if arguments.page is None else Path(arguments.page)
-    pictures = [
+    plots = [
         Path(os.path.relpath(path, target.parent)).as_posix()
-        for path in draw(out, datasets, table, histories, embeddings)
+        for path in draw(out, datasets, results)
     ]
-    lists = [root / "commands.txt" for root in roots]
-    commands = "".join(path.read_text() for path in lists if path.exists())
+    commands = sources.commands()
     if arguments.collect:
-        commands = "".join(f"{line}\n" for line in dict.fromkeys(commands.splitlines()))
-        write_atomically(out / "commands.txt", commands)
+        commands = list(dict.fromkeys(commands))
+        write_atomically(out / "commands.txt", "".join(f"{line}\n" for line in commands))
     rule, names = arguments.label_free, [dataset.name for dataset in datasets]
-    write_atomically(target, page(table, names, rule, command, commands, failures, pictures))
-    print(overview(table, names, rule, "acc"), flush=True)
+    write_atomically(target, page(results.rows, names, rule, command, commands, failures, plots))
+    print(overview(results.rows, names, rule, "acc"), flush=True)
     if not arguments.quiet:
         note("oracle: the epoch with the best accuracy by the true labels; no user can choose it")
         note(f"tables: {target}, {out / 'results.csv'}")
