@@ -57,6 +57,10 @@ STYLE: dict[str, Any] = {
 }
 
 
+_Labels = npt.NDArray[np.int64]
+_Figure = tuple[str, str]  # caption; SVG, or what went wrong
+
+
 # --- terminal ----------------------------------------------------------------------------------
 
 
@@ -207,31 +211,32 @@ def _figures(
     dataset: Dataset,
     histories: Mapping[int, list[dict[str, Any]]],
     first: Mapping[str, Any],
-) -> dict[str, list[tuple[str, str]]]:
-    """Caption and SVG (or what went wrong) of the figures of each section."""
-    truth, graph = dataset.labels, dataset.adjacency
-    scatter = {"projection": projection}
-    sections: dict[str, list[tuple[str, str]]] = {"Embedding": [], "Curves": [], "Clusters": []}
+) -> dict[str, list[_Figure]]:
+    """The figures of each section."""
+    truth = dataset.labels
+    return {
+        "Embedding": _scatter(embedding, labels, truth, projection),
+        "Curves": _curves(histories, first),
+        "Clusters": _bars(dataset, labels, first.get("n_clusters_evidence")),
+        "Pairs": _matrices(embedding, labels, truth),
+    }
 
-    def add(
-        section: str, caption: str, height: float, draw: Callable[[Axes], Any], width: float = 4.6
-    ) -> None:
-        sections[section].append((caption, _figure(caption, (width, height), draw)))
 
-    add(
-        "Embedding",
-        "by cluster",
-        4.2,
-        lambda ax: plot.embedding(embedding, labels, like=truth, ax=ax, **scatter),
-    )
+def _scatter(
+    embedding: npt.NDArray[Any], labels: _Labels, truth: _Labels | None, projection: plot.Projection
+) -> list[_Figure]:
+    size, options = (4.6, 4.2), {"projection": projection}
+    figures = [
+        _figure("by cluster", size, plot.embedding, embedding, labels, like=truth, **options)
+    ]
     if truth is not None:
-        add(
-            "Embedding",
-            "by label",
-            4.2,
-            lambda ax: plot.embedding(embedding, truth, ax=ax, **scatter),
-        )
+        figures.append(_figure("by label", size, plot.embedding, embedding, truth, **options))
+    return figures
 
+
+def _curves(
+    histories: Mapping[int, list[dict[str, Any]]], first: Mapping[str, Any]
+) -> list[_Figure]:
     found = {key for history in histories.values() for row in history for key in row}
     keys: list[tuple[str, Any]] = [("loss", "loss")] if "loss" in found else []
     if scored := [key for key in LABEL_SCORES if key in found]:
@@ -239,51 +244,44 @@ def _figures(
     keys += [
         (name, key) for key, name in SCORE_NAMES.items() if key in found and key not in LABEL_SCORES
     ]
-    for caption, key in keys:
-        add(
-            "Curves",
-            caption,
-            2.5,
-            lambda ax, key=key: plot.learning_curve(  # type: ignore[misc]
-                histories, key, epoch=first.get("selected_epoch"), ax=ax
-            ),
-        )
-
-    n_clusters = min(len(np.unique(labels)), plot.MAX_BARS)
-    tall = max(1.4, 0.24 * n_clusters + 0.3)
-    bars: dict[str, Callable[[Axes], Any]] = {
-        "nodes": lambda ax: plot.sizes(labels, like=truth, ax=ax),
-        "modularity": lambda ax: plot.modularity(graph, labels, like=truth, ax=ax),
-        "conductance": lambda ax: plot.conductance(graph, labels, like=truth, ax=ax),
-    }
-    for caption, draw in bars.items():
-        add("Clusters", caption, tall, draw, width=3.2)
-    if evidence := first.get("n_clusters_evidence"):
-        add(
-            "Clusters",
-            "agreement of disjoint halves on K clusters",
-            max(tall, 2.2),
-            lambda ax: plot.agreement(evidence, ax=ax),
-            width=3.2,
-        )
-    sections["Pairs"] = []
-    add(
-        "Pairs",
-        "cosine similarity of a sample of nodes, by cluster",
-        3.9,
-        lambda ax: plot.similarity(embedding, labels, like=truth, ax=ax),
-    )
-    if truth is not None and len(np.unique(truth)) * n_clusters <= 900:
-        add(
-            "Pairs",
-            "clusters by classes, nodes",
-            3.9,
-            lambda ax: plot.confusion(truth, labels, ax=ax),
-        )
-    return sections
+    epoch = first.get("selected_epoch")
+    return [
+        _figure(caption, (4.6, 2.5), plot.learning_curve, histories, key, epoch=epoch)
+        for caption, key in keys
+    ]
 
 
-def _figure(caption: str, size: tuple[float, float], draw: Callable[[Axes], Any]) -> str:
+def _bars(dataset: Dataset, labels: _Labels, evidence: Mapping[str, Any] | None) -> list[_Figure]:
+    graph, like = dataset.adjacency, dataset.labels
+    height = max(1.4, 0.24 * _n_shown(labels) + 0.3)
+    size = 3.2, height
+    figures = [
+        _figure("nodes", size, plot.sizes, labels, like=like),
+        _figure("modularity", size, plot.modularity, graph, labels, like=like),
+        _figure("conductance", size, plot.conductance, graph, labels, like=like),
+    ]
+    if evidence:
+        caption = "agreement of disjoint halves on K clusters"
+        figures.append(_figure(caption, (3.2, max(height, 2.2)), plot.agreement, evidence))
+    return figures
+
+
+def _matrices(embedding: npt.NDArray[Any], labels: _Labels, truth: _Labels | None) -> list[_Figure]:
+    size = 4.6, 3.9
+    caption = "cosine similarity of a sample of nodes, by cluster"
+    figures = [_figure(caption, size, plot.similarity, embedding, labels, like=truth)]
+    if truth is not None and len(np.unique(truth)) * _n_shown(labels) <= 900:
+        figures.append(_figure("clusters by classes, nodes", size, plot.confusion, truth, labels))
+    return figures
+
+
+def _n_shown(labels: _Labels) -> int:
+    return min(len(np.unique(labels)), plot.MAX_BARS)
+
+
+def _figure(
+    caption: str, size: tuple[float, float], draw: Callable[..., Axes], *data: Any, **options: Any
+) -> _Figure:
     """A drawing as SVG that fits into the page, or a line on why there is none."""
     from markupsafe import Markup
     from matplotlib import rc_context
@@ -294,14 +292,15 @@ def _figure(caption: str, size: tuple[float, float], draw: Callable[[Axes], Any]
         style: Any = STYLE | {"svg.hashsalt": caption}
         with rc_context(style):
             figure = Figure(figsize=size, layout="constrained")
-            draw(figure.add_subplot()).set_title("")
+            draw(*data, ax=figure.add_subplot(), **options).set_title("")
             file = io.StringIO()
             plain = dict.fromkeys(("Creator", "Date", "Format", "Type"))
             FigureCanvasSVG(figure).print_svg(file, metadata=plain)
     except Exception as error:
         if debugging():
             raise
-        return Markup('<p class="note">could not be drawn: {}</p>').format(explain(error)[1])
+        why = Markup('<p class="note">could not be drawn: {}</p>').format(explain(error)[1])
+        return caption, why
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     drop = r' (width|height)="[\d.]+pt"| xmlns(:\w+)?="[^"]*"| version="1.1"'
@@ -311,7 +310,8 @@ def _figure(caption: str, size: tuple[float, float], draw: Callable[[Axes], Any]
     svg = re.sub(r'(?<=<g) id="[^"]*"|font-family: [^;"]*;? ?', "", svg)
     svg = re.sub(r"(?<![>\d\u2212])(-?\d+\.\d\d)\d+", r"\1", svg).replace("xlink:href", "href")
     svg = re.sub("|".join(THEME), lambda found: THEME[found[0]], svg)
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{Markup.escape(caption)}"', 1))
+    named = f'<svg role="img" aria-label="{Markup.escape(caption)}"'
+    return caption, Markup(svg.replace("<svg", named, 1))
 
 
 def _nodes(
