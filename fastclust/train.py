@@ -248,6 +248,13 @@ def resolve(settings: dict[str, Any]) -> tuple[Plan, Dataset]:
         data_root = os.path.abspath(_text(data_root, "data_root"))
     model = _text(settings.pop("model", "ecnmf"), "model")
     seeds = _seeds(settings.pop("seeds", [0]))
+    plan = Plan(dataset_name, files, data_root, model, seeds, _checked(model, settings))
+    plan, dataset = _loaded(plan)
+    return replace(plan, parameters=_completed(plan, dataset)), dataset
+
+
+def _checked(model: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Parameters in their types, before the data are read and anything is printed or moved."""
     if model not in MODELS:
         raise UsageError(
             f"model must be one of {', '.join(MODELS)}, got {model!r}"
@@ -261,46 +268,45 @@ def resolve(settings: dict[str, Any]) -> tuple[Plan, Dataset]:
                 f"{', '.join(hints)}"
             )
         settings[key] = cli.convert(key, value, hints[key])
-    # Before the data are read and anything is printed or moved: fit would refuse them as well.
-    checked = MODELS[model](**settings)
-    checked._validate_params()
+    MODELS[model](**settings)._validate_params()  # fit would refuse them as well
     check_device(settings.get("device", "auto"))
+    return settings
 
-    is_path = is_dataset_path(dataset_name)
-    if files:
-        files = {key: _absolute(key, value) for key, value in files.items()}
-        read: dict[str, Any] = {**files, "n_neighbors": checked.n_neighbors}
+
+def _loaded(plan: Plan) -> tuple[Plan, Dataset]:
+    """The data, and the plan with the name or the absolute paths to find them again by."""
+    if plan.files:
+        files = {key: _absolute(key, value) for key, value in plan.files.items()}
+        read: dict[str, Any] = {**files, "n_neighbors": MODELS[plan.model](**plan.parameters).n_neighbors}
         dataset = load_files(**read)
-        dataset_name = dataset.name
-        preset = MODELS[model]()
-    elif is_path:
-        dataset_name = os.path.abspath(os.path.expanduser(dataset_name))
-        dataset = load_dataset(Path(dataset_name))
-        preset = MODELS[model]()
+        return replace(plan, files=files, dataset=dataset.name), dataset
+    if is_dataset_path(plan.dataset):
+        path = os.path.abspath(os.path.expanduser(plan.dataset))
+        return replace(plan, dataset=path), load_dataset(Path(path))
+    dataset = load_dataset(plan.dataset, root=plan.data_root)
+    return replace(plan, dataset=dataset.name), dataset
+
+
+def _completed(plan: Plan, dataset: Dataset) -> dict[str, Any]:
+    """Every parameter: those given, over those of the data set's preset or the defaults."""
+    model, given = MODELS[plan.model], plan.parameters
+    if plan.files or is_dataset_path(plan.dataset):
+        preset = model()
     else:
-        dataset = load_dataset(dataset_name, root=data_root)
-        dataset_name = dataset.name
         # The preset may depend on what is asked for: HSAN's published rates go with its protocol.
-        preset = MODELS[model].for_dataset(dataset_name, **settings)
+        preset = model.for_dataset(plan.dataset, **given)
+    hints = parameter_types(model)
     parameters = {key: value for key, value in preset.get_params().items() if key in hints}
     # K is never the default of the class: it is given, or the number of classes.
-    parameters |= {"n_clusters": dataset.n_clusters} | settings
+    parameters |= {"n_clusters": dataset.n_clusters} | given
     if parameters["n_clusters"] is None:
         raise UsageError(
-            f"{dataset_name} has no labels to take the number of clusters from; give "
+            f"{plan.dataset} has no labels to take the number of clusters from; give "
             f"--n-clusters K, or --n-clusters auto to have it estimated"
         )
     if parameters["n_clusters"] != "auto":
         check_n_clusters(parameters["n_clusters"], dataset.n_nodes, minimum=1)
-    plan = Plan(
-        dataset=dataset_name,
-        files=files,
-        data_root=data_root,
-        model=model,
-        seeds=seeds,
-        parameters=parameters,
-    )
-    return plan, dataset
+    return parameters
 
 
 def parameter_types(model: Any) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import json
 import pickle
 import shutil
 import tempfile
-import types
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -520,26 +519,17 @@ def _outcome(function: Callable[[], object]) -> None:
             raise
 
 
-@cache
-def _offline_train() -> types.ModuleType:
-    """fastclust.train with a data set of its own for every name."""
-
-    def load(name: Any, root: Any = None) -> Dataset:
-        if str(name) not in datasets.DATASET_NAMES:
-            raise datasets.DatasetNotFoundError(f"no data set {name!r}")
-        return Dataset(str(name), graph().adjacency, graph().features, graph().labels, K)
-
-    module = types.ModuleType("offline")
-    module.__dict__.update(train.__dict__)
-    resolve = types.FunctionType(train.resolve.__code__, module.__dict__, "resolve")
-    module.__dict__.update(load_dataset=load, resolve=resolve)
-    return module
+def _load_offline(name: Any, root: Any = None) -> Dataset:
+    """A data set of its own for every name."""
+    if str(name) not in datasets.DATASET_NAMES:
+        raise datasets.DatasetNotFoundError(f"no data set {name!r}")
+    return Dataset(str(name), graph().adjacency, graph().features, graph().labels, K)
 
 
 def _plan(arguments: list[str], saved: dict[str, Any] | None = None) -> None:
-    module = _offline_train()
-    parsed = module.build_parser().parse_args(arguments)
-    plan, _ = module.resolve(module.gather_settings(parsed, saved))
+    parsed = train.build_parser().parse_args(arguments)
+    with mock.patch.object(train, "load_dataset", _load_offline):
+        plan, _ = train.resolve(train.gather_settings(parsed, saved))
     # what is accepted must survive the way through config.toml
     config = plan.config()
     json.dumps(files.as_json(config))
