@@ -289,50 +289,31 @@ def train(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     adam = make_optimizer(parameters, optimizer, lr)
-    accumulate = optimizer == "accumulated"
-    state = _State(model, adam, parameters, accumulate, dict(identity or {}))
-    ranks = state.ranks
+    state = _State(model, adam, parameters, optimizer == "accumulated", dict(identity or {}))
     checkpoints = None
     if checkpoint_dir is not None:
-        checkpoints = _Checkpoints(checkpoint_dir, checkpoint_every, ranks)
+        checkpoints = _Checkpoints(checkpoint_dir, checkpoint_every, state.ranks)
 
     if not (resume and checkpoints and checkpoints.load(state)):
         model.begin()
 
-    with _deferred_signals(checkpoints is not None, once=ranks.size == 1) as caught:
+    with _deferred_signals(checkpoints is not None, once=state.ranks.size == 1) as caught:
         for epoch in range(state.epochs_done, epochs):
             started = time.perf_counter()
-            if not accumulate:
-                adam.zero_grad(set_to_none=True)
-            loss = model.loss()
-            loss.backward()
-            adam.step()
-            model.after_step(epoch)
-            value = float(loss.detach())
-            if not np.isfinite(value):
-                raise TrainingDivergedError(
-                    f"the loss became {value} in epoch {epoch + 1}; lower lr (now {lr:g})"
-                )
-            entry: dict[str, Any] = {"epoch": epoch + 1, "loss": value}
+            loss, last = _step(state, epoch), epoch == epochs - 1
+            entry: dict[str, Any] = {"epoch": epoch + 1, "loss": loss}
             evaluation = None
-            if epoch % eval_every == 0 or epoch == epochs - 1:
-                final = epoch == epochs - 1
-                evaluation = _evaluate(state, epoch, value, adjacency, selection, final)
+            if epoch % eval_every == 0 or last:
+                evaluation = _evaluate(state, epoch, loss, adjacency, selection, last)
                 entry |= {key: score for key, score in evaluation.items() if key != "labels"}
             entry["seconds"] = time.perf_counter() - started
             state.epochs_done = epoch + 1
             state.history.append(entry)
-            event = Event(epoch + 1, epochs, value, entry["seconds"], evaluation)
+            event = Event(epoch + 1, epochs, loss, entry["seconds"], evaluation)
             for callback in callbacks:
                 callback(event)
             if checkpoints is not None:
-                number, due = ranks.most(caught[0] if caught else 0, checkpoints.due(epoch + 1))
-                if number or due or epoch == epochs - 1:
-                    written = checkpoints.save(state)
-                if number:
-                    where = checkpoints.path if written else "nowhere: it could not be written"
-                    name = signal.Signals(number).name
-                    raise TrainingInterrupted(f"{name} after epoch {epoch + 1}; checkpoint {where}")
+                _keep(checkpoints, state, caught, last)
 
     best = state.best
     return TrainingResult(
@@ -342,6 +323,23 @@ def train(
         epoch=best.epoch,
         history=state.history,
     )
+
+
+def _step(state: _State, epoch: int) -> float:
+    """One step of the optimizer; returns the loss that it started from."""
+    if not state.accumulate:
+        state.optimizer.zero_grad(set_to_none=True)
+    loss = state.model.loss()
+    loss.backward()
+    state.optimizer.step()
+    state.model.after_step(epoch)
+    value = float(loss.detach())
+    if not np.isfinite(value):
+        lr = state.optimizer.param_groups[0]["lr"]
+        raise TrainingDivergedError(
+            f"the loss became {value} in epoch {epoch + 1}; lower lr (now {lr:g})"
+        )
+    return value
 
 
 def _evaluate(
@@ -370,6 +368,18 @@ def _evaluate(
         kept = {} if more_is_better is None else state.cpu_parameters()
         state.best = _Best(epoch + 1, score, labels.cpu(), embedding.cpu(), kept)
     return {**scores, **state.model.diagnostics(), "labels": host_labels}
+
+
+def _keep(checkpoints: _Checkpoints, state: _State, caught: list[int], last: bool) -> None:
+    """Write a checkpoint where one is due, and leave if a signal came to any rank."""
+    epoch = state.epochs_done
+    number, due = state.ranks.most(caught[0] if caught else 0, checkpoints.due(epoch))
+    if number or due or last:
+        written = checkpoints.save(state)
+    if number:
+        where = checkpoints.path if written else "nowhere: it could not be written"
+        name = signal.Signals(number).name
+        raise TrainingInterrupted(f"{name} after epoch {epoch}; checkpoint {where}")
 
 
 # --- interruption --------------------------------------------------------------------------------
