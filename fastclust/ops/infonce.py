@@ -30,6 +30,9 @@ PRECISIONS = {name: code for code, name in enumerate(get_args(Precision))}
 #: Snapshots that one :class:`Hardness` can hold (bits of its membership masks).
 MAX_SNAPSHOTS = 63
 
+# Fields of a Hardness that are one tensor each, in the order of the operators' arguments.
+_TENSORS = ("alpha", "range", "labels", "membership", "order")
+
 #: Rows and columns of a tile of :class:`StoredHardness` (kWeightTile of csrc/infonce/infonce.h).
 WEIGHT_TILE = 192
 
@@ -69,23 +72,14 @@ class Hardness:
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> Hardness:
         """The same weights of what ``function`` makes of each tensor: moved or converted."""
-        return replace(
-            self,
-            z=tuple(map(function, self.z)),
-            e=tuple(map(function, self.e)),
-            alpha=function(self.alpha),
-            range=function(self.range),
-            labels=function(self.labels),
-            membership=function(self.membership),
-            order=function(self.order),
-        )
+        made: dict[str, Any] = {name: function(getattr(self, name)) for name in _TENSORS}
+        return replace(self, z=tuple(map(function, self.z)), e=tuple(map(function, self.e)), **made)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything as a flat dict of tensors, for a checkpoint."""
         state = {f"z.{s}": z for s, z in enumerate(self.z)}
         state |= {f"e.{s}": e for s, e in enumerate(self.e)}
-        for name in ("alpha", "range", "labels", "membership", "order"):
-            state[name] = getattr(self, name)
+        state |= {name: getattr(self, name) for name in _TENSORS}
         state["beta"] = torch.tensor(self.beta, dtype=torch.float64)
         return state
 
@@ -101,11 +95,7 @@ class Hardness:
             return cls(
                 z=tuple(state[f"z.{s}"] for s in range(n_snapshots)),
                 e=tuple(state[f"e.{s}"] for s in range(n_snapshots)),
-                alpha=state["alpha"],
-                range=state["range"],
-                labels=state["labels"],
-                membership=state["membership"],
-                order=state["order"],
+                **{name: state[name] for name in _TENSORS},
                 beta=float(state["beta"]),
             )
         except KeyError as error:
@@ -297,28 +287,14 @@ def _check_row_sums(row_sums: Tensor, z: Tensor) -> None:
 
 @overload
 def hardness(
-    z: Tensor,
-    e: Tensor | None,
-    alpha: Tensor | float,
-    labels: Tensor,
-    confident: Tensor,
-    beta: float,
-    *,
-    previous: Hardness | None = None,
-    storage: Literal["snapshots"] = "snapshots",
-) -> Hardness: ...
+    z: Tensor, e: Tensor | None, alpha: Tensor | float, labels: Tensor, confident: Tensor,
+    beta: float, *, previous: Hardness | None = None, storage: Literal["snapshots"] = "snapshots",
+) -> Hardness: ...  # fmt: skip
 @overload
 def hardness(
-    z: Tensor,
-    e: Tensor | None,
-    alpha: Tensor | float,
-    labels: Tensor,
-    confident: Tensor,
-    beta: float,
-    *,
-    previous: StoredHardness | None = None,
-    storage: Literal["stored"],
-) -> StoredHardness: ...
+    z: Tensor, e: Tensor | None, alpha: Tensor | float, labels: Tensor, confident: Tensor,
+    beta: float, *, previous: StoredHardness | None = None, storage: Literal["stored"],
+) -> StoredHardness: ...  # fmt: skip
 @torch.no_grad()
 def hardness(
     z: Tensor,
@@ -429,17 +405,9 @@ def _refreshed(
 def _snapshot_arguments(weights: Hardness | None) -> tuple[Any, ...]:
     """Weights as the operators take them."""
     if weights is None:
-        return [], [], None, None, None, None, None, 0.0
-    return (
-        list(weights.z),
-        list(weights.e),
-        weights.alpha,
-        weights.range,
-        weights.labels,
-        weights.membership,
-        weights.order,
-        weights.beta,
-    )
+        return [], [], *[None] * len(_TENSORS), 0.0
+    tensors = [getattr(weights, name) for name in _TENSORS]
+    return list(weights.z), list(weights.e), *tensors, weights.beta
 
 
 @without_autocast
@@ -528,12 +496,16 @@ def _extend(previous: Hardness, new: Hardness) -> Hardness:
         packed |= ((membership >> s) & 1) << position
     z, e = previous.z + new.z, previous.e + new.e
     rows = torch.tensor(keep, dtype=torch.int64, device=membership.device)
+
+    def kept(name: str) -> Tensor:
+        return torch.cat([getattr(previous, name), getattr(new, name)])[rows]
+
     return Hardness(
         z=tuple(z[s] for s in keep),
         e=tuple(e[s] for s in keep),
-        alpha=torch.cat([previous.alpha, new.alpha])[rows],
-        range=torch.cat([previous.range, new.range])[rows],
-        labels=torch.cat([previous.labels, new.labels])[rows],
+        alpha=kept("alpha"),
+        range=kept("range"),
+        labels=kept("labels"),
         membership=packed,
         order=_descending(packed),
         beta=new.beta,
