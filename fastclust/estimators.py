@@ -58,6 +58,7 @@ from fastclust.models.ecnmf import ECNMFModel, choose_propagation
 from fastclust.models.hsan import HSANModel, WeightStorage, filtered_attributes, principal_axes
 from fastclust.models.inputs import (
     as_tensor,
+    check_counts,
     inverse_document_frequency,
     kmeans_labels,
     nearest_center,
@@ -496,6 +497,11 @@ class _TrainedClusterer(_GraphClusterer):
         self._tell_of_one_cluster()
         return self
 
+    def _restore(self, model: torch.nn.Module) -> None:
+        """Give a model the trained parameters that it has."""
+        wanted = model.state_dict()
+        model.load_state_dict({k: v for k, v in self.parameters_.items() if k in wanted})
+
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class HSAN(_TrainedClusterer):
@@ -642,7 +648,7 @@ class HSAN(_TrainedClusterer):
         The published learning rate belongs to accumulated gradients and to plain Adam; with
         averaged gradients (the default) the rate follows from the number of epochs.
         """
-        estimator = cls(**{**preset(cls._name, name), **overrides})
+        estimator = super().for_dataset(name, **overrides)
         if "lr" not in overrides and estimator._optimizer() == "averaged":
             estimator.lr = None
         return estimator
@@ -659,10 +665,8 @@ class HSAN(_TrainedClusterer):
 
     def _samples(self, n_nodes: int) -> bool:
         """Whether a step takes fewer than all pairs of rows."""
-        return any(size is not None and size < n_nodes for size in self._sizes())
-
-    def _sizes(self) -> tuple[int | None, int | None]:
-        return self.batch_size, self.n_negatives
+        sizes = (self.batch_size, self.n_negatives)
+        return any(size is not None and size < n_nodes for size in sizes)
 
     def _optimizer(self) -> str:
         if self.optimizer is not None:
@@ -731,21 +735,17 @@ class HSAN(_TrainedClusterer):
             n_clusters=self.n_clusters_,
             width=self.width,
             activation=self.activation,
+            tau=self.tau,
+            beta=self.beta,
+            weights=self.resolved_["weights"],
+            stale_weights=self.resolved_["stale_weights"],
+            refresh_every=self.refresh_every,
+            clamp_alpha=self.resolved_["optimizer"] == "averaged",
+            kmeans=self.resolved_["kmeans"],
+            n_init=self.n_init,
             precision=self.precision,
             seed=self.seed_,
-            **{
-                "tau": self.tau,
-                "beta": self.beta,
-                "structure": self.structure,
-                "weights": self._weights(),
-                "stale_weights": self.resolved_["stale_weights"],
-                "weight_storage": self.weight_storage,
-                "refresh_every": self.refresh_every,
-                "clamp_alpha": self.resolved_["optimizer"] == "averaged",
-                "kmeans": self.resolved_["kmeans"],
-                "n_init": self.n_init,
-                **keywords,
-            },
+            **{"structure": self.structure, "weight_storage": self.weight_storage, **keywords},
         )
 
     def _predict(
@@ -756,8 +756,7 @@ class HSAN(_TrainedClusterer):
             as_tensor(features, device), graph, basis, structure=False, weight_storage="auto"
         )
         # The structure encoders have a parameter for every training node; Z does not need them.
-        wanted = model.state_dict()
-        model.load_state_dict({k: v for k, v in self.parameters_.items() if k in wanted})
+        self._restore(model)
         return model.predict()
 
     def _n_components(self, n_nodes: int, n_features: int) -> int | None:
@@ -992,22 +991,17 @@ checkpoint_dir, checkpoint_every, resume, verbose
         if self.second_view == "low-rank":
             low_rank = self._project(x)
         model = self._model(x, low_rank, graph)
-        wanted = model.state_dict()
-        model.load_state_dict({k: v for k, v in self.parameters_.items() if k in wanted})
+        self._restore(model)
         return model.assign(0)
 
     def _weighting(self, features: Features) -> str:
-        negative = self.weighting in ("auto", "tf-idf") and float(features.min()) < 0
-        if self.weighting == "tf-idf" and negative:
-            raise ValueError(
-                f"weighting 'tf-idf' must be given features of 0 or more, got "
-                f"{float(features.min()):g}; use weighting='l2'"
-            )
+        if self.weighting == "tf-idf":
+            check_counts(features)
         if self.weighting != "auto":
             return self.weighting
         if self.protocol == "paper-code":
             return "none"
-        return "l2" if negative else "tf-idf"
+        return "tf-idf" if features.min() >= 0 else "l2"
 
     def _project(self, x: torch.Tensor) -> ops.LowRankMatrix:
         """X_r of other nodes, by the projection of the training data."""

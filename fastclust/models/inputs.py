@@ -17,6 +17,7 @@ from fastclust import ops
 
 __all__ = [
     "as_tensor",
+    "check_counts",
     "derive_seed",
     "inverse_document_frequency",
     "kmeans_labels",
@@ -43,6 +44,15 @@ def inverse_document_frequency(features: Any) -> npt.NDArray[np.float32]:
     else:
         frequency = np.count_nonzero(features, axis=0)
     return (np.log((1.0 + n) / (1.0 + frequency)) + 1.0).astype(np.float32)
+
+
+def check_counts(features: Any) -> None:
+    """Raise ``ValueError`` unless X [N, D] is what tf-idf may weight: nowhere negative."""
+    if features.min() < 0:
+        raise ValueError(
+            f"weighting 'tf-idf' must be given features of 0 or more, got {features.min():g}; use "
+            f"weighting='l2'"
+        )
 
 
 def weighted_rows(features: Any, idf: npt.NDArray[np.float32] | None = None) -> Any:

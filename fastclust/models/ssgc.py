@@ -41,6 +41,7 @@ from fastclust.interop import without_autocast
 from fastclust.models.inputs import (
     SAMPLE_ROWS,
     as_tensor,
+    check_counts,
     derive_seed,
     inverse_document_frequency,
     kmeans_labels,
@@ -168,7 +169,7 @@ def ssgc_embedding(
     if recipe == "plain":
         weightings = ["l2" if weighting == "auto" else weighting]
     elif weighting == "auto":
-        weightings = ["l2", "tf-idf"] if _minimum(features) >= 0 else ["l2"]
+        weightings = ["l2", "tf-idf"] if features.min() >= 0 else ["l2"]
     else:
         weightings = [weighting]
 
@@ -386,11 +387,8 @@ def _check(
 ) -> None:
     check_choice("recipe", recipe, get_args(Recipe))
     check_choice("weighting", weighting, get_args(Weighting))
-    if weighting == "tf-idf" and _minimum(features) < 0:
-        raise ValueError(
-            f"weighting 'tf-idf' must be given features of 0 or more, got {_minimum(features):g}; "
-            f"use weighting='l2'"
-        )
+    if weighting == "tf-idf":
+        check_counts(features)
     if n_steps is not None and n_steps < 0:
         raise ValueError(f"n_steps must be 0 or more, got {n_steps}")
     if n_components is not None and n_components < 1:
@@ -398,10 +396,6 @@ def _check(
 
 
 # --- attributes -----------------------------------------------------------------------------------
-
-
-def _minimum(features: Features) -> float:
-    return float(features.min())
 
 
 def encodes_degree(features: Features, adjacency: sp.csr_array) -> bool:
@@ -689,7 +683,7 @@ def smoothed_basis(
 
     Attributes are weighted by tf-idf unless some are negative; columns of B descend.
     """
-    idf = inverse_document_frequency(x) if _minimum(x) >= 0 else None
+    idf = inverse_document_frequency(x) if x.min() >= 0 else None
     q, _, energy, mean_energy = _leading_pairs(x, idf, seed, graph.device)
     smooth = _smoothed(graph, q, (n_steps,))[n_steps]
     scale = _scalings(energy, mean_energy, "multiview")[1]
