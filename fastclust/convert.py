@@ -52,6 +52,7 @@ from fastclust.datasets import (
     DatasetFormatError,
     DatasetNotFoundError,
     load_array,
+    parquet_reader,
 )
 from fastclust.tables import INDEX_NAMES, require_ends_first
 from fastclust.validation import check_features
@@ -465,14 +466,9 @@ def _numbers(file: Any, count: int, dtype: np.dtype[Any], what: str) -> npt.NDAr
 
 
 def _parquet(path: Path) -> Any:
+    reader = parquet_reader(path)
     try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise DatasetFormatError(
-            f"{path} needs pyarrow to be read: pip install 'fastclust[parquet]'"
-        ) from None
-    try:
-        return pq.ParquetFile(path)
+        return reader.ParquetFile(path)
     except Exception as error:
         raise DatasetFormatError(f"{path} is no Parquet file ({error})") from None
 

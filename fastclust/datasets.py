@@ -697,6 +697,24 @@ def load_array(path: Path, mmap_mode: Literal["r", "c"] | None = None) -> npt.ND
     return array
 
 
+def parquet_reader(path: Path) -> Any:
+    """The module that reads Parquet files, for the file ``path``.
+
+    Raises
+    ------
+    DatasetFormatError
+        It is not installed.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DatasetFormatError(
+            f"{path} must be read with pyarrow, which is not installed: pip install pyarrow, "
+            f"or save the table as CSV"
+        ) from None
+    return pyarrow.parquet
+
+
 def _load_directory(folder: Path) -> Dataset:
     """What :mod:`fastclust.convert` wrote, mapped copy-on-write: the files are never changed.
 

@@ -41,6 +41,7 @@ from fastclust.datasets import (
     DatasetNotFoundError,
     load_array,
     nearest_neighbor_graph,
+    parquet_reader,
 )
 from fastclust.validation import DataWarning, check_adjacency, check_features, check_labels
 
@@ -425,15 +426,9 @@ class _Table:
 
     @classmethod
     def _read_parquet(cls, path: Path) -> _Table:
+        reader = parquet_reader(path)
         try:
-            import pyarrow.parquet as parquet
-        except ImportError:
-            raise DatasetFormatError(
-                f"{path} must be read with pyarrow, which is not installed: pip install pyarrow, "
-                f"or save the table as CSV"
-            ) from None
-        try:
-            table = parquet.read_table(path)
+            table = reader.read_table(path)
         except Exception as error:  # pyarrow has many kinds
             text = " ".join(str(error).split())[:160]
             raise DatasetFormatError(f"{path} must be a Parquet file: {text}") from None
