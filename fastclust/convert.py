@@ -44,17 +44,14 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from fastclust import cli
-from fastclust.datasets import (
+from fastclust.datasets import Dataset, DatasetFormatError, DatasetNotFoundError
+from fastclust.datasets.folder import (
     DIRECTORY_FORMAT,
     DIRECTORY_META,
     DIRECTORY_VERSION,
-    Dataset,
-    DatasetFormatError,
-    DatasetNotFoundError,
     load_array,
-    parquet_reader,
 )
-from fastclust.tables import INDEX_NAMES, require_ends_first
+from fastclust.tables import INDEX_NAMES, parquet_reader, require_ends_first
 from fastclust.validation import check_features
 
 __all__ = ["convert", "main", "write_directory"]

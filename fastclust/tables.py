@@ -39,10 +39,9 @@ from fastclust.datasets import (
     Dataset,
     DatasetFormatError,
     DatasetNotFoundError,
-    load_array,
     nearest_neighbor_graph,
-    parquet_reader,
 )
+from fastclust.datasets.folder import load_array
 from fastclust.validation import DataWarning, check_adjacency, check_features, check_labels
 
 __all__ = ["INDEX_NAMES", "load_files", "require_ends_first"]
@@ -513,6 +512,24 @@ class _Table:
             f"{self.path} must hold numbers in its attribute columns, got {value!r} in column "
             f"{name!r}; leave the column out, encode it, or name it with --ids or --labels"
         )
+
+
+def parquet_reader(path: Path) -> Any:
+    """The module that reads Parquet files, for the file ``path``.
+
+    Raises
+    ------
+    DatasetFormatError
+        It is not installed.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DatasetFormatError(
+            f"{path} must be read with pyarrow, which is not installed: pip install pyarrow, "
+            f"or save the table as CSV"
+        ) from None
+    return pyarrow.parquet
 
 
 def _open_text(path: Path) -> Any:

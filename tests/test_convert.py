@@ -21,12 +21,8 @@ import fastclust as fc
 from fastclust import convert as module
 from fastclust import ops, train
 from fastclust.convert import convert, write_directory
-from fastclust.datasets import (
-    DIRECTORY_FORMAT,
-    DIRECTORY_VERSION,
-    DatasetFormatError,
-    DatasetNotFoundError,
-)
+from fastclust.datasets import DatasetFormatError, DatasetNotFoundError
+from fastclust.datasets.folder import DIRECTORY_FORMAT, DIRECTORY_VERSION
 
 EDGES = np.array([[0, 1], [1, 0], [2, 5], [5, 2], [3, 3], [1, 4], [1, 4]])
 

@@ -28,9 +28,12 @@ from fastclust.datasets import (
     DatasetFormatError,
     DatasetNotFoundError,
     array_digest,
+    download,
     load_dataset,
     load_npz,
     nearest_neighbor_graph,
+    npz,
+    published,
 )
 from fastclust.validation import DataWarning
 
@@ -177,12 +180,12 @@ def small() -> Dataset:
         "shape_x": np.array(features.shape),
         "labels": rng.permutation(np.arange(40) % 3),
     }
-    return datasets._from_uniform(arrays, "small", "test")
+    return npz.from_uniform(arrays, "small", "test")
 
 
 @pytest.fixture
 def uniform(small) -> dict[str, np.ndarray]:
-    return datasets._to_uniform(small)
+    return npz.to_uniform(small)
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +194,7 @@ def no_places(tmp_path, monkeypatch):
     monkeypatch.delenv("FASTCLUST_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("FASTCLUST_DATA_URL", "http://127.0.0.1:9")  # the discard port: refused
-    monkeypatch.setattr(datasets, "_RETRY_PAUSE", 0.0)
+    monkeypatch.setattr(download, "_RETRY_PAUSE", 0.0)
 
 
 class Server:
@@ -238,10 +241,10 @@ def server(monkeypatch) -> Iterator[Server]:
 
 def publish(monkeypatch, dataset: Dataset, key: str, content: bytes | None = None) -> None:
     """Make ``dataset`` what ``key`` stands for."""
-    source = datasets._SOURCES[key]
-    blob_id = None if content is None else datasets.git_blob_id(content)
+    source = published.SOURCES[key]
+    blob_id = None if content is None else download.git_blob_id(content)
     changed = dataclasses.replace(source, digest=array_digest(dataset), blob_id=blob_id)
-    monkeypatch.setitem(datasets._SOURCES, key, changed)
+    monkeypatch.setitem(published.SOURCES, key, changed)
 
 
 def cache_file(tmp_path: Path, key: str) -> Path:
@@ -621,7 +624,7 @@ def test_unwritable_cache_is_no_obstacle(tmp_path, monkeypatch, server, small):
 )
 def test_planetoid_pickles_of_every_age(small, dumps):
     files = to_planetoid(dataclasses.replace(small, name="cora"), 15, 0, dumps)
-    assert_same(datasets._build_planetoid(files, "cora"), small)
+    assert_same(published.build_planetoid(files, "cora"), small)
 
 
 def test_python2_pickles_are_what_they_should_be():
@@ -665,7 +668,7 @@ def test_pickles_of_anything_else_are_refused(tmp_path, monkeypatch, small, cont
     files = to_planetoid(dataclasses.replace(small, name="cora"), 15, 0, python2_pickle)
     for part in ("allx", "ty", "graph"):
         with pytest.raises(DatasetFormatError, match=f"ind.cora.{part} must hold") as caught:
-            datasets._build_planetoid(files | {f"ind.cora.{part}": content}, "cora")
+            published.build_planetoid(files | {f"ind.cora.{part}": content}, "cora")
         one_line(caught.value)
     assert not (tmp_path / "owned").exists()
     assert sp.csr_matrix.tocoo is tocoo
@@ -676,7 +679,7 @@ def test_pickle_cannot_change_scipy(small):
     patch = b"cscipy.sparse.csr\ncsr_matrix\n(N}S'tocoo'\nNstb."
     files = to_planetoid(dataclasses.replace(small, name="cora"), 15, 0, python2_pickle)
     with pytest.raises(DatasetFormatError):
-        datasets._build_planetoid(files | {"ind.cora.allx": patch}, "cora")
+        published.build_planetoid(files | {"ind.cora.allx": patch}, "cora")
     assert callable(sp.csr_matrix.tocoo)
 
 
@@ -685,7 +688,7 @@ def test_pickle_cannot_change_numpy(small):
     patch = b"cnumpy\ndtype\n(S'f4'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI63\ntb."
     files = to_planetoid(dataclasses.replace(small, name="cora"), 15, 0, python2_pickle)
     with pytest.raises(DatasetFormatError):
-        datasets._build_planetoid(files | {"ind.cora.allx": patch}, "cora")
+        published.build_planetoid(files | {"ind.cora.allx": patch}, "cora")
     assert np.dtype("f4").flags == 0
     np.zeros(3, np.float32)
 
@@ -696,7 +699,7 @@ def test_damaged_pickles(small):
         name = f"ind.cora.{part}"
         for content in (b"", files[name][:-20], files[name][: len(files[name]) // 2], b"xyz"):
             with pytest.raises(DatasetFormatError, match=f"{name} is truncated or corrupt"):
-                datasets._build_planetoid(files | {name: content}, "cora")
+                published.build_planetoid(files | {name: content}, "cora")
 
 
 @pytest.mark.parametrize(
@@ -721,7 +724,7 @@ def test_damaged_pickles(small):
 def test_planetoid_files_that_do_not_fit(small, part, content, message):
     files = to_planetoid(dataclasses.replace(small, name="cora"), 15, 0, python2_pickle)
     with pytest.raises(DatasetFormatError, match=message):
-        datasets._build_planetoid(files | {f"ind.cora.{part}": content}, "cora")
+        published.build_planetoid(files | {f"ind.cora.{part}": content}, "cora")
 
 
 @pytest.mark.parametrize(
@@ -737,7 +740,7 @@ def test_planetoid_files_that_do_not_fit(small, part, content, message):
 def test_airport_files_that_do_not_fit(edges, labels, message):
     files = {"brazil-airports.edgelist": edges, "labels-brazil-airports.txt": labels}
     with pytest.raises(DatasetFormatError, match=message):
-        datasets._build_airports(files, "bat")
+        published.build_airports(files, "bat")
 
 
 def test_airport_degrees_count_a_loop_once():
@@ -745,7 +748,7 @@ def test_airport_degrees_count_a_loop_once():
         "brazil-airports.edgelist": b"7 5\n5 7\n7 7\n5 9\n",
         "labels-brazil-airports.txt": b"node label\n9 0\n5 1\n7 1\n",
     }
-    dataset = datasets._build_airports(files, "bat")
+    dataset = published.build_airports(files, "bat")
     np.testing.assert_array_equal(dataset.adjacency.toarray(), [[0, 1, 0], [1, 0, 1], [0, 1, 0]])
     np.testing.assert_array_equal(dataset.features.toarray(), [[0, 1, 0], [0, 0, 1], [0, 0, 1]])
 
@@ -774,14 +777,14 @@ def test_real_graphs_are_the_reference(data_root, recwarn, name):
         np.testing.assert_array_equal(dataset.labels, arrays["labels"])
 
 
-def published(dataset: Dataset) -> dict[str, bytes]:
+def published_files(dataset: Dataset) -> dict[str, bytes]:
     """The files that a data set is published as, written from its arrays."""
     name = dataset.name
     if name in ("cora", "citeseer"):
         n_test, n_missing = {"cora": (1000, 0), "citeseer": (1015, 15)}[name]
         return to_planetoid(dataset, n_test, n_missing, python2_pickle)
     if name in ("amap", "amac"):
-        return {Path(datasets._SOURCES[name].files[0]).name: to_gnn_benchmark(dataset)}
+        return {Path(published.SOURCES[name].files[0]).name: to_gnn_benchmark(dataset)}
     country = {"eat": "europe", "uat": "usa", "bat": "brazil"}[name]
     return to_airports(dataset, country, shuffle=name == "uat")
 
@@ -789,13 +792,13 @@ def published(dataset: Dataset) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", GRAPHS)
 def test_downloads_give_exactly_the_reference(data_root, monkeypatch, server, name):
     reference = load_dataset(name, root=data_root)
-    files = published(reference)
+    files = published_files(reference)
     server.files |= files
-    source = datasets._SOURCES[name]
+    source = published.SOURCES[name]
     if source.blob_id is not None:
-        blob_id = datasets.git_blob_id(next(iter(files.values())))
+        blob_id = download.git_blob_id(next(iter(files.values())))
         changed = dataclasses.replace(source, blob_id=blob_id)
-        monkeypatch.setitem(datasets._SOURCES, name, changed)
+        monkeypatch.setitem(published.SOURCES, name, changed)
     downloaded = load_dataset(name)  # verified by the digest of the published arrays
     assert_same(downloaded, reference)
     assert array_digest(downloaded) == source.digest
@@ -807,7 +810,7 @@ def test_every_name_has_a_source():
     assert (*GRAPHS, "digits") == tuple(datasets.DATASET_NAMES) or set(GRAPHS) | {"digits"} == set(
         datasets.DATASET_NAMES
     )
-    for source in datasets._SOURCES.values():
+    for source in published.SOURCES.values():
         assert len(source.digest) == 64
 
 

@@ -30,7 +30,8 @@ import torch
 
 from fastclust import cli, compare, datasets, estimators, files, tables, train, training
 from fastclust.convert import convert, write_directory
-from fastclust.datasets import Dataset, DatasetFormatError
+from fastclust.datasets import Dataset, DatasetFormatError, published
+from fastclust.datasets import npz as npz_format
 from fastclust.estimators import ECNMF, SSGC
 from fastclust.memory import InsufficientMemoryError
 from fastclust.rundir import RunDirectory, read_toml
@@ -63,7 +64,7 @@ def graph() -> Dataset:
 
 @cache
 def uniform() -> dict[str, Any]:
-    return datasets._to_uniform(graph()) | {"adj_data": graph().adjacency.data}
+    return npz_format.to_uniform(graph()) | {"adj_data": graph().adjacency.data}
 
 
 @cache
@@ -102,8 +103,8 @@ def require_sound(dataset: Dataset) -> None:
 
 def read_npz(content: bytes) -> None:
     with contextlib.suppress(DatasetFormatError, InsufficientMemoryError):
-        arrays = datasets._unzip(io.BytesIO(content), "fuzz.npz")
-        require_sound(datasets._from_arrays(arrays, "fuzz", "fuzz.npz", False))
+        arrays = npz_format.unzip(io.BytesIO(content), "fuzz.npz")
+        require_sound(npz_format.from_arrays(arrays, "fuzz", "fuzz.npz", False))
 
 
 def npz_files() -> list[bytes]:
@@ -209,7 +210,7 @@ def edited(arrays: dict[str, Any], content: bytes) -> dict[str, Any]:
 def read_arrays(content: bytes) -> None:
     base = (uniform, gnn_benchmark)[content[0] % 2]() if content else uniform()
     with contextlib.suppress(DatasetFormatError):
-        require_sound(datasets._from_arrays(edited(base, content[1:]), "fuzz", "fuzz.npz", False))
+        require_sound(npz_format.from_arrays(edited(base, content[1:]), "fuzz", "fuzz.npz", False))
 
 
 def array_edits() -> list[bytes]:
@@ -376,7 +377,7 @@ def read_planetoid(content: bytes) -> None:
     names = sorted(planetoid())
     files = planetoid() | ({names[content[0] % len(names)]: content[1:]} if content else {})
     with contextlib.suppress(DatasetFormatError):
-        require_sound(datasets._build_planetoid(files, "cora"))
+        require_sound(published.build_planetoid(files, "cora"))
 
 
 def planetoid_files() -> list[bytes]:
@@ -387,7 +388,7 @@ def read_airports(content: bytes) -> None:
     edges, _, labels = content.partition(b"\0")
     files = {"x-airports.edgelist": edges, "labels-x-airports.txt": labels}
     with contextlib.suppress(DatasetFormatError):
-        require_sound(datasets._build_airports(files, "eat"))
+        require_sound(published.build_airports(files, "eat"))
 
 
 def airport_files() -> list[bytes]:
