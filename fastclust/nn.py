@@ -185,18 +185,9 @@ class LowRankView(nn.Module):
 
     def __init__(self, x: Any, rank: int | float | str, **options: Any) -> None:
         super().__init__()
-        factors = ops.low_rank(x, rank, **options)
-        left, right = factors.left, factors.right
-        if factors.add_mean and factors.mean is not None:
-            if factors.mean.dim() == 2:
-                raise ValueError(
-                    "add_mean must be False where every batch has its own mean; use "
-                    "recombine='merge'"
-                )
-            left = torch.cat([left, left.new_ones(left.shape[0], 1)], dim=1)
-            right = torch.cat([right, factors.mean[None]])
-        self.register_buffer("left", left.contiguous())
-        self.register_buffer("right", right.contiguous())
+        left, right = ops.low_rank(x, rank, **options).factors()
+        self.register_buffer("left", left)
+        self.register_buffer("right", right)
 
     def forward(self, weight: Tensor) -> Tensor:
         """X_r W [N, k] for W [D, k]."""

@@ -278,6 +278,19 @@ def test_matmul_is_differentiable_in_the_weight():
 
 
 @pytest.mark.parametrize("recombine", READINGS)
+def test_factors_multiply_to_the_whole(recombine):
+    x = decaying(30, 8)
+    for add_mean in (False, True):
+        low = ops.low_rank(x, 3, batch_size=12, recombine=recombine, add_mean=add_mean)
+        if add_mean and recombine != "merge":  # every batch has its own
+            with pytest.raises(ValueError, match="add_mean must be False"):
+                low.factors()
+            continue
+        left, right = low.factors()
+        torch.testing.assert_close(left @ right, low.to_dense())
+
+
+@pytest.mark.parametrize("recombine", READINGS)
 def test_matmul_compiles(recombine):
     factors = ops.low_rank(decaying(30, 8).float(), 3, batch_size=12, recombine=recombine)
     weight = torch.randn(8, 2, requires_grad=True)

@@ -176,11 +176,7 @@ def _second_view(graph: Graph, x: ops.LowRankMatrix) -> _DenseInput:
     batch_means = x.add_mean and x.mean is not None and x.mean.dim() == 2
     if batch_means or rank * (n + n_features) >= n * n_features:
         return _DenseInput(graph, x.to_dense())
-    left, right = x.left, x.right
-    if x.add_mean and x.mean is not None:  # one more column and row
-        left = torch.cat([left, left.new_ones(left.shape[0], 1)], dim=1)
-        right = torch.cat([right, x.mean[None]])
-    return _DenseInput(graph, left.contiguous(), right.contiguous())
+    return _DenseInput(graph, *x.factors())
 
 
 class _LinearView:

@@ -163,6 +163,27 @@ class LowRankMatrix:
             out = out + self._of_rows(self._mean)
         return out
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Factors [N, R'] and [R', D], contiguous, whose product is :meth:`to_dense`.
+
+        ``left`` and ``right``; with ``add_mean`` a column of ones and the mean besides.
+
+        Raises
+        ------
+        ValueError
+            ``add_mean`` is set and every batch has its own mean.
+        """
+        left, right = self.left, self.right
+        if self.add_mean and self.mean is not None:
+            if self.mean.dim() == 2:
+                raise ValueError(
+                    "add_mean must be False where every batch has its own mean; use "
+                    "recombine='merge'"
+                )
+            left = torch.cat([left, left.new_ones(left.shape[0], 1)], dim=1)
+            right = torch.cat([right, self.mean[None]])
+        return left.contiguous(), right.contiguous()
+
     def _of_rows(self, per_batch: Tensor) -> Tensor:  # [M', k] -> [N, k] or [1, k]
         if per_batch.shape[0] == 1:
             return per_batch
