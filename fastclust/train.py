@@ -29,7 +29,8 @@ from fastclust import cli, distributed, metrics, report
 from fastclust._library import _C
 from fastclust.cli import Interrupted, UsageError, note
 from fastclust.datasets import Dataset, is_dataset_path, load_dataset
-from fastclust.estimators import ECNMF, HSAN, SSGC, data_digest
+from fastclust.estimators import ECNMF, HSAN, SSGC
+from fastclust.estimators.trained import data_digest
 from fastclust.files import as_json, write_atomically
 from fastclust.info import cpu_name, versions
 from fastclust.ops.infonce import PRECISIONS
@@ -277,7 +278,8 @@ def _loaded(plan: Plan) -> tuple[Plan, Dataset]:
     """The data, and the plan with the name or the absolute paths to find them again by."""
     if plan.files:
         files = {key: _absolute(key, value) for key, value in plan.files.items()}
-        read: dict[str, Any] = {**files, "n_neighbors": MODELS[plan.model](**plan.parameters).n_neighbors}
+        method = MODELS[plan.model](**plan.parameters)
+        read: dict[str, Any] = {**files, "n_neighbors": method.n_neighbors}
         dataset = load_files(**read)
         return replace(plan, files=files, dataset=dataset.name), dataset
     if is_dataset_path(plan.dataset):

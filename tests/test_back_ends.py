@@ -130,7 +130,7 @@ def test_no_comparison_says_why(degrees_only, two_blocks, monkeypatch):
     one_column = fc.SSGC(2, back_end="auto").fit(x[:, :1], adjacency=adjacency)
     assert "nothing to cut in half" in one_column.back_end_evidence_["reason"]
 
-    monkeypatch.setattr("fastclust.estimators.MOST_NODES", 50)
+    monkeypatch.setattr("fastclust.estimators.ssgc.MOST_NODES", 50)
     many = fc.SSGC(2, back_end="auto").fit(x, adjacency=adjacency)
     assert many.resolved_["back_end"] == "kmeans"
     assert many.back_end_evidence_["reason"] == "more than 50 nodes"

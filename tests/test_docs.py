@@ -24,8 +24,8 @@ import pytest
 from markdown_it import MarkdownIt
 
 import fastclust
-from fastclust import estimators
 from fastclust.datasets import DatasetNotFoundError, load_dataset
+from fastclust.estimators import trained
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -60,12 +60,12 @@ def need(name: str) -> None:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A folder of its own, trainings of a few epochs, no window."""
-    whole = estimators.train
+    whole = trained.train
 
     def cut(model: Any, *, epochs: int, **rest: Any) -> Any:
         return whole(model, epochs=min(epochs, EPOCHS), **rest)
 
-    monkeypatch.setattr(estimators, "train", cut)
+    monkeypatch.setattr(trained, "train", cut)
     monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")
 
