@@ -131,26 +131,13 @@ def kmeans(
         given, method = (init, None) if isinstance(init, Tensor) else (None, init)
         fit = torch.ops.fastclust.kmeans_fit
         return KMeansResult(*fit(x, n_clusters, n_init, max_iter, tol, given, method, seed))
-    _check_points(x)
-    check_integer("n_clusters", n_clusters, 1)
-    check_integer("n_init", n_init, 1)
-    check_integer("max_iter", max_iter, 1)
-    check_integer("seed", seed)
-    n_points, width = x.shape
-    if n_clusters > n_points:
-        raise ValueError(
-            f"n_clusters must not exceed the number of points, got n_clusters={n_clusters} for "
-            f"{n_points} points"
-        )
-    if not isinstance(tol, Real) or not tol >= 0:
-        raise ValueError(f"tol must be a number >= 0, got {tol!r}")
-
+    _check(x, n_clusters, n_init, max_iter, tol, seed)
     ops = torch.ops.fastclust
     xc, mean, variance = ops.kmeans_center(x.detach().contiguous())
     exponent = _exponent(x, xc, variance.item())
     if exponent:  # squared distances would overflow or vanish
         xc = _times_power(xc, -exponent)
-        variance = xc.double().square().sum() / (n_points * width)
+        variance = xc.double().square().sum() / x.numel()
 
     norm_rule = isinstance(init, str) and init == "paper-code"
     if norm_rule:
@@ -170,28 +157,37 @@ def kmeans(
             )
         centers = ops.kmeans_init(xc, n_clusters, n_init, method, seed % 2**63)
 
+    labels, inertia, ends, n_iter = _best_end(xc, centers, tolerance, norm_rule, max_iter)
+    return KMeansResult(
+        labels=labels.long(),
+        centers=(_times_power(ends[:, : x.shape[1]].double(), exponent) + mean).to(x.dtype),
+        inertia=_times_power(_times_power(inertia, exponent), exponent).item(),
+        n_iter=n_iter,
+    )
+
+
+def _best_end(
+    xc: Tensor, centers: Tensor, tolerance: Tensor, norm_rule: bool, max_iter: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Labels, inertia, centers [K, dp] and iterations of the best of the starts [R, K, dp]."""
+    ops = torch.ops.fastclust
     found = []
     for starts in centers.split(_MOST_STARTS):
         ends, n_iter = _lloyd(xc, starts, tolerance, norm_rule, max_iter)
         labels, inertia = ops.kmeans_assign(xc, ends)
         best = int(inertia.argmin())
         found.append((labels[best], inertia[best], ends[best], int(n_iter[best])))
-    labels, inertia, centers, iterations = min(found, key=lambda end: float(end[1]))
+    labels, inertia, end, iterations = min(found, key=lambda end: float(end[1]))
     # Between the last update and the last assignment a cluster can lose its last point.
     for _ in range(_MAX_FINAL_REPAIRS):
-        n_used = int((torch.bincount(labels, minlength=n_clusters) > 0).sum())
-        if n_used == n_clusters or inertia.item() == 0.0:
+        n_used = int((torch.bincount(labels, minlength=len(end)) > 0).sum())
+        if n_used == len(end) or inertia.item() == 0.0:
             break
-        moved, _, _ = ops.kmeans_lloyd(xc, centers[None], tolerance, norm_rule, 1)
+        moved, _, _ = ops.kmeans_lloyd(xc, end[None], tolerance, norm_rule, 1)
         all_labels, all_inertia = ops.kmeans_assign(xc, moved)
-        labels, inertia, centers = all_labels[0], all_inertia[0], moved[0]
+        labels, inertia, end = all_labels[0], all_inertia[0], moved[0]
         iterations += 1
-    return KMeansResult(
-        labels=labels.long(),
-        centers=(_times_power(centers[:, :width].double(), exponent) + mean).to(x.dtype),
-        inertia=_times_power(_times_power(inertia, exponent), exponent).item(),
-        n_iter=iterations,
-    )
+    return labels, inertia, end, iterations
 
 
 def _lloyd(
@@ -252,12 +248,23 @@ def _times_power(x: Tensor, exponent: int) -> Tensor:
     return x * 2.0**half * 2.0 ** (exponent - half) if exponent else x
 
 
-def _check_points(x: Tensor) -> None:
+def _check(x: Any, n_clusters: int, n_init: int, max_iter: int, tol: float, seed: int) -> None:
     check_dense("x", x)
     if x.dim() != 2 or x.shape[0] == 0 or x.shape[1] == 0:
         raise ValueError(f"x must have shape [N, d] with N, d >= 1, got {list(x.shape)}")
     if x.shape[0] >= 2**31:
         raise ValueError(f"x must have fewer than 2^31 rows, got {x.shape[0]}")
+    check_integer("n_clusters", n_clusters, 1)
+    check_integer("n_init", n_init, 1)
+    check_integer("max_iter", max_iter, 1)
+    check_integer("seed", seed)
+    if n_clusters > x.shape[0]:
+        raise ValueError(
+            f"n_clusters must not exceed the number of points, got n_clusters={n_clusters} for "
+            f"{x.shape[0]} points"
+        )
+    if not isinstance(tol, Real) or not tol >= 0:
+        raise ValueError(f"tol must be a number >= 0, got {tol!r}")
 
 
 @torch.library.custom_op("fastclust::kmeans_fit", mutates_args=())
