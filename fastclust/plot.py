@@ -22,7 +22,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from fastclust import metrics
-from fastclust.validation import check_features
+from fastclust.validation import check_choice, check_features
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import: only those who draw wait for it
     from matplotlib.axes import Axes
@@ -104,8 +104,7 @@ def project(
     from threadpoolctl import threadpool_limits
 
     has_umap = importlib.util.find_spec("umap") is not None
-    if method not in ("auto", "t-sne", "umap", "pca"):
-        raise ValueError(f"method must be 'auto', 't-sne', 'umap' or 'pca', got {method!r}")
+    check_choice("method", method, ("auto", "t-sne", "umap", "pca"))
     if method == "umap" and not has_umap:
         raise ValueError("method='umap' needs the package umap-learn: pip install umap-learn")
     x = _dense(embedding)

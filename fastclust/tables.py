@@ -103,17 +103,8 @@ def load_files(
     if not _is_matrix(path):
         asked = [os.fspath(name) for name in (ids, labels) if name is not None]
         table = _Table.read(path, words=(*ID_COLUMNS, *asked))
-    header = [] if table is None else table.header
-    if (
-        labels is not None
-        and os.fspath(labels) not in header
-        and not Path(labels).expanduser().exists()
-    ):
-        near = difflib.get_close_matches(os.fspath(labels), header, n=1)
-        raise DatasetNotFoundError(
-            f"labels must be a column of the attribute table or a file, got {os.fspath(labels)!r}"
-            + (f" (did you mean {near[0]}?)" if near else "")
-        )
+    if labels is not None:
+        _require_labels(os.fspath(labels), [] if table is None else table.header)
     names = label_column = None
     if table is None:
         matrix = _checked(check_features, _matrix(path), name=str(path))
@@ -136,21 +127,21 @@ def load_files(
         adjacency = _adjacency(_existing(edges), n, names)
     classes = None
     if label_column is not None and table is not None:
-        classes = table.text(label_column)
+        classes = _numbered(table.text(label_column), n, names)
     elif labels is not None:
-        classes = _labels(labels, n, names)
-    if classes is not None:
-        if classes.dtype.kind in "OSU":
-            without = np.flatnonzero(np.char.str_len(classes.astype(str)) == 0)
-            if without.size:
-                name = int(without[0]) if names is None else str(names[without[0]])
-                raise DatasetFormatError(
-                    f"labels: {without.size} nodes have none, the first is {name!r}; give every "
-                    f"node a label, or leave --labels out"
-                )
-        classes = _checked(check_labels, classes, n, name="labels")
+        classes = _numbered(_labels(labels, n, names), n, names)
     k = None if classes is None else int(classes.max()) + 1
     return Dataset(path.name.partition(".")[0], adjacency, matrix, classes, k, names)
+
+
+def _require_labels(labels: str, header: Sequence[str]) -> None:
+    """Raise unless the labels are a column of the attribute table or a file."""
+    if labels not in header and not Path(labels).expanduser().exists():
+        near = difflib.get_close_matches(labels, header, n=1)
+        raise DatasetNotFoundError(
+            f"labels must be a column of the attribute table or a file, got {labels!r}"
+            + (f" (did you mean {near[0]}?)" if near else "")
+        )
 
 
 # --- edges and labels -----------------------------------------------------------------------------
@@ -247,6 +238,21 @@ def _labels(labels: PathLike, n: int, names: npt.NDArray[np.str_] | None) -> npt
     if classes.size != n:
         raise DatasetFormatError(f"{path} must hold one label per node ({n}), got {classes.size}")
     return classes
+
+
+def _numbered(
+    classes: npt.NDArray[Any], n: int, names: npt.NDArray[np.str_] | None
+) -> npt.NDArray[np.int64]:
+    """Labels as numbers from 0 on; every node must have one."""
+    if classes.dtype.kind in "OSU":
+        without = np.flatnonzero(np.char.str_len(classes.astype(str)) == 0)
+        if without.size:
+            name = int(without[0]) if names is None else str(names[without[0]])
+            raise DatasetFormatError(
+                f"labels: {without.size} nodes have none, the first is {name!r}; give every "
+                f"node a label, or leave --labels out"
+            )
+    return np.asarray(_checked(check_labels, classes, n, name="labels"))
 
 
 def _id_column(table: _Table, ids: str | None) -> int | None:
