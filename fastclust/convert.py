@@ -411,7 +411,7 @@ def _array_blocks(path: Path, memory: int, report: Progress) -> Iterator[_Block]
                 )
             opened, what = functools.partial(archive.open, f"{member}.npy"), f"{path}[{member}]"
         first, second = files.enter_context(opened()), files.enter_context(opened())
-        shape, dtype, start = _npy_header(first, what)
+        shape, dtype, start = _npy_header(first)
         if len(shape) != 2 or 2 not in shape or dtype.kind not in "iu":
             raise DatasetFormatError(
                 f"{what} must hold integers [E, 2] or [2, E], got {dtype} of shape {list(shape)}"
@@ -434,7 +434,7 @@ def _array_blocks(path: Path, memory: int, report: Progress) -> Iterator[_Block]
             report(f"reading {path.name}", begin + length, count)
 
 
-def _npy_header(file: Any, what: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     """Shape, dtype and where the numbers begin."""
     version = np.lib.format.read_magic(file)
     read = {
