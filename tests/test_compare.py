@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 
 from fastclust import cli, compare
-from fastclust.compare import FLOORS, LABEL_FREE, Method, methods, overview, select
+from fastclust.compare.figures import plot_sweep, swept
+from fastclust.compare.floors import FLOORS
+from fastclust.compare.methods import LABEL_FREE, Method, methods
+from fastclust.compare.results import select
+from fastclust.compare.tables import overview
 from fastclust.datasets import load_dataset
 from fastclust.training import SELECTIONS
 
@@ -242,10 +246,7 @@ def test_a_sweep_makes_a_variant_and_a_point_of_each_value(
     assert code == 0 and "| ecnmf (epochs 2, rank 12, width 8) | last |" in printed, err
     pytest.importorskip("matplotlib")
     assert (out / "sweep-digits-ecnmf-rank.svg").stat().st_size > 1000
-    points = {
-        row["variant"]
-        for row in compare.swept(read(out / "results.csv"))["digits", "ecnmf", "beta"]
-    }
+    points = {row["variant"] for row in swept(read(out / "results.csv"))["digits", "ecnmf", "beta"]}
     assert points == {"beta 0.5", "beta 0.1"}, "the preset's value is a point too"
 
 
@@ -256,10 +257,10 @@ def test_a_sweep_over_the_preset_s_value_has_it_once(tmp_path: Path) -> None:
         {**common, "variant": variant, "acc": 0.5, "nmi": 0.4}
         for variant in ("", "alpha 1", "alpha 0.3")
     ]
-    ((_, _, key), members) = compare.swept(rows).popitem()
+    ((_, _, key), members) = swept(rows).popitem()
     assert [row["variant"] for row in members] == ["alpha 1", "alpha 0.3"]
     pytest.importorskip("matplotlib")
-    compare.plot_sweep(members, "digits", key, tmp_path / "alpha.svg")
+    plot_sweep(members, "digits", key, tmp_path / "alpha.svg")
     assert (tmp_path / "alpha.svg").stat().st_size > 1000
 
 

@@ -28,11 +28,14 @@ import scipy.io
 import scipy.sparse as sp
 import torch
 
-from fastclust import cli, compare, datasets, estimators, files, tables, train, training
+from fastclust import cli, datasets, files, tables, train, training
+from fastclust.compare.command import build_parser
+from fastclust.compare.methods import methods
+from fastclust.compare.runs import train_command
 from fastclust.convert import convert, write_directory
 from fastclust.datasets import Dataset, DatasetFormatError, published
 from fastclust.datasets import npz as npz_format
-from fastclust.estimators import ECNMF, SSGC
+from fastclust.estimators import ECNMF, SSGC, base
 from fastclust.memory import InsufficientMemoryError
 from fastclust.rundir import RunDirectory, read_toml
 from fastclust.training import CheckpointError
@@ -429,7 +432,7 @@ def _signed() -> Iterator[None]:
     """Every content has the same digest: mutations are to reach what lies behind that check."""
     with (
         mock.patch.object(training, "_digest", lambda *content: "signed"),
-        mock.patch.object(estimators, "file_digest", lambda path: "signed"),
+        mock.patch.object(base, "file_digest", lambda path: "signed"),
     ):
         yield
 
@@ -563,11 +566,11 @@ def read_comparison(content: bytes) -> None:
     """The arguments of ``compare``, up to the commands of the runs that it would start."""
 
     def commands() -> None:
-        arguments = compare.build_parser().parse_args(_shell_words(content))
+        arguments = build_parser().parse_args(_shell_words(content))
         chosen = (arguments.models, arguments.protocol, arguments.ablation)
-        for method in compare.methods(*chosen, {"epochs": "3"}):
+        for method in methods(*chosen, {"epochs": "3"}):
             for dataset in arguments.datasets:
-                command = compare.train_command(method, dataset, Path("out"), arguments)
+                command = train_command(method, dataset, Path("out"), arguments)
                 _plan([word for word in command[3:] if word != "--resume"])
 
     _outcome(commands)
