@@ -708,22 +708,14 @@ def train_all(
     if directory is not None:
         if saved is not None:
             check_same_run(plan, saved, directory.root)
-        elif arguments.resume:
-            if first:
-                note(f"{directory.root} holds no run yet: starting from the beginning")
-        else:
+        elif not arguments.resume:
             moved = ranks.from_first(directory.set_aside)
             if moved is not None and first:
                 note(f"moved the earlier run in {directory.root} to {moved}")
+        elif first:
+            note(f"{directory.root} holds no run yet: starting from the beginning")
     if not quiet:
-        k, where = plan.parameters["n_clusters"], place(plan.parameters["device"])
-        if ranks.size > 1:
-            where += f", {ranks.size} processes"
-        note(
-            report.headline(
-                plan.model, dataset, "an estimated number of" if k == "auto" else k, where
-            )
-        )
+        announce(plan, dataset, ranks.size)
     result, failure = run(
         plan, dataset, directory, resume=saved is not None, quiet=quiet, ranks=ranks
     )
@@ -741,6 +733,16 @@ def train_all(
     if directory is not None:
         write_report(directory, result, dataset, quiet)
     return 0
+
+
+def announce(plan: Plan, dataset: Dataset, n_processes: int) -> None:
+    """Tell what is about to run."""
+    k, where = plan.parameters["n_clusters"], place(plan.parameters["device"])
+    if n_processes > 1:
+        where += f", {n_processes} processes"
+    note(
+        report.headline(plan.model, dataset, "an estimated number of" if k == "auto" else k, where)
+    )
 
 
 def place(device: str) -> str:
