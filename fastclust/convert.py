@@ -240,8 +240,10 @@ def _written_whole(out: PathLike, write: Callable[[Path], dict[str, Any]]) -> Pa
 
 def _existing(path: PathLike) -> Path:
     found = Path(path)
+    if not found.exists():
+        raise DatasetNotFoundError(f"{found} does not exist; give the path of a file")
     if not found.is_file():
-        raise DatasetNotFoundError(f"{found} does not exist")
+        raise DatasetFormatError(f"{found} must be a file, got a directory or special file")
     return found
 
 

@@ -221,6 +221,8 @@ def test_other_faults(tmp_path: Path) -> None:
         convert(tmp_path / "g", path, n_nodes=4)
     with pytest.raises(DatasetNotFoundError, match=r"nothing\.txt"):
         convert(tmp_path / "g", tmp_path / "nothing.txt")
+    with pytest.raises(DatasetFormatError, match="must be a file, got a directory"):
+        convert(tmp_path / "g", tmp_path)
     with pytest.raises(ValueError, match="must not exist yet"):
         convert(tmp_path, path)
     with pytest.raises(ValueError, match="memory must be at least"):
