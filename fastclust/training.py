@@ -102,7 +102,7 @@ class Trainable(Protocol):
         """Prepare the parameters before the first epoch; not called when resuming."""
 
     def loss(self) -> Tensor:
-        """The loss, a differentiable scalar."""
+        """The loss, a differentiable scalar; the same one again if it is called again."""
 
     def after_step(self, epoch: int) -> None:
         """Called after the optimizer's step of every epoch."""
@@ -267,7 +267,9 @@ def train(
         Each is given an :class:`Event` after every epoch.
     checkpoint_dir : path, optional
         Where ``checkpoint.safetensors`` and the one before it, ``previous.safetensors``, are kept;
-        without it there are no checkpoints, and SIGINT acts as usual.
+        without it there are no checkpoints, and SIGINT acts as usual. An exception of a callback,
+        too, leaves a checkpoint of the last finished step (of several ranks, the last that was
+        due).
     checkpoint_every : int or str
         Epochs (``25``) or seconds (``"60s"``) between checkpoints. One more is written at the end.
     resume : bool
@@ -285,8 +287,9 @@ def train(
     CheckpointError
         Resuming where every checkpoint is damaged, or from one of another run.
     ValueError
-        ``checkpoint_dir`` cannot be created.
+        ``checkpoint_dir`` cannot be created, or is None where ``resume`` is asked for.
     """
+    require_checkpoint_dir(resume, checkpoint_dir)
     parameters = [p for p in model.parameters() if p.requires_grad]
     adam = make_optimizer(parameters, optimizer, lr)
     state = _State(model, adam, parameters, optimizer == "accumulated", dict(identity or {}))
@@ -297,7 +300,10 @@ def train(
     if not (resume and checkpoints and checkpoints.load(state)):
         model.begin()
 
-    with _deferred_signals(checkpoints is not None, once=state.ranks.size == 1) as caught:
+    with (
+        _deferred_signals(checkpoints is not None, once=state.ranks.size == 1) as caught,
+        _kept_at_error(checkpoints, state, caught),
+    ):
         for epoch in range(state.epochs_done, epochs):
             started = time.perf_counter()
             loss, last = _step(state, epoch), epoch == epochs - 1
@@ -307,8 +313,9 @@ def train(
                 evaluation = _evaluate(state, epoch, loss, adjacency, selection, last)
                 entry |= {key: score for key, score in evaluation.items() if key != "labels"}
             entry["seconds"] = time.perf_counter() - started
-            state.epochs_done = epoch + 1
             state.history.append(entry)
+            state.epochs_done = epoch + 1
+            state.between_steps = True
             event = Event(epoch + 1, epochs, loss, entry["seconds"], evaluation)
             for callback in callbacks:
                 callback(event)
@@ -330,6 +337,7 @@ def _step(state: _State, epoch: int) -> float:
     if not state.accumulate:
         state.optimizer.zero_grad(set_to_none=True)
     loss = state.model.loss()
+    state.between_steps = False
     loss.backward()
     state.optimizer.step()
     state.model.after_step(epoch)
@@ -382,6 +390,26 @@ def _keep(checkpoints: _Checkpoints, state: _State, caught: list[int], last: boo
         raise TrainingInterrupted(f"{name} after epoch {epoch}; checkpoint {where}")
 
 
+@contextlib.contextmanager
+def _kept_at_error(
+    checkpoints: _Checkpoints | None, state: _State, caught: list[int]
+) -> Iterator[None]:
+    """Write a checkpoint of the last finished step before an exception goes on, if that is whole.
+
+    That of a callback leaves it so, as does running out of memory for a loss. Several ranks would
+    have to write together, and the others need not have failed. A second signal wants no delay.
+    """
+    try:
+        yield
+    except BaseException as error:
+        at_once = bool(caught) and isinstance(error, KeyboardInterrupt)
+        whole = state.between_steps and state.ranks.size == 1 and not at_once
+        if whole and checkpoints is not None and state.epochs_done > checkpoints.tried:
+            with contextlib.suppress(BaseException):  # the first one is the one to be told
+                checkpoints.save(state)
+        raise
+
+
 # --- interruption --------------------------------------------------------------------------------
 
 
@@ -432,6 +460,7 @@ class _State:
     epochs_done: int = 0
     best: _Best = field(default_factory=_Best)
     history: list[dict[str, Any]] = field(default_factory=list)
+    between_steps: bool = True  # nothing has changed since ``epochs_done`` was counted
 
     def __post_init__(self) -> None:
         self.ranks: Ranks = getattr(self.model, "ranks", ONE)
@@ -527,6 +556,7 @@ class _Checkpoints:
             ) from None
         self.epochs, self.seconds = parse_interval(every)
         self.last_written = time.monotonic()
+        self.tried = 0  # epochs done at the last attempt to write one
 
     def due(self, epochs_done: int) -> bool:
         """Whether it is time for one."""
@@ -536,6 +566,7 @@ class _Checkpoints:
 
     def save(self, state: _State) -> bool:
         """Write one; a failure leaves the newest and is only warned of."""
+        self.tried = state.epochs_done
         tensors = {name: value.cpu() for name, value in state.tensors().items()}
         self.last_written = time.monotonic()
         return self.ranks.from_first(lambda: self._write(state, tensors))
@@ -588,6 +619,7 @@ class _Checkpoints:
             raise CheckpointError(
                 f"{self.path} does not fit this run or version ({error}); remove it to start anew"
             ) from None
+        self.tried = state.epochs_done
         return True
 
     def _newest(
@@ -654,6 +686,15 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def require_checkpoint_dir(resume: bool, directory: str | os.PathLike[str] | None) -> None:
+    """Refuse to resume from nowhere: that would start anew without a word."""
+    if resume and directory is None:
+        raise ValueError(
+            "checkpoint_dir must be the folder of the checkpoint to go on from where resume=True, "
+            "got None"
+        )
 
 
 def parse_interval(every: int | str) -> tuple[int, float]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -48,6 +50,8 @@ RUNS: dict[str, Any] = {
     "ecnmf": lambda **kw: ECNMF(
         2, epochs=13, width=8, n_init=2, update_every=4, target_every=3, lr=1e-2, **kw
     ),
+    "hsan-batches": lambda **kw: RUNS["hsan"](batch_size=8, **kw),
+    "ecnmf-batches": lambda **kw: RUNS["ecnmf"](train_batch_size=8, **kw),
     "ecnmf-loss": lambda **kw: ECNMF(
         2, epochs=13, width=8, n_init=2, selection="loss", eval_every=3, lr=1e-2, **kw
     ),
@@ -182,7 +186,7 @@ def test_a_resumed_run_ends_in_the_same_bits(kind, two_blocks, tmp_path):
     keep = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
     with pytest.raises(Cut):
         RUNS[kind](callbacks=cut_after(1), **keep).fit(x, adjacency=adjacency)
-    assert not (tmp_path / CHECKPOINT).exists()  # the callback came before the first checkpoint
+    assert (tmp_path / CHECKPOINT).exists()  # though the callback came before the first was due
     for epoch in sorted(int(c) for c in cuts):
         if epoch > 1:
             with pytest.raises(Cut):
@@ -290,6 +294,116 @@ def test_a_signal_ends_the_epoch_and_leaves_a_checkpoint(number, two_blocks, tmp
     assert_same_bits(RUNS["ecnmf"]().fit(x, adjacency=adjacency), resumed)
 
 
+def epochs_kept(folder: Path) -> dict[str, int]:
+    """Epochs done of every checkpoint file."""
+    kept = {}
+    for path in folder.iterdir():
+        with safe_open(path, "pt") as file:
+            kept[path.name] = json.loads(file.metadata()["record"])["epochs_done"]
+    return kept
+
+
+@pytest.mark.parametrize("error", [Cut, KeyboardInterrupt, SystemExit, MemoryError])
+@pytest.mark.parametrize("kind", ["hsan-paper-code", "ecnmf"])
+def test_an_exception_leaves_a_checkpoint_of_the_last_step(kind, error, two_blocks, tmp_path):
+    adjacency, x, _ = two_blocks
+    keep = {"checkpoint_dir": tmp_path, "checkpoint_every": 5}
+
+    def fail(event: Event) -> None:
+        if event.epoch == 7:
+            raise error
+
+    with pytest.raises(error):
+        RUNS[kind](callbacks=fail, **keep).fit(x, adjacency=adjacency)
+    assert epochs_kept(tmp_path) == {CHECKPOINT: 7, PREVIOUS: 5}
+    epochs: list[int] = []
+    resumed = RUNS[kind](resume=True, callbacks=lambda e: epochs.append(e.epoch), **keep)
+    resumed.fit(x, adjacency=adjacency)
+    assert epochs[0] == 8
+    assert_same_bits(RUNS[kind]().fit(x, adjacency=adjacency), resumed)
+
+
+@pytest.mark.parametrize("kind", sorted(RUNS))
+@pytest.mark.parametrize("half", ["loss", "backward", "after_step"])
+def test_an_exception_within_a_step(kind, half, two_blocks, tmp_path, monkeypatch):
+    """Where the memory is too small it is so for the loss, which changes nothing yet."""
+    adjacency, x, _ = two_blocks
+    keep = {"checkpoint_dir": tmp_path, "checkpoint_every": 5}
+    step = training._step
+
+    def failing_step(state: Any, epoch: int) -> float:
+        if epoch == 7:
+            owner = Tensor if half == "backward" else type(state.model)
+            whole = getattr(owner, half)
+
+            def fail(*args: Any, **kwargs: Any) -> None:
+                whole(*args, **kwargs)
+                raise MemoryError
+
+            monkeypatch.setattr(owner, half, fail)
+        return step(state, epoch)
+
+    monkeypatch.setattr(training, "_step", failing_step)
+    with pytest.raises(MemoryError):
+        RUNS[kind](**keep).fit(x, adjacency=adjacency)
+    monkeypatch.undo()
+    if half == "loss":
+        assert epochs_kept(tmp_path) == {CHECKPOINT: 7, PREVIOUS: 5}
+    else:
+        assert epochs_kept(tmp_path) == {CHECKPOINT: 5}
+    resumed = RUNS[kind](resume=True, **keep).fit(x, adjacency=adjacency)
+    assert_same_bits(RUNS[kind]().fit(x, adjacency=adjacency), resumed)
+
+
+def test_divergence_leaves_no_checkpoint_of_it(tmp_path):
+    model = Walk([1.0, 1.0, float("nan")], [GOOD] * 3)
+    with pytest.raises(TrainingDivergedError):
+        train(model, epochs=3, lr=0.1, adjacency=TWO_PAIRS, checkpoint_dir=tmp_path,
+              checkpoint_every=2)  # fmt: skip
+    assert epochs_kept(tmp_path) == {CHECKPOINT: 2}
+
+
+@pytest.mark.parametrize("second", [OSError(errno.EIO, "no disk"), RuntimeError("no device")])
+def test_a_checkpoint_that_cannot_be_written_masks_no_exception(
+    second, two_blocks, tmp_path, monkeypatch
+):
+    adjacency, x, _ = two_blocks
+
+    def fail(*args: Any) -> None:
+        raise second
+
+    monkeypatch.setattr(training, "save_file", fail)
+    with pytest.raises(Cut) as caught, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RUNS["ecnmf"](callbacks=cut_after(3), checkpoint_dir=tmp_path).fit(x, adjacency=adjacency)
+    assert caught.value.__context__ is None
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_second_signal_waits_for_no_checkpoint(two_blocks, tmp_path):
+    adjacency, x, _ = two_blocks
+
+    def interrupt(event: Event) -> None:
+        if event.epoch == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        RUNS["ecnmf"](callbacks=interrupt, checkpoint_dir=tmp_path).fit(x, adjacency=adjacency)
+    assert not isinstance(caught.value, TrainingInterrupted)
+    assert not any(tmp_path.iterdir())
+
+
+def test_resuming_from_nowhere_is_refused(two_blocks, monkeypatch):
+    adjacency, x, _ = two_blocks
+    model = Walk([1.0], [GOOD])
+    with pytest.raises(ValueError, match=r"checkpoint_dir must be .* resume=True, got None"):
+        train(model, epochs=1, lr=0.1, adjacency=TWO_PAIRS, resume=True)
+    monkeypatch.setattr(ECNMF, "_prepare", lambda *args: pytest.fail("too late"))
+    with pytest.raises(ValueError, match=r"checkpoint_dir must be .* resume=True, got None"):
+        RUNS["ecnmf"](resume=True).fit(x, adjacency=adjacency)
+
+
 def test_without_checkpoints_a_signal_acts_at_once(two_blocks):
     adjacency, x, _ = two_blocks
     # A shell that starts the tests in the background has it ignored.
@@ -378,12 +492,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(kind, damage, two_bloc
     path = tmp_path / CHECKPOINT
     path.write_bytes(damaged(path.read_bytes(), damage))
     epochs: list[int] = []
-    told = rf"{CHECKPOINT} is damaged.*going on from the one before it, {PREVIOUS}, after epoch 6"
+    told = rf"{CHECKPOINT} is damaged.*going on from the one before it, {PREVIOUS}, after epoch 8"
     with pytest.warns(CheckpointWarning, match=told):
         resumed = RUNS[kind](
             resume=True, callbacks=lambda event: epochs.append(event.epoch), **keep
         ).fit(x, adjacency=adjacency)
-    assert epochs[0] == 7
+    assert epochs[0] == 9
     assert_same_bits(RUNS[kind]().fit(x, adjacency=adjacency), resumed)
 
 
@@ -414,7 +528,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(two_blocks, tmp_path):
     RUNS["hsan"](resume=True, callbacks=lambda e: epochs.append(e.epoch), **keep).fit(
         x, adjacency=adjacency
     )
-    assert epochs[0] == 6
+    assert epochs[0] == 7
 
 
 def test_on_a_nearly_full_disk_the_newer_checkpoint_is_worth_more(

@@ -16,7 +16,14 @@ from fastclust import distributed
 from fastclust.estimators.base import Count, Features, GraphClusterer, Rate, Self, jsonable_params
 from fastclust.interop import trains
 from fastclust.ops.infonce import Precision
-from fastclust.training import Selection, Trainable, parse_interval, print_progress, train
+from fastclust.training import (
+    Selection,
+    Trainable,
+    parse_interval,
+    print_progress,
+    require_checkpoint_dir,
+    train,
+)
 
 # Names in ``parameters_`` of the projection that attributes go through first.
 AXES = ("components", "mean")
@@ -86,6 +93,7 @@ class TrainedClusterer(GraphClusterer):
         TrainingDivergedError
             The loss or the embedding is no longer finite.
         """
+        require_checkpoint_dir(self.resume, self.checkpoint_dir)
         features, graph, device = self._prepare(X, adjacency)
         parse_interval(self.checkpoint_every)  # wrong without checkpoint_dir, too
         ranks = distributed.current(features.shape[0])
