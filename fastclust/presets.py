@@ -57,8 +57,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def preset(model: str, dataset: str) -> dict[str, Any]:
-    """The keywords that ``model`` takes for ``dataset``; raises ValueError for an unknown name."""
+    """The keywords that ``model`` takes for ``dataset``; raises ValueError for an unknown name.
+
+    Names are read as by :func:`fastclust.load_dataset`, whatever their case.
+    """
     table = PRESETS[model]
-    if dataset not in table:
+    key = dataset.strip().lower() if isinstance(dataset, str) else dataset
+    if key not in table:
         raise ValueError(f"dataset must be one of {', '.join(sorted(table))}, got {dataset!r}")
-    return dict(table[dataset])
+    return dict(table[key])

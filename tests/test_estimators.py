@@ -443,6 +443,12 @@ def test_unknown_preset():
         fc.ECNMF.for_dataset("nosuch")
 
 
+@pytest.mark.parametrize("name", ["Cora", " CORA\n"])
+def test_presets_go_by_the_names_that_data_sets_are_loaded_by(name):
+    for cls in (fc.HSAN, fc.ECNMF, fc.SSGC):
+        assert cls.for_dataset(name).get_params() == cls.for_dataset("cora").get_params()
+
+
 @trained_model
 @pytest.mark.parametrize("protocol", ["standard", "paper-code"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16x3", "bf16"])
