@@ -228,6 +228,32 @@ def test_save_and_load(model, two_blocks, tmp_path):
     assert json.loads((tmp_path / "model" / "config.json").read_text())["fastclust"]
 
 
+@trained_model
+def test_a_loaded_estimator_leaves_the_run_that_it_came_from_alone(model, two_blocks, tmp_path):
+    adjacency, x, _ = two_blocks
+    keep = {"checkpoint_dir": tmp_path / "checkpoint", "resume": True}
+    fitted = QUICK[model](**keep).fit(x, adjacency=adjacency)
+    fitted.save(tmp_path)
+    old = {path.name: path.read_bytes() for path in keep["checkpoint_dir"].iterdir()}
+    loaded = type(fitted).load(tmp_path)
+    assert (loaded.checkpoint_dir, loaded.resume) == (None, False)
+    loaded.fit(x[::-1], adjacency=adjacency)
+    assert {path.name: path.read_bytes() for path in keep["checkpoint_dir"].iterdir()} == old
+
+
+@every_model
+def test_pickles_from_before_every_method_had_a_module_of_its_own(model, two_blocks):
+    adjacency, x, _ = two_blocks
+    fitted = QUICK[model]().fit(x, adjacency=adjacency)
+    name = type(fitted).__name__.encode()
+    now = b"c" + type(fitted).__module__.encode() + b"\n" + name
+    then = b"cfastclust.estimators\n" + name
+    text = pickle.dumps(fitted, protocol=0)
+    assert now in text
+    old = pickle.loads(text.replace(now, then))
+    assert np.array_equal(old.predict(x, adjacency=adjacency), fitted.labels_)
+
+
 @pytest.mark.filterwarnings("ignore:n_clusters should be at least 2")
 def test_saved_settings_are_json_and_files_are_readable_by_others(two_blocks, tmp_path):
     """One cluster has an infinite Davies-Bouldin score, for which JSON has no word."""

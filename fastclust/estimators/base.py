@@ -75,6 +75,9 @@ _FITTED = (
     "n_clusters_", "n_clusters_evidence_", "recipe_", "n_steps_", "back_end_evidence_",
 )  # fmt: skip
 
+# Keywords of a run that is over: another fit would write over its checkpoints.
+_OF_ONE_RUN = ("checkpoint_dir", "resume")
+
 
 class _Fitted:
     """What ``fit`` leaves; apart from the keywords, which dataclasses collect."""
@@ -298,7 +301,9 @@ class GraphClusterer(
 
     @classmethod
     def load(cls: type[Self], directory: str | os.PathLike[str]) -> Self:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote, but for ``checkpoint_dir`` and ``resume``.
+
+        Those are of the run that is over; give them anew with ``set_params``.
 
         Raises
         ------
@@ -317,7 +322,10 @@ class GraphClusterer(
                 raise ValueError(
                     "model.safetensors is damaged, or of another save than config.json"
                 )
-            estimator = cls(**config["parameters"])
+            parameters = config["parameters"]
+            for key in _OF_ONE_RUN:
+                parameters.pop(key, None)
+            estimator = cls(**parameters)
             for key, value in config["fitted"].items():
                 setattr(estimator, key, value)
             if hasattr(estimator, "feature_names_in_"):
