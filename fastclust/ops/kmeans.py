@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastclust import _library  # noqa: F401  (registers the operators)
 from fastclust.interop import as_operand
+from fastclust.ops.powers import times_power
 from fastclust.validation import check_dense, check_integer
 
 _METHODS = {"k-means++": 0, "random": 1, "paper-code": 2}
@@ -136,14 +137,14 @@ def kmeans(
     xc, mean, variance = ops.kmeans_center(x.detach().contiguous())
     exponent = _exponent(x, xc, variance.item())
     if exponent:  # squared distances would overflow or vanish
-        xc = _times_power(xc, -exponent)
+        xc = times_power(xc, -exponent)
         variance = xc.double().square().sum() / x.numel()
 
     norm_rule = isinstance(init, str) and init == "paper-code"
     if norm_rule:
         max_iter, n_init = _PAPER_CODE_ITERATIONS, 1
         tolerance = torch.full_like(variance, _PAPER_CODE_TOLERANCE)
-        tolerance = _times_power(_times_power(tolerance, -exponent), -exponent)
+        tolerance = times_power(times_power(tolerance, -exponent), -exponent)
     else:
         tolerance = variance * tol
     if isinstance(init, Tensor):
@@ -160,8 +161,8 @@ def kmeans(
     labels, inertia, ends, n_iter = _best_end(xc, centers, tolerance, norm_rule, max_iter)
     return KMeansResult(
         labels=labels.long(),
-        centers=(_times_power(ends[:, : x.shape[1]].double(), exponent) + mean).to(x.dtype),
-        inertia=_times_power(_times_power(inertia, exponent), exponent).item(),
+        centers=(times_power(ends[:, : x.shape[1]].double(), exponent) + mean).to(x.dtype),
+        inertia=times_power(times_power(inertia, exponent), exponent).item(),
         n_iter=n_iter,
     )
 
@@ -225,7 +226,7 @@ def _given_centers(
     if not torch.isfinite(init).all():
         raise ValueError("init must hold finite values, found NaN or infinity")
     centers = xc.new_zeros(1, n_clusters, xc.shape[1])
-    centers[0, :, : x.shape[1]] = _times_power(init.detach().double() - mean, -exponent)
+    centers[0, :, : x.shape[1]] = times_power(init.detach().double() - mean, -exponent)
     return centers
 
 
@@ -240,12 +241,6 @@ def _exponent(x: Tensor, xc: Tensor, variance: float) -> int:
     if x.isfinite().all():
         raise ValueError(f"x is too widely spread for differences in {x.dtype}: scale it down")
     raise ValueError("x must hold finite values, found NaN or infinity")
-
-
-def _times_power(x: Tensor, exponent: int) -> Tensor:
-    """x 2^exponent; in two steps, since the power alone may leave the range of the dtype."""
-    half = exponent // 2
-    return x * 2.0**half * 2.0 ** (exponent - half) if exponent else x
 
 
 def _check(x: Any, n_clusters: int, n_init: int, max_iter: int, tol: float, seed: int) -> None:

@@ -17,6 +17,7 @@ from fastclust import _library  # noqa: F401  (registers the operators)
 from fastclust.interop import as_operand, from_foreign, without_autocast
 from fastclust.memory import require_memory
 from fastclust.ops import lowrank_device  # registers the same on CUDA tensors
+from fastclust.ops.powers import times_power
 from fastclust.validation import check_choice, check_integer
 
 __all__ = ["LowRank", "LowRankMatrix", "batched_svd", "low_rank"]
@@ -302,7 +303,7 @@ def batched_svd(
     if not center:
         means = torch.zeros_like(means)
     if exponents is not None:
-        s, means = _scaled(s, exponents), _scaled(means, exponents)
+        s, means = times_power(s, exponents), times_power(means, exponents)
     offsets = torch.arange(n_batches + 1).mul_(batch).clamp_(max=rows.n_rows)
     return LowRank(u, s, vh, means, offsets)
 
@@ -383,8 +384,8 @@ def low_rank(
         if m > 1:
             u, right, mean = _merged(rows, svd, weighted, center, n_iter, oversample, seed)
         if exponents is not None:
-            right = _scaled(right, exponents)
-            mean = None if mean is None else _scaled(mean, exponents)
+            right = times_power(right, exponents)
+            mean = None if mean is None else times_power(mean, exponents)
         return LowRankMatrix(u, right, n, mean, n, add_mean)
     if m == 1 or recombine == "per_batch":
         return LowRankMatrix(svd.u, weighted, n, mean, batch, add_mean)
@@ -607,9 +608,9 @@ class _Rows:
             return self, None
         of_rows = exponents.repeat(batch)[: self.n_rows]  # [N]
         if self.indptr is None:
-            return replace(self, values=_scaled(self.values, -of_rows)), exponents
+            return replace(self, values=times_power(self.values, -of_rows)), exponents
         of_entries = of_rows.repeat(self.indptr.diff().numpy())
-        return replace(self, values=_scaled(self.values, -of_entries)), exponents
+        return replace(self, values=times_power(self.values, -of_entries)), exponents
 
     def _largest(self, batch: int) -> npt.NDArray[Any]:
         """Largest magnitude of each batch, [M]; NaN where it holds one."""
@@ -659,18 +660,6 @@ class _Rows:
         return torch.ops.fastclust.lowrank_project_transposed(
             self.values, self.indptr, self.indices, mean, self.n_cols, batch, q
         )
-
-
-def _scaled(x: Tensor, exponents: npt.NDArray[np.int64]) -> Tensor:
-    """x 2^exponents, one exponent for each index of the first dimension; x on the CPU.
-
-    In two steps, since a power alone may leave the range of the dtype.
-    """
-    halves = exponents // 2
-    for half in (halves, exponents - halves):
-        power = torch.from_numpy(np.ldexp(1.0, half)).to(x.dtype)
-        x = x * power.view(-1, *[1] * (x.dim() - 1))
-    return x
 
 
 def _capturing(t: Tensor) -> bool:
@@ -742,7 +731,7 @@ def _resolve_rank(
             )
         spectrum = _spectrum(rows, batch, center)
         if exponents is not None:  # of no matter to a threshold, but batches are added up here
-            spectrum = _scaled(spectrum, exponents - exponents.max())
+            spectrum = times_power(spectrum, exponents - exponents.max())
         wanted = _rank_by_residual(spectrum, float(rank))
         return max(1, min(wanted, limit))
     raise TypeError(f"rank must be an integer, a fraction or 'gavish-donoho', got {rank!r}")
