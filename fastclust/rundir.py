@@ -152,6 +152,11 @@ class RunDirectory:
         """Where the files of one seed lie."""
         return self.root if seed == self._first else self.root / f"seed-{seed}"
 
+    def missing(self, seed: int) -> list[str]:
+        """Files of a finished seed that are gone; its checkpoint may be."""
+        names = [name for name in _SEED_FILES if name != "checkpoint"]
+        return [name for name in names if not (self.folder(seed) / name).is_file()]
+
     def write_seed(self, seed: int, estimator: Any, names: Iterable[str] | None = None) -> None:
         """Write the clusters, the embedding and the model of a fitted estimator.
 

@@ -604,11 +604,13 @@ def run(
         ranks.from_first(partial(directory.begin, plan.seeds, plan.config()))
     progress = cli.make_progress(quiet)
     failure: OSError | None = None
-    runs: list[dict[str, Any]] = []
     for seed in plan.seeds:
-        if seed in finished:
-            runs.append(finished[seed])
-            continue
+        if directory is not None and seed in finished:
+            again = partial(make_again, plan.model, directory, seed, dataset)
+            whole, error = ranks.from_first(again)
+            failure = error or failure
+            if whole:
+                continue
         folder = None
         if directory is not None:
             folder = ranks.from_first(partial(open_folder, directory, seed))
@@ -625,12 +627,14 @@ def run(
                 advice = "the same command with --resume goes on from there"
             what = str(interrupt) or "interrupted"
             raise Interrupted(f"seed {seed}: {what}; {advice}") from None
-        runs.append(as_json(entry))
+        finished[seed] = as_json(entry)
+        runs = [finished[other] for other in plan.seeds if other in finished]
         if directory is not None:
             result = as_json(summarise(plan, dataset, runs, digest))
             # Where it fails the scores are still shown; the checkpoint holds the trained state.
             keep = partial(keep_seed, directory, seed, estimator, dataset, history, result)
             failure = ranks.from_first(keep) or failure
+    runs = [finished[seed] for seed in plan.seeds]
     return as_json(summarise(plan, dataset, runs, digest)), failure
 
 
@@ -639,6 +643,34 @@ def open_folder(directory: RunDirectory, seed: int) -> Path:
     folder = directory.folder(seed)
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def make_again(
+    model: str, directory: RunDirectory, seed: int, dataset: Dataset
+) -> tuple[bool, OSError | None]:
+    """Write files of a finished seed that are gone; whether that could be, and what went wrong.
+
+    All of them follow from its model. Without that the seed has to be trained to its end once more.
+    """
+    lost = directory.missing(seed)
+    if not lost:
+        return True, None
+    folder = directory.folder(seed)
+    what = f"seed {seed}: {', '.join(lost)} {'is' if len(lost) == 1 else 'are'} gone from {folder}"
+    try:
+        estimator = MODELS[model].load(folder)
+    except ValueError:
+        note(f"{what}; training goes on from its checkpoint, or begins anew without one")
+        return False, None
+    note(f"{what}; made again from its model")
+    history = History(folder / "history.jsonl", dataset.labels, resume=True)
+    try:
+        directory.write_seed(seed, estimator, dataset.node_names)
+        if not history.rows:
+            history.finish(estimator.history_)
+    except OSError as error:
+        return True, error
+    return True, None
 
 
 def keep_seed(

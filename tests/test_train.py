@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from fastclust import cli, train
 from fastclust.datasets import load_dataset, nearest_neighbor_graph
 from fastclust.estimators import ECNMF
 from fastclust.metrics import clustering_scores
+from fastclust.report import LABEL_SCORES
 from fastclust.rundir import RunDirectory
 
 # A model that trains in milliseconds.
@@ -99,16 +102,18 @@ def spawn(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-def outcome(folder: Path) -> dict[str, Any]:
+def outcome(folder: Path, root: Path | None = None) -> dict[str, Any]:
     """All that a run leaves which must repeat to the bit: everything but times and memory."""
-    result = json.loads((folder / "result.json").read_text())
+    root = folder if root is None else root
+    result = json.loads((root / "result.json").read_text())
     for run in result["runs"]:
         del run["seconds"], run["peak_memory_bytes"]
     rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     for row in rows:
         del row["seconds"]
-    files = ("assignments.csv", "embedding.npy", "model.safetensors", "config.toml")
+    files = ("assignments.csv", "embedding.npy", "model.safetensors")
     return {
+        "config": (root / "config.toml").read_bytes(),
         "result": result,
         "history": rows,
         **{name: (folder / name).read_bytes() for name in files},
@@ -567,6 +572,79 @@ def test_resume_keeps_finished_seeds_and_adds_new_ones(
     second = json.loads(out)
     assert second["runs"][:2] == first["runs"] and len(second["runs"]) == 3
     assert "seed 0 (" not in err and "seed 2 (3 of 3)" in err
+
+
+@pytest.mark.parametrize("model", ["ecnmf", "hsan", "ssgc"])
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [
+        (("assignments.csv", "embedding.npy", "checkpoint"), "made again from its model"),
+        (("history.jsonl",), "history.jsonl is gone from .*; made again from its model"),
+        (("model.safetensors",), "model.safetensors is gone from .*; training goes on"),
+        (("config.json", "checkpoint", "history.jsonl"), "begins anew without one"),
+        (("checkpoint",), ""),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_resume_makes_files_of_a_finished_seed_again(
+    model: str,
+    lost: tuple[str, ...],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    blocks: str,
+    tmp_path: Path,
+) -> None:
+    run = ["--dataset", blocks, "--model", model, "--out", str(tmp_path), "--seeds", "0-1"]
+    if model != "ssgc":
+        run += ["--epochs", "3", "--set", "width=8", "--set", "n_init=2"]
+    assert call(capsys, *run)[0] == 0
+    before = outcome(tmp_path), outcome(tmp_path / "seed-1", tmp_path)
+    for folder in (tmp_path, tmp_path / "seed-1"):
+        for name in lost:
+            path = folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=name == "checkpoint")
+    code, _, err = call(capsys, *run, "--resume")
+    assert code == 0
+    notes = [line for line in err.splitlines() if "gone from" in line]
+    assert len(notes) == (2 if told else 0)
+    for line, seed in zip(notes, (0, 1), strict=False):
+        assert line.startswith(f"seed {seed}: ") and re.search(told, line)
+    after = outcome(tmp_path), outcome(tmp_path / "seed-1", tmp_path)
+    if "history.jsonl" in lost and "checkpoint" not in lost:
+        # what the labels said of each epoch cannot be known again without training anew
+        for part in (*before, *after):
+            part["history"] = [
+                {k: v for k, v in row.items() if k not in LABEL_SCORES} for row in part["history"]
+            ]
+    assert after == before
+
+
+def test_an_interrupt_while_files_are_made_again_keeps_the_other_results(
+    capsys: pytest.CaptureFixture[str],
+    blocks: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = ("--dataset", blocks, "--epochs", "3", *SMALL, "--out", str(tmp_path), "--seeds", "0-2")
+    assert call(capsys, *run)[0] == 0
+    before = json.loads((tmp_path / "result.json").read_text())
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "seed-1" / "model.safetensors").unlink()
+    whole = train.keep_seed
+
+    def interrupt(directory: Any, seed: int, *rest: Any) -> Any:
+        if seed == 1:
+            raise KeyboardInterrupt
+        return whole(directory, seed, *rest)
+
+    monkeypatch.setattr(train, "keep_seed", interrupt)
+    assert call(capsys, *run, "--resume")[0] == 130
+    kept = json.loads((tmp_path / "result.json").read_text())
+    assert [entry["seed"] for entry in kept["runs"]] == [0, 1, 2]
+    assert [entry["metrics"] for entry in kept["runs"]] == [r["metrics"] for r in before["runs"]]
 
 
 def test_resume_of_another_run_is_refused(
