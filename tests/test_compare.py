@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from fastclust import cli, compare
 from fastclust.compare.figures import plot_sweep, swept
-from fastclust.compare.floors import FLOORS
+from fastclust.compare.floors import FLOORS, floor_rows
 from fastclust.compare.methods import LABEL_FREE, Method, methods
 from fastclust.compare.results import select
 from fastclust.compare.tables import overview
@@ -88,6 +89,26 @@ def test_degree_bins_are_equal_and_ordered() -> None:
     degree = np.asarray(digits.adjacency.sum(axis=1)).reshape(-1)
     for lower, upper in zip(range(9), range(1, 10), strict=True):
         assert degree[bins == lower].max() <= degree[bins == upper].min()
+
+
+def test_floors_of_other_data_under_the_same_name_are_forgotten(tmp_path: Path) -> None:
+    digits = load_dataset("digits")
+    path = tmp_path / "floors" / "digits.json"
+    rows = floor_rows(digits, path, [0])
+    written = path.stat().st_mtime_ns, path.read_bytes()
+    assert floor_rows(digits, path, [0]) == rows, "the seconds would differ"
+    assert floor_rows(digits, path, None) == rows
+    kept = json.loads(written[1])
+    path.write_text(json.dumps(kept["rows"]))  # as it was before the data were noted down
+    assert floor_rows(digits, path, [0]) == rows
+
+    assert digits.labels is not None
+    other = replace(digits, labels=np.roll(digits.labels, 7))
+    assert floor_rows(other, path, None) == []
+    again = floor_rows(other, path, [0])
+    assert all(a["acc"] != b["acc"] for a, b in zip(rows, again, strict=True))
+    path.write_bytes(b"\xff")
+    assert floor_rows(digits, path, None) == []
 
 
 def test_published_numbers_are_marked() -> None:

@@ -15,6 +15,7 @@ import scipy.sparse as sp
 from fastclust import metrics, ops
 from fastclust.datasets import Dataset
 from fastclust.estimators import HSAN
+from fastclust.estimators.trained import data_digest
 from fastclust.files import write_atomically
 from fastclust.models.hsan import filtered_attributes
 from fastclust.models.inputs import as_tensor
@@ -53,14 +54,12 @@ FLOORS: dict[str, Callable[[Dataset, int], npt.NDArray[np.int64]]] = {
 def floor_rows(dataset: Dataset, path: Path, seeds: Sequence[int] | None) -> list[dict[str, Any]]:
     """Rows of the clusterings that need no training; kept in ``path`` once they are known.
 
-    Without ``seeds``: those that are known.
+    Rows of other data under the same name are forgotten. Without ``seeds``: those that are known.
     """
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        known = []
+    digest = data_digest(dataset.features, dataset.adjacency, dataset.labels)
+    known = _known_rows(path, digest)
     if seeds is None:
-        return list(known)
+        return known
     rows = {(row["model"], row["seed"]): row for row in known}
     for name, cluster in FLOORS.items():
         for seed in seeds if cluster is not _degree_bins else seeds[:1]:
@@ -82,5 +81,17 @@ def floor_rows(dataset: Dataset, path: Path, seeds: Sequence[int] | None) -> lis
                 "selected_epoch": 0,
             }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(list(rows.values())))
+    write_atomically(path, json.dumps({"data": digest, "rows": list(rows.values())}))
     return [row for (_, seed), row in rows.items() if seed in seeds]
+
+
+def _known_rows(path: Path, digest: str) -> list[dict[str, Any]]:
+    """The rows that ``path`` holds of these data; none where it cannot be read."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    if isinstance(known, list):  # from before the data were noted down
+        known = {"rows": known}
+    same = isinstance(known, dict) and known.get("data", digest) == digest
+    return list(known["rows"]) if same else []
