@@ -7,7 +7,7 @@ in number.
 Internal scores of an embedding: :func:`inertia`, :func:`calinski_harabasz`, :func:`silhouette`,
 :func:`davies_bouldin`; of a graph: :func:`modularity`, :func:`conductance`. A clustering for which
 such a score is not defined (a single cluster, every node its own) gets the worst value, so that a
-collapsed clustering is never preferred.
+collapsed clustering is never preferred; so does an embedding whose rows are all the same.
 
 Where a clustering is good and where it is not: :func:`per_cluster`, :func:`node_margin`.
 """
@@ -153,7 +153,8 @@ def calinski_harabasz(x: Any, labels: Any) -> float:
     Parameters as for :func:`inertia`. 0 where it is not defined.
     """
     x, labels = _embedding(x, labels)
-    return float(_sklearn.calinski_harabasz_score(x, labels)) if _scorable(labels) else 0.0
+    x = _unit_scale(x)
+    return float(_sklearn.calinski_harabasz_score(x, labels)) if _scorable(x, labels) else 0.0
 
 
 def silhouette(x: Any, labels: Any) -> float:
@@ -167,7 +168,8 @@ def silhouette(x: Any, labels: Any) -> float:
         rng = np.random.default_rng(0)
         sample = np.sort(rng.choice(labels.size, _SILHOUETTE_SAMPLE, replace=False))
         x, labels = x[sample], check_labels(labels[sample])
-    return float(_sklearn.silhouette_score(x, labels)) if _scorable(labels) else -1.0
+    x = _unit_scale(x)
+    return float(_sklearn.silhouette_score(x, labels)) if _scorable(x, labels) else -1.0
 
 
 def davies_bouldin(x: Any, labels: Any) -> float:
@@ -176,7 +178,8 @@ def davies_bouldin(x: Any, labels: Any) -> float:
     Parameters as for :func:`inertia`. Infinite where it is not defined.
     """
     x, labels = _embedding(x, labels)
-    return float(_sklearn.davies_bouldin_score(x, labels)) if _scorable(labels) else float("inf")
+    x = _unit_scale(x)
+    return float(_sklearn.davies_bouldin_score(x, labels)) if _scorable(x, labels) else float("inf")
 
 
 def modularity(adjacency: Any, labels: Any) -> float:
@@ -306,8 +309,18 @@ def _embedding(x: Any, labels: Any) -> tuple[npt.NDArray[np.float32], npt.NDArra
     return dense, check_labels(labels, dense.shape[0])
 
 
-def _scorable(labels: npt.NDArray[np.int64]) -> bool:
-    return 1 <= int(labels.max()) < labels.size - 1
+def _scorable(x: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> bool:
+    return 1 <= int(labels.max()) < labels.size - 1 and bool((x != x[0]).any())
+
+
+def _unit_scale(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """x times the power of two that brings its spread near 1, or x where that is near it or above.
+
+    scikit-learn takes distances below 1e-8 for none, and squares of small ones vanish in float32;
+    the scores do not depend on the scale.
+    """
+    _, exponent = np.frexp(np.ptp(x, axis=0).max())
+    return x if 0 <= exponent <= 16 else np.ldexp(x, -exponent)
 
 
 def _scatter(x: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> float:

@@ -162,6 +162,25 @@ def test_degenerate_clusterings_get_the_worst_score(labels):
     assert metrics.davies_bouldin(x, labels) == float("inf")
 
 
+@pytest.mark.filterwarnings("ignore:x has .* as its largest magnitude")
+@pytest.mark.parametrize("scale", [1e-25, 1e-9, 1e-5, 1e15])
+def test_internal_scores_do_not_depend_on_the_scale(scale):
+    """Small embeddings had no distances, which is the best there is to Davies-Bouldin."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 10)
+    x = (rng.normal(size=(30, 4)) + np.eye(3, 4)[labels]).astype(np.float32)
+    for score in (metrics.calinski_harabasz, metrics.davies_bouldin, metrics.silhouette):
+        assert score(x * np.float32(scale), labels) == pytest.approx(score(x, labels), rel=1e-5)
+
+
+def test_rows_that_are_all_the_same_get_the_worst_score():
+    x, labels = np.full((30, 4), 0.3), np.repeat([0, 1, 2], 10)
+    assert metrics.inertia(x, labels, relative=True) == 1.0
+    assert metrics.calinski_harabasz(x, labels) == 0.0
+    assert metrics.davies_bouldin(x, labels) == np.inf
+    assert metrics.silhouette(x, labels) == -1.0
+
+
 def test_modularity_and_conductance_equal_networkx(two_blocks):
     adjacency, _, labels = two_blocks
     graph = nx.from_scipy_sparse_array(adjacency)
