@@ -197,7 +197,7 @@ def embedding(
     from matplotlib.patheffects import withStroke
 
     ax = _axes(ax)
-    groups = _groups(groups, len(embedding))
+    groups = _groups(groups, np.shape(embedding)[0])
     nodes, points, method = projection or project(embedding)
     color, shown = colors(groups, like), groups[nodes]
     size = float(np.clip(20000 / len(nodes), 9, 60))
@@ -210,7 +210,7 @@ def embedding(
             c=color[group],
             alpha=0.8,
             linewidths=0,
-            label=str(group),
+            label=_plain(group),
         )
     halo = [withStroke(linewidth=2.5, foreground=_background(ax))]
     for group in np.unique(shown).tolist():
@@ -218,7 +218,7 @@ def embedding(
         dots = points[shown == group]
         at = dots[np.abs(dots - np.median(dots, axis=0)).sum(axis=1).argmin()]
         ax.text(
-            at[0], at[1], str(group), ha="center", va="center", weight="bold", path_effects=halo
+            at[0], at[1], _plain(group), ha="center", va="center", weight="bold", path_effects=halo
         )
     ax.set_aspect("equal", "datalim")
     ax.set_axis_off()
@@ -254,6 +254,7 @@ def learning_curve(
     ax = _axes(ax)
     runs = list(history.values()) if isinstance(history, Mapping) else [history]
     keys = [key] if isinstance(key, str) else list(key)
+    every = list(colors(range(len(keys))).values())
     values: list[float] = []
     for i, name in enumerate(keys):
         scale = 100.0 if name in LABEL_SCORES else 1.0
@@ -262,10 +263,10 @@ def learning_curve(
             x, y = [row["epoch"] for row in rows], [scale * row[name] for row in rows]
             values += y
             style: dict[str, Any] = {
-                "color": PALETTE[i],
+                "color": every[i],
                 "lw": 1.8,
                 "zorder": 3,
-                "label": SCORE_NAMES.get(name),
+                "label": SCORE_NAMES.get(name, name),
             }
             if run is not runs[0]:
                 style = {"color": PALETTE[-1], "lw": 0.8, "alpha": 0.6}
@@ -377,7 +378,8 @@ def similarity(
     from matplotlib.patches import Rectangle
 
     ax = _axes(ax)
-    x, labels = _dense(embedding), _groups(labels, len(embedding))
+    x = _dense(embedding)
+    labels = _groups(labels, len(x))
     nodes = _sample(len(x), max_nodes)
     nodes = nodes[np.lexsort([-metrics.node_margin(x, labels)[nodes], labels[nodes]])]
     x = x[nodes] / np.maximum(np.linalg.norm(x[nodes], axis=1, keepdims=True), 1e-12)
@@ -392,7 +394,7 @@ def similarity(
         ax.add_patch(Rectangle((start - 0.5, away), count, thick, **bar))
         ax.add_patch(Rectangle((away, start - 0.5), thick, count, **bar))
     ticks = starts + (counts - 1) / 2
-    ax.set_yticks(ticks[counts > 0.03 * n], names[counts > 0.03 * n])
+    ax.set_yticks(ticks[counts > 0.03 * n], [*map(_plain, names[counts > 0.03 * n])])
     ax.set_xticks([])
     ax.tick_params(length=0, pad=8)
     scale = ax.figure.colorbar(image, ax=ax, fraction=0.04, pad=0.03)
@@ -432,8 +434,8 @@ def confusion(y_true: Any, labels: Any, *, ax: Axes | None = None) -> Axes:
                 strong: dict[str, Any] = {"color": "white"} if share[row, column] > 0.6 else {}
                 ax.text(column, row, f"{count}", ha="center", va="center", size="small", **strong)
     if len(classes) <= MAX_BARS and len(clusters) <= MAX_BARS:
-        ax.set_xticks(range(len(classes)), classes)
-        ax.set_yticks(range(len(clusters)), clusters)
+        ax.set_xticks(range(len(classes)), [*map(_plain, classes)])
+        ax.set_yticks(range(len(clusters)), [*map(_plain, clusters)])
     ax.tick_params(length=0)
     ax.set_xlabel("class")
     ax.set_ylabel("cluster")
@@ -459,7 +461,7 @@ def _bars(
     names, values, color = names[shown], values[shown], colors(labels, like)
     bars = ax.barh(range(len(names)), values, color=[color[name] for name in names.tolist()])
     ax.bar_label(bars, [text.format(v) for v in values.tolist()], padding=3, size="small")
-    ax.set_yticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), [*map(_plain, names)])
     ax.invert_yaxis()
     ax.margins(x=0.18, y=0.01)
     ax.set_xticks([])
@@ -494,6 +496,11 @@ def _bare(ax: Axes, *sides: str) -> None:
     """Leave only some sides of the frame."""
     for side, spine in ax.spines.items():
         spine.set_visible(side in sides)
+
+
+def _plain(name: Any) -> str:
+    """The name of a group as it is: matplotlib takes what stands between dollars for a formula."""
+    return str(name).replace("$", r"\$")
 
 
 def _dense(embedding: Any) -> npt.NDArray[np.float32]:

@@ -181,3 +181,31 @@ def test_importing_fastclust_does_not_import_matplotlib() -> None:
     code = "import sys, fastclust; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert fc.plot is plot
+
+
+def test_names_between_dollars_are_no_formulas(case: Any) -> None:
+    x, adjacency, _, truth = case
+    names = np.array(["$a_", "b$$", "c$^$"])[truth]
+    axes = [plt.figure().gca() for _ in range(5)]
+    plot.sizes(names, ax=axes[0])
+    plot.conductance(adjacency, names, ax=axes[1])
+    plot.embedding(x, names, ax=axes[2]).legend()
+    plot.similarity(x, names, ax=axes[3])
+    plot.confusion(names, truth, ax=axes[4])
+    for ax in axes:
+        ax.figure.canvas.draw()
+
+
+def test_curves_of_more_scores_than_colours_in_the_palette() -> None:
+    keys = [f"score {i}" for i in range(12)]
+    history = [{"epoch": e, **{key: e + i for i, key in enumerate(keys)}} for e in (1, 2)]
+    ax = plot.learning_curve(history, keys)
+    assert len({line.get_color() for line in ax.get_lines()}) == 12
+    legend = ax.get_legend()
+    assert legend is not None and [text.get_text() for text in legend.get_texts()] == keys
+
+
+def test_sparse_embeddings_are_drawn(case: Any) -> None:
+    x, _, clusters, _ = case
+    assert plot.embedding(sp.csr_array(x), clusters).collections
+    assert plot.similarity(sp.csr_array(x), clusters).images
