@@ -6,7 +6,9 @@ Any callable will do; pass one or a list as ``callbacks=`` of an estimator that 
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from numbers import Real
+from typing import Any
 
 from fastclust.training import Event, print_progress
 
@@ -40,7 +42,17 @@ class TensorBoard:
                 "the TensorBoard callback needs the package tensorboard: "
                 "pip install 'fastclust[tensorboard]'"
             ) from None
-        self.writer = SummaryWriter(os.fspath(log_dir))
+        self.log_dir = os.fspath(log_dir)
+        self._new_writer = SummaryWriter
+
+    @cached_property
+    def writer(self) -> Any:
+        """The ``SummaryWriter``, from the first epoch on."""
+        return self._new_writer(self.log_dir)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the writer, whose threads cannot be copied: a copy opens a file of its own."""
+        return {key: value for key, value in self.__dict__.items() if key != "writer"}
 
     def __call__(self, event: Event) -> None:
         """Write one epoch; what is written is on disk after the last one."""

@@ -516,6 +516,17 @@ def test_tensorboard_holds_the_history(two_blocks, tmp_path):
     assert len(events.Scalars("modularity")) == 2  # evaluated epochs
 
 
+def test_estimators_with_tensorboard_are_copied(two_blocks, tmp_path):
+    """A search clones its estimator before every fit."""
+    pytest.importorskip("tensorboard")
+    adjacency, x, _ = two_blocks
+    watched = QUICK["hsan"](callbacks=TensorBoard(tmp_path)).fit(x, adjacency=adjacency)
+    for copy in (clone(watched), pickle.loads(pickle.dumps(watched))):
+        before = len(list(tmp_path.iterdir()))
+        copy.fit(x, adjacency=adjacency)
+        assert len(list(tmp_path.iterdir())) == before + 1
+
+
 def test_missing_tensorboard_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install 'fastclust\[tensorboard\]'"):
