@@ -335,6 +335,35 @@ def test_a_lost_rank_and_going_on_with_another_number(
     assert {path.name for path in out.iterdir()} == names
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ('{"checkpoint_dir": folder} if rank == 0 else {}', "checkpoint_dir is True on rank 0"),
+        ('{"checkpoint_dir": folder, "resume": rank == 1}', "resume is False on rank 0"),
+    ],
+)
+def test_ranks_that_keep_checkpoints_otherwise_are_told(
+    tmp_path: Path, settings: str, message: str
+) -> None:
+    """They waited for each other until the time was out, and called the other one lost."""
+    script = tmp_path / "fit.py"
+    script.write_text(
+        f"""
+import os
+import fastclust as fc
+from fastclust import distributed
+rank, folder = int(os.environ["RANK"]), {str(tmp_path / "checkpoint")!r}
+data = fc.make_attributed_sbm(60, 200, 6, 2)
+with distributed.session():
+    model = fc.HSAN(2, epochs=2, width=8, n_init=2, **({settings}))
+    model.fit(data.features, adjacency=data.adjacency)
+"""
+    )
+    run = torchrun(2, script)
+    assert run.returncode != 0
+    assert f"must be started with the same data and settings, but {message}" in run.stderr
+
+
 def test_stored_weights_stay_with_one_process(tmp_path: Path, data_file: Path) -> None:
     """A run whose stale weights are stored says how it can be resumed, and with snapshots can."""
     script = tmp_path / "dying.py"

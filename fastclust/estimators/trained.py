@@ -113,7 +113,9 @@ class TrainedClusterer(GraphClusterer):
                 **rule,
                 "data": data_digest(features, graph),
             }
-            ranks.check_same(identity)
+            # Ranks that differ in these would wait for each other's answers to other questions.
+            keeping = {"resume": self.resume, "checkpoint_dir": self.checkpoint_dir is not None}
+            ranks.check_same(identity | keeping)
         callbacks = [] if self.callbacks is None else self.callbacks
         callbacks = [callbacks] if callable(callbacks) else list(callbacks)
         if self.verbose:
