@@ -93,6 +93,7 @@ def make_attributed_sbm(
     n_edges, d = _count("n_edges", n_edges, 0), _count("n_features", n_features, 1)
     seed = _count("random_state", random_state, 0)
     _in_range("homophily", homophily, 0.0, 1.0)
+    homophily = float(homophily)  # a product with a short float would be rounded to one
     _in_range("feature_noise", feature_noise, 0.0, math.inf)
     if degree_exponent is not None:
         _in_range("degree_exponent", degree_exponent, 2.0, math.inf)

@@ -48,6 +48,12 @@ def test_counts_are_exact(
     check(ds, n, n_edges, d, k, homophily)
 
 
+def test_a_homophily_of_few_digits() -> None:
+    """2051 is no number of half precision."""
+    ds = fc.make_attributed_sbm(1000, 2051, 4, 2, homophily=np.float16(1.0))
+    assert ds.n_edges == 2 * 2051
+
+
 def test_same_seed_same_graph_and_another_seed_another() -> None:
     first, again, other = (
         fc.make_attributed_sbm(500, 2000, 8, 5, random_state=seed) for seed in (3, 3, 4)
