@@ -391,6 +391,33 @@ def test_columns_do_not_depend_on_their_neighbours(level):
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("norm", ["rw", "sym", "none"])
+def test_same_bits_from_a_copy_and_in_place(norm, weighted, dtype, level, small_hubs):
+    """Few neighbours a node: rows are read, scaled and masked in place; many: from a copy."""
+    n, m = 80, 120
+    few = random_adjacency(n, 0.8, weighted=weighted).tolil()
+    few[0, 1:30] = few[1:30, 0] = 1.0  # a hub
+    few = sp.csr_array(few.tocsr())
+    both = sp.csr_array(sp.block_diag((few, random_adjacency(m, 60, seed=1)), format="csr"))
+    graphs = [Graph(few.astype(np.float32), norm), Graph(both.astype(np.float32), norm)]
+    assert graphs[0].n_edges < 2 * n and graphs[1].n_edges > 8 * (n + m)
+    for d in (1, 2, 7, 8, 16, 17, 33, 64, 150):
+        for residual, activation in (("none", "none"), ("input", "relu"), ("other", "relu")):
+            results = []
+            for graph in graphs:
+                rows = graph.n_nodes
+                h, r, g = (randn(n + m, d, dtype=dtype, seed=s)[:rows] for s in (1, 2, 3))
+                h.requires_grad_(), r.requires_grad_()
+                other = {"none": None, "input": h, "other": r}[residual]
+                out = ops.propagate(graph, h, residual=other, activation=activation)
+                leaves = [h, r] if other is r else [h]
+                results.append([out, *torch.autograd.grad(out, leaves, g)])
+            for in_place, copied in zip(*results, strict=True):
+                assert torch.equal(in_place, copied[:n])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="protects pages")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("norm", ["rw", "sym"])

@@ -25,6 +25,8 @@
 //                 433, 487, 429 in the next
 // Stores around the cache are undecided: on C two threads the prototype went 157 -> 106 and 134 -> 99
 // ms, this kernel 175 -> 196 (interleaved). kCopyDegree was never measured.
+// In place with a scale or a mask, huge pages, narrow copies:
+// benchmarks/results/2026-11-28-propagate-few-neighbours.md.
 // The real AMAC graph, three interleaved runs of this kernel, one thread, nothing beside it, medians:
 //   prefetch from 1 MB on instead of 4 MB     d 64 (3.5 MB, in place) 2.4 to 3.2 -> 1.8 to 2.6 ms,
 //                                             d 600 (copied) 56 to 61 -> 50 to 52
@@ -101,6 +103,8 @@ class Buffer {
 // How h is cut into panels.
 struct Plan {
   bool direct;         // gather from h itself
+  bool few;            // few neighbours a node
+  bool in_place;       // gather from h and apply the mask and the column scale to every row gathered
   int64_t panel_cols;  // a multiple of kGroupCols
   int64_t group_cols;  // columns copied at a time, a multiple of panel_cols
 };
@@ -110,8 +114,24 @@ struct Plan {
 // that no cache holds.
 constexpr int64_t kNearBytes = 4 << 20, kFarBytes = 1 << 20, kDirectBytes = 8 << 20;
 constexpr int64_t kGroupBytes = 8 << 20, kStreamBytes = 64 << 20;
+// Bytes of output from which on huge pages are asked for.
+constexpr int64_t kHugeBytes = 4 << 20;
 // Neighbours per node from which on a copy of h pays.
 constexpr int64_t kCopyDegree = 8;
+// Columns per neighbour of a node from which on its rows are better scaled and masked at every edge
+// than once in a copy: an edge costs one or two cache lines more, the copy a pass over all columns.
+constexpr int64_t kInPlaceCols = 8;
+
+// Asks for huge pages under memory that is about to be written, as far as it covers whole ones.
+// A result of 32 MB or more is fresh from the system on every call, and would cost a fault every 4 kB.
+inline void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  if (bytes < kHugeBytes) return;
+  const uintptr_t page = uintptr_t{2} << 20, address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may fail
+#endif
+}
 
 // The widest panels that are near; narrow ones where even those are not. Never depends on d, so that
 // a column's bits do not depend on its neighbours.
@@ -121,14 +141,16 @@ Plan make_plan(const PropagateParams<T>& p, const PropagateKernel<T>& kernel) {
   const int64_t n_inputs = p.n_nodes + p.n_halo;
   const int64_t column_bytes = n_inputs * static_cast<int64_t>(sizeof(T));
   const bool plain = p.h_mask == nullptr && p.col_scale == nullptr && p.masked_h == nullptr;
-  if (plain && (kernel.loads_lanes || p.n_cols % kGroupCols == 0) &&
-      (p.n_edges < kCopyDegree * n_inputs || p.n_cols * column_bytes <= kDirectBytes)) {
-    return {true, max_cols, (p.n_cols + kGroupCols - 1) / kGroupCols * kGroupCols};
+  const bool few = p.n_edges < kCopyDegree * n_inputs;
+  if (plain ? (kernel.loads_lanes || p.n_cols % kGroupCols == 0) &&
+                  (few || p.n_cols * column_bytes <= kDirectBytes)
+            : kernel.loads_lanes && few && kInPlaceCols * p.n_edges <= p.n_cols * n_inputs) {
+    return {true, few, !plain, max_cols, (p.n_cols + kGroupCols - 1) / kGroupCols * kGroupCols};
   }
   int64_t cols = max_cols;
   while (cols > kGroupCols && cols * column_bytes > kNearBytes) cols /= 2;
   const int64_t panels = kGroupBytes / (cols * column_bytes);
-  return {false, cols, cols * (panels < 1 ? 1 : panels)};
+  return {false, few, false, cols, cols * (panels < 1 ? 1 : panels)};
 }
 
 }  // namespace
@@ -143,9 +165,15 @@ void propagate_cpu(PropagateParams<T> p) {
   const int64_t padded = (p.n_cols + kGroupCols - 1) / kGroupCols * kGroupCols;
   const int64_t group_cols = plan.group_cols < padded ? plan.group_cols : padded;
   const int64_t n_inputs = p.n_nodes + p.n_halo;
-  Buffer<T> packed(plan.direct ? 0 : n_inputs * group_cols);
+  // Narrow rows of a copy stand close together, none across two cache lines.
+  int64_t narrow = kernel.loads_lanes ? 1 : kGroupCols;
+  while (narrow < kGroupCols && narrow < p.n_cols) narrow *= 2;
+  Buffer<T> packed(plan.direct ? 0 : n_inputs * (narrow < kGroupCols ? narrow : group_cols));
   constexpr int64_t kSize = sizeof(T);
-  const bool stream = p.n_nodes * p.n_cols * kSize > kStreamBytes && p.n_cols % kGroupCols == 0 &&
+  const int64_t out_bytes = p.n_nodes * p.n_cols * kSize;
+  advise_huge_pages(p.out, out_bytes);
+  if (p.masked_h != nullptr) advise_huge_pages(p.masked_h, out_bytes);
+  const bool stream = out_bytes > kStreamBytes && p.n_cols % kGroupCols == 0 &&
                       reinterpret_cast<uintptr_t>(p.out) % 64 == 0;
 
   for (int64_t begin = 0; begin < padded; begin += group_cols) {
@@ -153,9 +181,11 @@ void propagate_cpu(PropagateParams<T> p) {
     const int64_t end = begin + group_cols < padded ? begin + group_cols : padded;
     for (int64_t col = begin; col < end; col += plan.panel_cols) {
       const int64_t n_cols = end - col < plan.panel_cols ? end - col : plan.panel_cols;
-      Panel<T> panel{packed.data() + (col - begin) * n_inputs, n_cols, col, n_cols, false, stream};
+      Panel<T> panel{packed.data() + (col - begin) * n_inputs, plan.in_place, n_cols, col, n_cols,
+                     false, plan.few, stream};
+      if (narrow < kGroupCols) panel.stride = narrow;
       if (plan.direct) panel.x = p.h + col, panel.stride = p.h_stride;
-      const int64_t row_cols = plan.direct ? std::min(n_cols, p.n_cols - col) : n_cols;
+      const int64_t row_cols = plan.direct ? std::min(n_cols, p.n_cols - col) : panel.stride;
       panel.far = n_inputs * row_cols * kSize > kFarBytes;
       panels.push_back(panel);
     }

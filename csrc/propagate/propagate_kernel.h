@@ -14,12 +14,14 @@ constexpr int64_t kGroupCols = 16;
 // The matrix that is gathered, for `n_cols` columns of h from `col` on.
 template <typename T>
 struct Panel {
-  const T* x;      // [N, n_cols], rows `stride` apart: c_j M_j h_j, zero past the last column of h,
-                   //   or h itself, which ends there
+  const T* x;      // [N, n_cols], rows `stride` apart: c_j M_j h_j, or h itself. Past the last
+                   //   column of h: zero where loads_lanes is false, else not to be read
+  bool in_place;   // x is h, and c_j or M_j is still to be applied
   int64_t stride;
   int64_t col;
   int64_t n_cols;  // a multiple of kGroupCols
   bool far;        // too large for a core's own cache: worth a prefetch
+  bool few;        // few neighbours a node: its own row is worth a prefetch as well
   bool stream;     // the output is too large for any cache: write around it
 };
 

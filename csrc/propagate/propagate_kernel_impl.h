@@ -20,6 +20,9 @@ namespace {
 // Edges between a prefetch and its use; the addresses come from an index list that no hardware
 // prefetcher follows.
 constexpr int64_t kAhead = 32;
+// Rows between a prefetch of a node's own row and its use, where neighbours are few: no one of them
+// may have asked for it.
+constexpr int64_t kRowsAhead = 16;
 
 // One bit per lane of an integer mask of 0 and -1.
 template <typename T>
@@ -101,6 +104,18 @@ FASTCLUST_INLINE void store_lanes(T* p, typename Vec<T>::Reg r, int count) {
 }
 #endif
 
+// A product that is rounded before it is added: without this the compiler makes one instruction of
+// the two, and a row gathered in place would have other bits than one gathered from a copy.
+template <typename Reg>
+FASTCLUST_INLINE Reg rounded(Reg x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__AVX2__)
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
+
 FASTCLUST_INLINE void finish_stores_around_cache() {
 #if defined(__AVX2__)
   _mm_sfence();
@@ -146,6 +161,7 @@ struct Loops {
   // M h at (i, col)
   template <bool kRagged>
   FASTCLUST_INLINE Reg masked(P p, int64_t i, int64_t col) {
+    // Not loaded by the mask: that load would wait for the mask, where both come from memory.
     const Reg x = load_at<kRagged>(p, p.h + i * p.h_stride, col);
     if (p.h_mask == nullptr || (kRagged && col >= p.n_cols)) return x;
     const uint32_t* words = p.h_mask + i * mask_words(p.n_cols);
@@ -164,14 +180,26 @@ struct Loops {
       for (int v = 0; v < NV; ++v) {
         const int64_t col = panel.col + v * W;
         const Reg own = masked<kRagged>(p, i, col);
-        store<T>(x + i * panel.stride + v * W, own * scale);
+        T* const to = x + i * panel.stride + v * W;
+        if constexpr (kRagged && kLoadsLanes) {
+          store_lanes(to, own * scale, columns_left(p, col));
+        } else {
+          store<T>(to, own * scale);
+        }
         if (p.masked_h != nullptr) store_at<kRagged>(p, p.masked_h + i * p.n_cols, col, own);
       }
     }
   }
 
-  // acc = sum of the edges' rows
-  template <bool kValued, bool kFar, bool kRagged>
+  FASTCLUST_INLINE void prefetch_row(const T* row) {
+    const char* bytes = reinterpret_cast<const char*>(row);
+    constexpr int kBytes = NV * W * static_cast<int>(sizeof(T));
+#pragma GCC unroll 16
+    for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(bytes + b, 0, 3);
+  }
+
+  // acc = sum of the edges' rows. kInPlace: the panel is h itself, with a mask or a scale to come.
+  template <bool kValued, bool kFar, bool kRagged, bool kInPlace>
   FASTCLUST_INLINE void gather(P p, const Panel<T>& panel, int64_t begin, int64_t end, Reg (&acc)[NV]) {
     const int32_t* const indices = p.indices;
     const float* const values = p.values;
@@ -180,16 +208,28 @@ struct Loops {
     const int64_t last = p.n_edges - 1;
     const auto prefetch = [&](int64_t e) __attribute__((always_inline)) {
       if constexpr (kFar) {
-        const char* row =
-            reinterpret_cast<const char*>(x + indices[e < last ? e : last] * stride);
-        constexpr int kBytes = NV * W * static_cast<int>(sizeof(T));
-#pragma GCC unroll 16
-        for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(row + b, 0, 3);
+        const int64_t j = indices[e < last ? e : last];
+        prefetch_row(x + j * stride);
+        if constexpr (kInPlace) {
+          if (p.col_scale != nullptr) __builtin_prefetch(p.col_scale + j, 0, 3);
+          if (p.h_mask != nullptr) {
+            __builtin_prefetch(p.h_mask + j * mask_words(p.n_cols) + panel.col / 32, 0, 3);
+          }
+        }
       }
     };
     const auto add = [&](int64_t e, Reg(&sum)[NV]) __attribute__((always_inline)) {
       const T* row = x + indices[e] * stride;
-      if constexpr (kValued) {
+      if constexpr (kInPlace) {
+        const int64_t j = indices[e];
+        const Reg scale = broadcast(p.col_scale != nullptr ? p.col_scale[j] : T(1));
+        const Reg value = broadcast(values != nullptr ? static_cast<T>(values[e]) : T(1));
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) {
+          const Reg own = masked<kRagged>(p, j, panel.col + v * W);
+          sum[v] = fma(rounded(own * scale), value, sum[v]);
+        }
+      } else if constexpr (kValued) {
         const Reg value = broadcast(static_cast<T>(values[e]));
 #pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) {
@@ -218,19 +258,29 @@ struct Loops {
     for (int v = 0; v < NV; ++v) acc[v] += odd[v];
   }
 
-  template <bool kRagged>
+  template <bool kRagged, bool kInPlace>
   FASTCLUST_INLINE void finish(P p, const Panel<T>& panel, int64_t i, Reg (&acc)[NV]) {
     const Reg scale = broadcast(p.row_scale != nullptr ? p.row_scale[i] : T(1));
-    const T* const own = panel.x + i * panel.stride;  // c_i M_i h_i
+    const Reg own_scale = broadcast(kInPlace && p.col_scale != nullptr ? p.col_scale[i] : T(1));
+    const T* const own = panel.x + i * panel.stride;  // c_i M_i h_i; in place: h_i
     uint32_t bits = 0;
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
       const int64_t col = panel.col + v * W;
       Reg x = acc[v];
-      if (p.self_loops) x += gathered<kRagged>(p, panel, own, v);
+      Reg mine{};
+      if constexpr (kInPlace) {
+        mine = masked<kRagged>(p, i, col);
+        if (p.masked_h != nullptr) store_at<kRagged>(p, p.masked_h + i * p.n_cols, col, mine);
+        if (p.self_loops) x += rounded(mine * own_scale);
+      } else if (p.self_loops) {
+        x += gathered<kRagged>(p, panel, own, v);
+      }
       x *= scale;
       if (p.residual != nullptr) {
         x += load_at<kRagged>(p, p.residual + i * p.residual_stride, col);
+      } else if (p.add_input && kInPlace) {
+        x += mine;
       } else if (p.add_input) {
         x += p.col_scale == nullptr ? gathered<kRagged>(p, panel, own, v)
                                     : masked<kRagged>(p, i, col);
@@ -267,28 +317,34 @@ struct Loops {
     }
   }
 
-  template <bool kValued, bool kFar, bool kRagged>
+  template <bool kValued, bool kFar, bool kRagged, bool kInPlace>
   static void rows(P params, const Panel<T>& where, int64_t row_begin, int64_t row_end) {
     const PropagateParams<T> p = params;  // copies, which no store below can change
     const Panel<T> panel = where;
     for (int64_t i = row_begin; i < row_end; ++i) {
       const int64_t begin = p.indptr[i], end = p.indptr[i + 1];
       if (end - begin > p.hub.hub_edges) continue;
+      if (kFar && panel.few) {
+        const int64_t ahead = i + kRowsAhead < row_end ? i + kRowsAhead : row_end - 1;
+        prefetch_row(panel.x + ahead * panel.stride);
+      }
       Reg acc[NV];
-      gather<kValued, kFar, kRagged>(p, panel, begin, end, acc);
-      finish<kRagged>(p, panel, i, acc);
+      gather<kValued, kFar, kRagged, kInPlace>(p, panel, begin, end, acc);
+      finish<kRagged, kInPlace>(p, panel, i, acc);
     }
     if (panel.stream) finish_stores_around_cache();
   }
 
-  template <bool kValued>
+  template <bool kValued, bool kInPlace>
   static void segment(P p, const Panel<T>& panel, int64_t s) {
     Reg acc[NV];
-    gather<kValued, true, true>(p, panel, p.hub.segments[3 * s + 1], p.hub.segments[3 * s + 2], acc);
+    const int64_t* const edges = p.hub.segments + 3 * s + 1;
+    gather<kValued, true, true, kInPlace>(p, panel, edges[0], edges[1], acc);
     T* const slot = p.scratch + s * p.n_cols;
     for (int v = 0; v < NV; ++v) store_at<true>(p, slot, panel.col + v * W, acc[v]);
   }
 
+  template <bool kInPlace>
   static void combine(P p, const Panel<T>& panel, int64_t hub) {
     const int64_t* entry = p.hub.hubs + 3 * hub;
     Reg acc[NV] = {};
@@ -296,7 +352,7 @@ struct Loops {
       const T* row = p.scratch + s * p.n_cols;
       for (int v = 0; v < NV; ++v) acc[v] += load_at<true>(p, row, panel.col + v * W);
     }
-    finish<true>(p, panel, entry[0], acc);
+    finish<true, kInPlace>(p, panel, entry[0], acc);
     if (panel.stream) finish_stores_around_cache();
   }
 };
@@ -335,32 +391,48 @@ PropagateKernel<T> make_propagate_kernel() {
       [](P p, const Panel<T>& panel, int64_t row_begin, int64_t row_end) {
         with_loops(panel, [&](auto loops) {
           const bool ragged = loops.is_ragged(p, panel);
+          if constexpr (kLoadsLanes) {
+            if (panel.in_place && ragged) {
+              return loops.template rows<true, true, true, true>(p, panel, row_begin, row_end);
+            }
+            if (panel.in_place) {
+              return loops.template rows<true, true, false, true>(p, panel, row_begin, row_end);
+            }
+          }
           if (p.values != nullptr && ragged) {
-            loops.template rows<true, true, true>(p, panel, row_begin, row_end);
+            loops.template rows<true, true, true, false>(p, panel, row_begin, row_end);
           } else if (p.values != nullptr) {
-            loops.template rows<true, true, false>(p, panel, row_begin, row_end);
+            loops.template rows<true, true, false, false>(p, panel, row_begin, row_end);
           } else if (ragged && panel.far) {
-            loops.template rows<false, true, true>(p, panel, row_begin, row_end);
+            loops.template rows<false, true, true, false>(p, panel, row_begin, row_end);
           } else if (ragged) {
-            loops.template rows<false, false, true>(p, panel, row_begin, row_end);
+            loops.template rows<false, false, true, false>(p, panel, row_begin, row_end);
           } else if (panel.far) {
-            loops.template rows<false, true, false>(p, panel, row_begin, row_end);
+            loops.template rows<false, true, false, false>(p, panel, row_begin, row_end);
           } else {
-            loops.template rows<false, false, false>(p, panel, row_begin, row_end);
+            loops.template rows<false, false, false, false>(p, panel, row_begin, row_end);
           }
         });
       },
       [](P p, const Panel<T>& panel, int64_t s) {
         with_loops(panel, [&](auto loops) {
+          if constexpr (kLoadsLanes) {
+            if (panel.in_place) return loops.template segment<true, true>(p, panel, s);
+          }
           if (p.values != nullptr) {
-            loops.template segment<true>(p, panel, s);
+            loops.template segment<true, false>(p, panel, s);
           } else {
-            loops.template segment<false>(p, panel, s);
+            loops.template segment<false, false>(p, panel, s);
           }
         });
       },
       [](P p, const Panel<T>& panel, int64_t hub) {
-        with_loops(panel, [&](auto loops) { loops.combine(p, panel, hub); });
+        with_loops(panel, [&](auto loops) {
+          if constexpr (kLoadsLanes) {
+            if (panel.in_place) return loops.template combine<true>(p, panel, hub);
+          }
+          loops.template combine<false>(p, panel, hub);
+        });
       },
   };
 }

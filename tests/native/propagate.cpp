@@ -170,7 +170,10 @@ void propagate(const Graph& graph, int64_t d, unsigned options) {
 template <typename T>
 void run_type() {
   const Graph graph(41);
-  for (unsigned options = 0; options < 128; ++options) propagate<T>(graph, 3, options);
+  for (unsigned options = 0; options < 128; ++options) {
+    propagate<T>(graph, 3, options);
+    propagate<T>(graph, 65, options);  // scaled and masked in place
+  }
   unsigned options = 77;
   for (const int64_t d : {1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257}) {
     for (int i = 0; i < 4; ++i) propagate<T>(graph, d, options += 37);
