@@ -1245,14 +1245,7 @@ def run_all(names: list[str], out: Path, tiny: bool, seconds: float) -> int:
                     print(f"== {name} (at most {limit:.0f} s)", file=log, flush=True)
                     running.append((name, start(name, out), begun, limit))
                 for name, process, begun, limit in running:
-                    try:
-                        left = max(0.1, begun + limit - time.perf_counter())
-                        code = process.wait(timeout=left)
-                        word = "ok" if code == 0 else "with errors"
-                        wrong = "" if code in (0, 1) else f"ended with exit code {code}"
-                    except subprocess.TimeoutExpired:
-                        stop(process)
-                        word, wrong = "cut off", f"cut off after {limit:.0f} s"
+                    word, wrong = wait_for(process, begun, limit)
                     if wrong:
                         report = report_of(name, out, tiny)
                         report.errors.append({"part": name, "case": "all", "error": wrong})
@@ -1271,6 +1264,17 @@ def run_all(names: list[str], out: Path, tiny: bool, seconds: float) -> int:
                 stop(process)
     print_summary(out, names)
     return 0 if all(word == "ok" for _, word, _ in summary) else 1
+
+
+def wait_for(process: subprocess.Popen[Any], begun: float, limit: float) -> tuple[str, str]:
+    """How a part ended, within its seconds, and what went wrong that it has not written itself."""
+    try:
+        code = process.wait(timeout=max(0.1, begun + limit - time.perf_counter()))
+    except subprocess.TimeoutExpired:
+        stop(process)
+        return "cut off", f"cut off after {limit:.0f} s"
+    word = "ok" if code == 0 else "with errors"
+    return word, "" if code in (0, 1) else f"ended with exit code {code}"
 
 
 def stop(process: subprocess.Popen[Any]) -> None:
