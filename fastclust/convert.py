@@ -44,14 +44,14 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from fastclust import cli
-from fastclust.datasets import Dataset, DatasetFormatError, DatasetNotFoundError
+from fastclust.datasets import Dataset, DatasetFormatError
 from fastclust.datasets.folder import (
     DIRECTORY_FORMAT,
     DIRECTORY_META,
     DIRECTORY_VERSION,
     load_array,
 )
-from fastclust.tables import INDEX_NAMES, parquet_reader, require_ends_first
+from fastclust.tables import INDEX_NAMES, existing_file, parquet_reader, require_ends_first
 from fastclust.validation import check_features
 
 __all__ = ["convert", "main", "write_directory"]
@@ -140,13 +140,13 @@ def convert(
     if n_nodes is not None and not 0 < n_nodes <= _MAX_NODES:
         raise ValueError(f"n_nodes must be from 1 to {_MAX_NODES}, got {n_nodes}")
     paths = [edges] if isinstance(edges, (str, os.PathLike)) else list(edges)
-    sources = [_existing(path) for path in paths]
+    sources = [existing_file(path) for path in paths]
     report = progress or (lambda what, done, total: None)
 
     def write(folder: Path) -> dict[str, Any]:
         n_features = n_rows = None
         if features is not None:
-            n_rows, n_features = _write_features(_existing(features), folder, memory, report)
+            n_rows, n_features = _write_features(existing_file(features), folder, memory, report)
         n = n_nodes if n_nodes is not None else n_rows
         if n_rows is not None and n != n_rows:
             raise DatasetFormatError(
@@ -167,7 +167,7 @@ def convert(
         n_edges = _collect(folder, buckets, n, weighted, memory, report)
         shutil.rmtree(buckets)
         if labels is not None:
-            np.save(folder / "labels.npy", _read_labels(_existing(labels), n))
+            np.save(folder / "labels.npy", _read_labels(existing_file(labels), n))
         return {"n_nodes": n, "n_edges": n_edges, "n_features": n_features or 1}
 
     return _written_whole(out, write)
@@ -236,15 +236,6 @@ def _written_whole(out: PathLike, write: Callable[[Path], dict[str, Any]]) -> Pa
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return target
-
-
-def _existing(path: PathLike) -> Path:
-    found = Path(path)
-    if not found.exists():
-        raise DatasetNotFoundError(f"{found} does not exist; give the path of a file")
-    if not found.is_file():
-        raise DatasetFormatError(f"{found} must be a file, got a directory or special file")
-    return found
 
 
 # --- reading edges -------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from fastclust.datasets import (
 from fastclust.datasets.folder import load_array
 from fastclust.validation import DataWarning, check_adjacency, check_features, check_labels
 
-__all__ = ["INDEX_NAMES", "load_files", "require_ends_first"]
+__all__ = ["INDEX_NAMES", "existing_file", "load_files", "parquet_reader", "require_ends_first"]
 
 ID_COLUMNS = ("id", "node", "node_id")
 _EDGE_PAIRS = (("source", "target"), ("src", "dst"), ("from", "to"), ("u", "v"), ("node1", "node2"))
@@ -98,7 +98,7 @@ def load_files(
     """
     if features is None:
         raise DatasetFormatError("--features FILE is required with --edges, --labels or --ids")
-    path = _existing(features)
+    path = existing_file(features)
     table = None
     if not _is_matrix(path):
         asked = [os.fspath(name) for name in (ids, labels) if name is not None]
@@ -124,7 +124,7 @@ def load_files(
     if edges is None:
         adjacency = nearest_neighbor_graph(matrix, n_neighbors)
     else:
-        adjacency = _adjacency(_existing(edges), n, names)
+        adjacency = _adjacency(existing_file(edges), n, names)
     classes = None
     if label_column is not None and table is not None:
         classes = _numbered(table.text(label_column), n, names)
@@ -216,7 +216,7 @@ def _nodes(
 
 
 def _labels(labels: PathLike, n: int, names: npt.NDArray[np.str_] | None) -> npt.NDArray[Any]:
-    path = _existing(labels)
+    path = existing_file(labels)
     if path.suffix == ".npy":
         array = _matrix(path)
         return np.asarray(array).reshape(-1)
@@ -281,7 +281,16 @@ def _unique_names(names: npt.NDArray[np.str_], table: _Table, column: int) -> np
 # --- files ----------------------------------------------------------------------------------------
 
 
-def _existing(path: PathLike) -> Path:
+def existing_file(path: PathLike) -> Path:
+    """The path of a file, ``~`` expanded.
+
+    Raises
+    ------
+    DatasetNotFoundError
+        There is nothing.
+    DatasetFormatError
+        It is a directory or a special file.
+    """
     found = Path(path).expanduser()
     if not found.exists():
         raise DatasetNotFoundError(f"{found} does not exist; give the path of a file")
