@@ -107,8 +107,9 @@ def test_floors_of_other_data_under_the_same_name_are_forgotten(tmp_path: Path) 
     assert floor_rows(other, path, None) == []
     again = floor_rows(other, path, [0])
     assert all(a["acc"] != b["acc"] for a, b in zip(rows, again, strict=True))
-    path.write_bytes(b"\xff")
-    assert floor_rows(digits, path, None) == []
+    for damaged in (b"\xff", b"{}", b"null"):
+        path.write_bytes(damaged)
+        assert floor_rows(digits, path, None) == []
 
 
 def test_published_numbers_are_marked() -> None:

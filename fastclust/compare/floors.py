@@ -94,4 +94,4 @@ def _known_rows(path: Path, digest: str) -> list[dict[str, Any]]:
     if isinstance(known, list):  # from before the data were noted down
         known = {"rows": known}
     same = isinstance(known, dict) and known.get("data", digest) == digest
-    return list(known["rows"]) if same else []
+    return list(known.get("rows", [])) if same else []
