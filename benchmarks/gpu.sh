@@ -49,5 +49,5 @@ print("9.0a" if c == (9, 0) else f"{c[0]}.{c[1]}")') || { echo "torch sees no GP
   echo "build: ok, ${SECONDS} s, for ${arch}" | tee -a "$log"
 fi
 "$python" -m fastclust.info 2>&1 | tee -a "$log"
-exec "$python" benchmarks/gpu.py $dry --out "$out" \
+exec "$python" benchmarks/gpu $dry --out "$out" \
   --seconds $((${GPU_SH_SECONDS:-570} - SECONDS)) "$@"

@@ -1,41 +1,43 @@
-"""benchmarks/gpu.sh and gpu_table.py, as far as a machine without a GPU can tell."""
+"""benchmarks/gpu.sh, gpu/ and gpu_table.py, as far as a machine without a GPU can tell."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
-pytestmark = pytest.mark.skipif(not (BENCHMARKS / "gpu.py").is_file(), reason="no benchmarks here")
-
-
-def module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found
-    spec.loader.exec_module(found)
-    return found
+pytestmark = pytest.mark.skipif(not (BENCHMARKS / "gpu").is_dir(), reason="no benchmarks here")
 
 
 @pytest.fixture(scope="module")
-def gpu() -> ModuleType:
-    return module("gpu")
+def benchmarks() -> Iterator[None]:
+    """Benchmarks can be imported."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture(scope="module")
-def gpu_table() -> ModuleType:
-    return module("gpu_table")
+def gpu(benchmarks: None) -> ModuleType:
+    importlib.import_module("gpu.command")  # and with it all others
+    return importlib.import_module("gpu")
+
+
+@pytest.fixture(scope="module")
+def gpu_table(benchmarks: None) -> ModuleType:
+    return importlib.import_module("gpu_table")
 
 
 @pytest.fixture
@@ -51,8 +53,8 @@ def made_up_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_every_part_runs_on_tiny_shapes(gpu, tmp_path, made_up_graphs, part) -> None:
-    assert gpu.run_part(part, tmp_path, tiny=True) == 0
-    content = json.loads((tmp_path / f"{gpu.SUBJECTS.get(part, part)}.json").read_text())
+    assert gpu.parts.run_part(part, tmp_path, tiny=True) == 0
+    content = json.loads((tmp_path / f"{gpu.parts.SUBJECTS.get(part, part)}.json").read_text())
     assert set(content) == {
         "subject", "device", "tiny", "card", "versions", "commit", "seconds", "rows", "errors",
     }  # fmt: skip
@@ -80,7 +82,7 @@ def test_the_whole_script_dry(tmp_path, made_up_graphs) -> None:
 
 
 def test_a_failing_case_leaves_the_others(gpu, tmp_path) -> None:
-    report = gpu.Report("subject", "part", tmp_path, "cpu", True)
+    report = gpu.report.Report("subject", "part", tmp_path, "cpu", True)
 
     def broken() -> None:
         raise RuntimeError("no such kernel")
@@ -96,14 +98,14 @@ def test_a_failing_case_leaves_the_others(gpu, tmp_path) -> None:
 
 def test_a_lost_context_ends_the_part(gpu, tmp_path, monkeypatch) -> None:
     """After a kernel has failed every CUDA call does; later cases would tell nothing."""
-    report = gpu.Report("subject", "part", tmp_path, "cuda", True)
+    report = gpu.report.Report("subject", "part", tmp_path, "cuda", True)
 
     def lost() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(gpu.torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(gpu.torch.cuda, "synchronize", lost)
-    with pytest.raises(gpu.ContextLost, match="after first"):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(gpu.report.ContextLost, match="after first"):
         report.case("first", lost)
     content = json.loads((tmp_path / "subject.json").read_text())
     assert [error["case"] for error in content["errors"]] == ["first"]
@@ -117,16 +119,16 @@ def test_a_slow_driver_holds_nothing_up(gpu, tmp_path, monkeypatch) -> None:
         asked.append(command)
         raise subprocess.TimeoutExpired(command, 20)
 
-    monkeypatch.setattr(gpu, "_output", hangs)
+    monkeypatch.setattr(gpu.report, "_output", hangs)
     monkeypatch.delenv("FASTCLUST_COMMIT", raising=False)
-    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda: "Card 9000")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card 9000")
     for name in ("commit", "_card"):
-        getattr(gpu, name).cache_clear()
-    report = gpu.Report("subject", "part", tmp_path, "cpu", True)
+        getattr(gpu.report, name).cache_clear()
+    report = gpu.report.Report("subject", "part", tmp_path, "cpu", True)
     for case in range(20):
         report.case(str(case), lambda: {"ms": 1.0})
     for name in ("commit", "_card"):
-        getattr(gpu, name).cache_clear()
+        getattr(gpu.report, name).cache_clear()
     assert len(asked) <= 4
     content = json.loads((tmp_path / "subject.json").read_text())
     assert content["card"] == {"name": "Card 9000"} and content["commit"] == "unknown"
@@ -139,7 +141,7 @@ def test_a_time_limit_holds_for_what_a_command_starts(gpu, tmp_path) -> None:
     child = f"sleep 50 & echo $! >{note}; echo said; wait"
     start = time.perf_counter()
     with pytest.raises(TimeoutError, match="not done in 1 s: said"):
-        gpu.call(["sh", "-c", child], 1.0)
+        gpu.processes.call(["sh", "-c", child], 1.0)
     assert time.perf_counter() - start < 20
     pid = int(note.read_text())
     for _ in range(100):  # whoever adopts it has to collect it
@@ -168,18 +170,18 @@ def test_kernels_are_timed_without_gaps_between_launches(gpu, monkeypatch) -> No
         def elapsed_time(self, end: Event) -> float:
             return 0.5
 
-    cuda = gpu.torch.cuda
+    cuda = torch.cuda
     monkeypatch.setattr(cuda, "Event", Event)
     monkeypatch.setattr(cuda, "_sleep", lambda cycles: seen.append(f"sleep {cycles >= 2e5}"))
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(cuda, name, lambda: None)
     for name in ("memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(cuda, name, lambda: 0)
-    row = gpu.measure(lambda: seen.append("run"), "cuda", 0, kernels=True)
+    row = gpu.timing.measure(lambda: seen.append("run"), "cuda", 0, kernels=True)
     assert seen == ["run", "run", "sleep True", "record", "run", "record", "wait"]
     assert row["ms"] == 0.5 and 0 < row["host_ms"] < 1000
     seen.clear()
-    assert "host_ms" not in gpu.measure(lambda: None, "cuda", 0)
+    assert "host_ms" not in gpu.timing.measure(lambda: None, "cuda", 0)
     assert seen == ["record", "record", "wait"]
 
 
@@ -187,7 +189,7 @@ def test_a_share_is_of_the_ceiling_of_the_same_arithmetic(gpu, tmp_path) -> None
     rates = {"gemm-bf16": 8.0, "gemm-tf32": 4.0, "gemm-fp32": 1.0}
     rows = [{"part": "ceilings", "case": name, "rate": rate} for name, rate in rates.items()]
     (tmp_path / "ceilings.json").write_text(json.dumps({"rows": rows, "errors": []}))
-    gpu.run_part("infonce", tmp_path, tiny=True)
+    gpu.parts.run_part("infonce", tmp_path, tiny=True)
     found = json.loads((tmp_path / "infonce.json").read_text())["rows"]
     assert {row["peer"] for row in found} == {"fastclust", "eager torch"}
     for row in found:
@@ -216,11 +218,11 @@ def test_checks_run_side_by_side_into_one_file(
         "if part == 'sanitizer': time.sleep(60)\n"
         "if part == 'determinism': os.abort()\n"
     )
-    monkeypatch.setattr(gpu, "__file__", str(child))
-    parts = dict(gpu.PARTS)
+    monkeypatch.setattr(gpu.parts, "PROGRAM", str(child))
+    parts = dict(gpu.parts.PARTS)
     parts["sanitizer"] = (parts["sanitizer"][0], 6.0)
-    monkeypatch.setattr(gpu, "PARTS", parts)
-    assert gpu.run_all(["tests", "determinism", "sanitizer"], tmp_path, True, 60) == 1
+    monkeypatch.setattr(gpu.parts, "PARTS", parts)
+    assert gpu.parts.run_all(["tests", "determinism", "sanitizer"], tmp_path, True, 60) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checks.json", "gpu.py", "log.txt"]
     content = json.loads((tmp_path / "checks.json").read_text())
     assert [row["part"] for row in content["rows"]] == ["tests", "determinism", "sanitizer"]
@@ -233,12 +235,12 @@ def test_checks_run_side_by_side_into_one_file(
 def test_a_second_call_keeps_what_it_does_not_repeat(gpu, tmp_path, monkeypatch) -> None:
     child = tmp_path / "gpu.py"
     child.write_text("")
-    monkeypatch.setattr(gpu, "__file__", str(child))
+    monkeypatch.setattr(gpu.parts, "PROGRAM", str(child))
     out = tmp_path / "out"
     out.mkdir()
     for name in ("ceilings", "lowrank"):
         (out / f"{name}.json").write_text(json.dumps({"rows": [{"part": name}], "errors": []}))
-    assert gpu.run_all(["profile", "lowrank"], out, True, 60) == 0
+    assert gpu.parts.run_all(["profile", "lowrank"], out, True, 60) == 0
     assert (out / "ceilings.json").is_file() and not (out / "lowrank.json").is_file()
 
 
@@ -251,7 +253,7 @@ def test_trainings_on_the_cpu_are_compared_at_the_end(gpu, tmp_path) -> None:
     aside = tmp_path / "aside"
     aside.mkdir()
     (aside / "train-cpu.json").write_text(json.dumps({"rows": [there], "errors": []}))
-    gpu.fold_in("train-cpu", aside, tmp_path)
+    gpu.parts.fold_in("train-cpu", aside, tmp_path)
     content = json.loads((tmp_path / "train.json").read_text())
     assert content["cpu_rows"] == [there] and not list(aside.iterdir())
     (compared,) = (r for r in content["rows"] if r["what"] == "agreement")
@@ -261,23 +263,25 @@ def test_trainings_on_the_cpu_are_compared_at_the_end(gpu, tmp_path) -> None:
 def test_made_up_graphs_are_found_from_anywhere(gpu, tmp_path, monkeypatch, made_up_graphs) -> None:
     """Trainings run in another folder; and only results are in OUT, where there is a scratch."""
     monkeypatch.chdir(tmp_path)
-    assert Path(gpu.dataset_path("tiny", Path())).is_absolute()
+    assert Path(gpu.graphs.dataset_path("tiny", Path())).is_absolute()
     (tmp_path / "scratch").mkdir()
     monkeypatch.setenv("FASTCLUST_BENCH_SCRATCH", str(tmp_path / "scratch"))
     (tmp_path / "out").mkdir()
-    gpu.dataset_path("tiny", tmp_path / "out")
+    gpu.graphs.dataset_path("tiny", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
     assert [p.name for p in (tmp_path / "scratch").iterdir()] == ["tiny-like.npz"]
 
 
 def test_a_sanitizer_that_checked_nothing_is_an_error(gpu) -> None:
     done = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors"
-    assert gpu.sanitizer_summary(done) == "ERROR SUMMARY: 0 errors"
+    assert gpu.checks.sanitizer_summary(done) == "ERROR SUMMARY: 0 errors"
     with pytest.raises(RuntimeError, match="nothing was checked"):
-        gpu.sanitizer_summary("========= Error: No attachable process found. timed-out.")
+        gpu.checks.sanitizer_summary("========= Error: No attachable process found. timed-out.")
     text = f"{done.splitlines()[0]}\ninfonce bf16\n========= Invalid read of size 4\n{done}"
-    assert gpu.sanitizer_said(text)[0] == "Invalid read of size 4"
-    assert "--kernel-name" not in gpu.sanitizer_options("initcheck")  # torch's kernels write, too
+    assert gpu.checks.sanitizer_said(text)[0] == "Invalid read of size 4"
+    assert "--kernel-name" not in gpu.checks.sanitizer_options(
+        "initcheck"
+    )  # torch's kernels write, too
 
 
 SANITIZER = """#!/bin/sh
@@ -299,11 +303,11 @@ def test_what_the_sanitizer_says(gpu, tmp_path, monkeypatch) -> None:
     program.write_text(SANITIZER)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(gpu, "SANITIZER_SECONDS", 2.0)
+    monkeypatch.setattr(gpu.checks, "SANITIZER_SECONDS", 2.0)
     (tmp_path / "out").mkdir()
-    report = gpu.Report("sanitizer", "sanitizer", tmp_path / "out", "cuda", False)
+    report = gpu.report.Report("sanitizer", "sanitizer", tmp_path / "out", "cuda", False)
     start = time.perf_counter()
-    gpu.sanitizer(report)
+    gpu.checks.sanitizer(report)
     assert time.perf_counter() - start < 30
     assert [row["case"] for row in report.rows] == ["synccheck", "sm90 synccheck"]
     assert report.rows[0]["summary"] == "ERROR SUMMARY: 0 errors"
@@ -325,25 +329,27 @@ def test_parts_are_cut_off_and_the_next_ones_run(gpu, tmp_path, monkeypatch, cap
         "if part == 'kmeans': os.abort()\n"
         "(out / f'{part}.json').write_text(json.dumps({'rows': [], 'errors': []}))\n"
     )
-    monkeypatch.setattr(gpu, "__file__", str(child))
-    parts = dict(gpu.PARTS)
+    monkeypatch.setattr(gpu.parts, "PROGRAM", str(child))
+    parts = dict(gpu.parts.PARTS)
     parts["lowrank"] = (parts["lowrank"][0], 5.5)
-    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu.parts, "PARTS", parts)
     start = time.perf_counter()
-    assert gpu.run_all(["lowrank", "kmeans", "ceilings"], tmp_path / "", True, 60) == 1
+    assert gpu.parts.run_all(["lowrank", "kmeans", "ceilings"], tmp_path / "", True, 60) == 1
     assert time.perf_counter() - start < 30
     printed = capsys.readouterr().out
     assert "lowrank: cut off" in printed
     assert "kmeans: with errors" in printed
     assert "ceilings: ok" in printed
-    assert gpu.run_all(["ceilings"], tmp_path, True, 3) == 1
+    assert gpu.parts.run_all(["ceilings"], tmp_path, True, 3) == 1
     assert "ceilings: ok" not in capsys.readouterr().out  # no time left
 
 
 def test_the_limits_fit_into_ten_minutes(gpu) -> None:
     """Every part's limit holds alone; the sum is cut by the deadline that run_all is given."""
-    assert all(5 < limit <= 210 for _, limit in gpu.PARTS.values())
-    subjects = {gpu.FOLDED.get(name, gpu.SUBJECTS.get(name, name)) for name in gpu.PARTS}
+    assert all(5 < limit <= 210 for _, limit in gpu.parts.PARTS.values())
+    subjects = {
+        gpu.parts.FOLDED.get(name, gpu.parts.SUBJECTS.get(name, name)) for name in gpu.parts.PARTS
+    }
     assert len(subjects) + 1 <= 8
 
 
@@ -351,7 +357,7 @@ def test_the_limits_fit_into_ten_minutes(gpu) -> None:
 def test_wrong_usage(gpu, arguments, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        gpu.main(arguments)
+        gpu.command.main(arguments)
     assert stop.value.code == 2
     assert "usage" in capsys.readouterr().err
 
@@ -360,8 +366,8 @@ def test_relative_folders(gpu, tmp_path, monkeypatch) -> None:
     """Trainings, which look for the same data, run in another folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTCLUST_DATA", "data")
-    monkeypatch.setitem(gpu.PARTS, "kmeans", (lambda report: None, 30))
-    assert gpu.main(["--out", "out", "--one", "kmeans", "--tiny"]) == 0
+    monkeypatch.setitem(gpu.parts.PARTS, "kmeans", (lambda report: None, 30))
+    assert gpu.command.main(["--out", "out", "--one", "kmeans", "--tiny"]) == 0
     assert os.environ["FASTCLUST_DATA"] == str(tmp_path / "data")
     assert (tmp_path / "out" / "kmeans.json").is_file()
 
@@ -389,7 +395,9 @@ def test_what_was_built_is_used_where_it_cannot_be_installed(tmp_path, builds: s
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == (0 if builds else 1), done.stdout
     assert ("build: FAILED" in done.stdout) != bool(builds)
-    assert ("gpu.py" in done.stdout and f"kmeans with {tmp_path}" in done.stdout) == bool(builds)
+    assert (
+        "benchmarks/gpu --out" in done.stdout and f"kmeans with {tmp_path}" in done.stdout
+    ) == bool(builds)
 
 
 def test_script_wants_a_folder() -> None:
@@ -401,21 +409,21 @@ def test_a_made_up_graph_is_not_called_by_a_real_name(
     gpu, tmp_path, monkeypatch, made_up_graphs
 ) -> None:
     """An accuracy on it would stand in the README as one on Cora."""
-    assert gpu.graph_name("tiny", tmp_path) == "tiny-like"
-    monkeypatch.setattr(gpu, "train_once", lambda *args: {})
-    monkeypatch.setattr(gpu, "train_row", lambda result: {"acc": 0.9})
-    report = gpu.Report("train", "train", tmp_path, "cpu", True)
-    gpu.train(report)
-    gpu.train_cpu(report)
+    assert gpu.graphs.graph_name("tiny", tmp_path) == "tiny-like"
+    monkeypatch.setattr(gpu.trainings, "train_once", lambda *args: {})
+    monkeypatch.setattr(gpu.trainings, "train_row", lambda result: {"acc": 0.9})
+    report = gpu.report.Report("train", "train", tmp_path, "cpu", True)
+    gpu.trainings.train(report)
+    gpu.trainings.train_cpu(report)
     assert {row["case"] for row in report.rows} == {"tiny-like"}
     (tmp_path / "tiny.npz").touch()
     monkeypatch.setenv("FASTCLUST_DATA", str(tmp_path))
-    assert gpu.graph_name("tiny", tmp_path) == "tiny"
+    assert gpu.graphs.graph_name("tiny", tmp_path) == "tiny"
 
 
 def test_made_up_graph_has_the_shape_of_its_model(gpu, tmp_path, made_up_graphs) -> None:
-    dataset = gpu.load("cora", tmp_path)
-    n, entries, width, density, k, _ = gpu.SHAPES["cora"]
+    dataset = gpu.graphs.load("cora", tmp_path)
+    n, entries, width, density, k, _ = gpu.graphs.SHAPES["cora"]
     assert dataset.adjacency.shape == (n, n) and abs(dataset.adjacency.nnz - entries) <= 2
     assert dataset.features.shape == (n, width) and dataset.n_clusters == k
     assert 0.5 * density < dataset.features.nnz / (n * width) < 2 * density
@@ -432,7 +440,7 @@ def test_made_up_graph_has_the_shape_of_its_model(gpu, tmp_path, made_up_graphs)
 )
 def test_names_of_kernels(gpu, text: str, name: str) -> None:
     """Nsight Compute writes template arguments with parentheses of their own."""
-    assert gpu.kernel_name(text) == name
+    assert gpu.profiles.kernel_name(text) == name
 
 
 def test_profiles_are_read_by_kernel(gpu) -> None:
@@ -452,11 +460,11 @@ def test_profiles_are_read_by_kernel(gpu) -> None:
         ]
         lines += [f'{start},"L2 Cache Throughput","%","{40 + launch}"']
         lines += [f'{start},"DRAM Throughput","%","n/a"']
-    assert gpu.kernel_rows("\n".join(lines)) == [
+    assert gpu.profiles.kernel_rows("\n".join(lines)) == [
         {"kernel": "tile_kernel", "launches": 2, "us": 2.0, "l2_percent": 40.5},
         {"kernel": "sum_kernel", "launches": 1, "us": 1.0, "l2_percent": 42.0},
     ]
-    assert gpu.kernel_rows("==ERROR== no permission") == []
+    assert gpu.profiles.kernel_rows("==ERROR== no permission") == []
 
 
 # ---- its tests ----------------------------------------------------------------------------------

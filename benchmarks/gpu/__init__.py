@@ -1,0 +1,1 @@
+"""The parts of ``benchmarks/gpu.sh``: tests, sanitizer, ceilings, kernels, trainings, profiles."""
