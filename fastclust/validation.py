@@ -790,7 +790,7 @@ def _canonical(matrix: sp.csr_array) -> sp.csr_array:
     matrix.sort_indices()
     nnz = int(matrix.indptr[-1])
     # scipy wants one dtype for both index arrays: a wider indptr breaks tocoo and others.
-    index = sp.get_index_dtype(maxval=max(nnz, *matrix.shape))
+    index = np.int32 if max(nnz, *matrix.shape) <= np.iinfo(np.int32).max else np.int64
     return sp.csr_array(
         (
             matrix.data[:nnz].astype(np.float32, copy=False),

@@ -218,8 +218,9 @@ class Foreign:
         self.exported = 0
 
     def __dlpack__(self, **options: Any) -> Any:
+        capsule = self.array.__dlpack__(**options)  # NumPy 1.26 refuses some, and is asked again
         self.exported += 1
-        return self.array.__dlpack__(**options)
+        return capsule
 
     def __dlpack_device__(self) -> Any:
         return self.array.__dlpack_device__()
