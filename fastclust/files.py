@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except SafetensorError as error:
         # It has no number but in its text.
         temporary.unlink(missing_ok=True)
-        number = re.search(r"os error (\d+)", str(error))
+        number = re.search(r"(?:os error|code:) (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from None
     except BaseException:
