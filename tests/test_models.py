@@ -22,7 +22,13 @@ from fastclust.models.hsan import (
     confident_nodes,
     filtered_attributes,
 )
-from fastclust.models.inputs import as_tensor, derive_seed
+from fastclust.models.inputs import (
+    as_tensor,
+    derive_seed,
+    stacked_unit_rows,
+    unit_rows,
+    weighted_rows,
+)
 from fastclust.synthetic import make_attributed_sbm
 from fastclust.training import train
 
@@ -41,6 +47,45 @@ def graph_data() -> tuple[sp.csr_array, np.ndarray]:
 
 def dense_adjacency(adjacency: sp.csr_array) -> Tensor:
     return torch.from_numpy(adjacency.toarray()).double()
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_are_of_unit_length_where_the_squares_of_their_entries_overflow(dtype):
+    rng = np.random.default_rng(0)
+    plain = torch.from_numpy(rng.normal(size=(6, 5))).to(dtype)
+    largest = torch.finfo(dtype).max
+    scale = torch.tensor([1.0, largest**0.5, 1e-3, largest**0.75, 0.0, largest / 8], dtype=dtype)
+    x = plain.clone().requires_grad_()
+    views = (unit_rows(scale[:, None] * x), stacked_unit_rows(scale[:, None] * x, plain)[:6])
+    expected = plain.double() / plain.double().norm(dim=1, keepdim=True)
+    expected[4] = 0.0
+    for got in views:
+        torch.testing.assert_close(got, expected.to(dtype))
+        assert torch.equal(got[[0, 2]], unit_rows((scale[:, None] * plain)[[0, 2]]))
+        g = torch.from_numpy(rng.normal(size=(6, 5))).to(dtype)
+        (gradient,) = torch.autograd.grad(got, x, g)
+        y = plain.double().requires_grad_()
+        (wanted,) = torch.autograd.grad(y / y.norm(dim=1, keepdim=True), y, g.double())
+        wanted[4] = 0.0
+        torch.testing.assert_close(gradient, wanted.to(dtype))
+
+
+def test_rows_that_are_not_finite_stay_so():
+    x = torch.tensor([[1.0, np.nan], [np.inf, 1.0], [3.0, 4.0]])
+    for got in (unit_rows(x), stacked_unit_rows(x, x)[:3]):
+        assert got[:2].isnan().any(1).all()
+        assert torch.equal(got[2], torch.tensor([0.6, 0.8]))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_weighted_rows_of_large_attributes(sparse):
+    x = np.array([[3e19, 4e19], [3.0, 4.0], [0.0, 0.0]], dtype=np.float32)
+    got = weighted_rows(sp.csr_array(x) if sparse else x)
+    got = got.toarray() if sparse else got
+    np.testing.assert_allclose(got, [[0.6, 0.8], [0.6, 0.8], [0.0, 0.0]], rtol=1e-6)
 
 
 # --- HSAN ----------------------------------------------------------------------------------------

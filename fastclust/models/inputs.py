@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +35,8 @@ __all__ = [
 NORM_FLOOR = 1e-12
 # Restarts of k-means see at most so many rows.
 SAMPLE_ROWS = 1 << 16
+# Sums of squares of less than this stay within float32.
+_LARGE = 1e12
 
 
 def inverse_document_frequency(features: Any) -> npt.NDArray[np.float32]:
@@ -65,6 +68,9 @@ def weighted_rows(features: Any, idf: npt.NDArray[np.float32] | None = None) -> 
         features = sp.csr_array((data, features.indices, features.indptr), features.shape)
     elif idf is not None:
         features = features * idf
+    values = features.data if sp.issparse(features) else features
+    if values.size and max(values.max(), -values.min()) > _LARGE:
+        return normalize(features.astype(np.float64)).astype(np.float32)
     return normalize(features)
 
 
@@ -105,6 +111,29 @@ def uniform_parameter(
     )
 
 
+def _with_norms(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [N, d] and the norms [N, 1] of its rows.
+
+    Where a norm or its square would overflow, x comes back with such rows shrunk by a power of two,
+    and the factors [N, 1] besides. That costs a pass over x, and is looked for in the norms unless
+    it would stop a graph capture or break a compiled graph.
+    """
+    blind = torch.compiler.is_compiling() or (
+        x.is_cuda and torch.cuda.is_current_stream_capturing()
+    )
+    if not blind:
+        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        if math.isfinite(norms.detach().sum()):
+            return x, norms, None
+    largest = math.frexp(torch.finfo(x.dtype).max)[1]  # the exponent of the dtype's range
+    peaks = x.detach().abs().amax(1, keepdim=True)
+    exponents = torch.frexp(peaks).exponent.clamp(max=largest - 2)  # of a power that is normal
+    shrunk = torch.ldexp(torch.ones_like(peaks), -exponents)
+    factor = torch.where(peaks > 2.0 ** (largest // 3), shrunk, 1.0)
+    x = x * factor
+    return x, torch.linalg.vector_norm(x, dim=1, keepdim=True), factor
+
+
 class _StackedUnitRows(torch.autograd.Function):
     """The unit rows of two views in one array. Keeps the result and the norms, not the views."""
 
@@ -113,10 +142,16 @@ class _StackedUnitRows(torch.autograd.Function):
         n, d = first.shape
         out = first.new_empty(2 * n, d)
         norms = first.new_empty(2 * n, 1)
+        shrinkage = None
         for half, view in ((slice(0, n), first), (slice(n, None), second)):
-            norms[half] = torch.linalg.vector_norm(view, dim=1, keepdim=True).clamp_min_(NORM_FLOOR)
+            view, norm, factor = _with_norms(view)
+            norms[half] = norm.clamp_min_(NORM_FLOOR)
             torch.div(view, norms[half], out=out[half])
-        ctx.save_for_backward(out, norms)
+            if factor is not None:
+                shrinkage = norms.new_ones(2 * n, 1) if shrinkage is None else shrinkage
+                shrinkage[half] = factor
+        # A norm that does not fit its dtype: the gradient is 0 to rounding.
+        ctx.save_for_backward(out, norms if shrinkage is None else norms / shrinkage)
         return out
 
     @staticmethod
@@ -137,7 +172,8 @@ def stacked_unit_rows(first: Tensor, second: Tensor) -> Tensor:
 
 def unit_rows(x: Tensor) -> Tensor:
     """Rows of x [N, d] divided by their Euclidean norm; zero rows stay zero."""
-    return torch.nn.functional.normalize(x, dim=1, eps=NORM_FLOOR)
+    x, norms, _factor = _with_norms(x)
+    return x / norms.clamp_min(NORM_FLOOR)
 
 
 def project(x: Tensor, basis: Mapping[str, Tensor]) -> Tensor:
