@@ -28,8 +28,11 @@ _RECOMBINE = get_args(Recombine)
 # A sparse axpy runs at about an eighth of the speed of a packed matrix product.
 _SPARSE_SLOWDOWN = 8
 
-# Gram matrices held at a time, in bytes; more batches are worked through in groups.
+# Gram matrices or centred batches held at a time, in bytes; more are worked through in groups.
 _GRAM_BYTES = 256 * 2**20
+
+# Batches of so few rows are factored whole where a sketch would have half as many columns.
+_FEW_ROWS = 40
 
 # Batches whose largest entry lies between 2 to this power and its inverse are taken as they are:
 # sums of products of two entries stay well within float32, and squares of those within float64.
@@ -212,7 +215,9 @@ def batched_svd(
     algorithms 4.4 and 5.1, applied to each batch minus its column means (ECN-MF, Eqs. 2-4).
     The means are never subtracted from a stored copy, so sparse X stays sparse; on CUDA 256 MiB of
     centred rows are made dense at a time, in every product. Where the Gram matrix of a batch is
-    the cheaper way, the iterations run on it.
+    the cheaper way, the iterations run on it. Batches with no more rows or columns than the sketch
+    would have, or with up to 40 rows and twice as many as it has columns, need no iterations: they
+    are centred in memory, 256 MiB at a time, and factored whole.
 
     The result is the same to the bit for any number of threads. It depends on ``seed`` through
     counters keyed by batch and element, so a batch does not depend on what else is in the call.
@@ -284,13 +289,18 @@ def batched_svd(
     means = rows.mean(batch)  # [M, D]
     products = 2 * n_iter + 1
     by_gram = _gram_is_cheaper(rows, batch, width, products)
+    direct = omega is None and _is_small(rows, batch, width)
     parts = []
     group = _MOST_BATCHES
-    if by_gram:
-        gram_bytes = rows.n_cols**2 * rows.values.element_size()
-        group = min(group, max(1, _GRAM_BYTES // gram_bytes))
+    if by_gram or direct:
+        held = (batch if direct else rows.n_cols) * rows.n_cols * rows.values.element_size()
+        group = min(group, max(1, _GRAM_BYTES // held))
     for first, part in rows.groups(batch, group):
         count = -(-part.n_rows // batch)
+        if direct:
+            mean = means[first : first + count] if center else None
+            parts.append(_factor_whole(part, batch, mean, r))
+            continue
         if omega is None:
             v = torch.ops.fastclust.lowrank_normal(
                 rows.values, count, first, rows.n_cols, width, seed
@@ -471,12 +481,40 @@ def _factor(
         u = torch.where(steep[:, None], _multiply(q, yt[:, :rank].mT.to(q.dtype)), u)
         s = torch.where(steep, t, s)
         vh = torch.where(steep[:, None], p.mT, vh)
-    s = s[:, :rank]
+    return _in_order(u, s[:, :rank], vh, mean, batch, v.dtype)
 
-    keep = s > _noise(s, mean, batch, rows.n_cols, v.dtype)
-    s = torch.where(keep, s, 0.0).to(v.dtype)
+
+def _factor_whole(
+    rows: _Rows,
+    batch: int,
+    mean: Tensor | None,  # [M, D]
+    rank: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without a sketch, of batches with few rows or few columns."""
+    x = rows.centered(batch, mean)  # [M, B, D]
+    dtype = x.dtype
+    if batch < rows.n_cols:
+        right, s, ut = torch.ops.fastclust.lowrank_thin_svd(x.mT.contiguous(), rank)
+        u, vh = ut[:, :rank].mT.to(dtype), right.mT
+    else:
+        u, s, vt = torch.ops.fastclust.lowrank_thin_svd(x, rank)
+        vh = vt[:, :rank].to(dtype)
+    return _in_order(u, s[:, :rank], vh, mean, batch, dtype)
+
+
+def _in_order(
+    u: Tensor,  # [M, B, r]
+    s: Tensor,  # float64 [M, r]
+    vh: Tensor,  # [M, r, D]
+    mean: Tensor | None,  # [M, D]
+    batch: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Triplets without those that are rounding, and with their signs fixed."""
+    keep = s > _noise(s, mean, batch, vh.shape[2], dtype)
+    s = torch.where(keep, s, 0.0).to(dtype)
     largest = vh.abs().argmax(-1, keepdim=True)
-    sign = torch.where(vh.gather(-1, largest) < 0, -1.0, 1.0).to(v.dtype) * keep[:, :, None]
+    sign = torch.where(vh.gather(-1, largest) < 0, -1.0, 1.0).to(dtype) * keep[:, :, None]
     return u * sign.mT, s, (vh * sign).contiguous()
 
 
@@ -511,6 +549,12 @@ def _noise(
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.fastclust.lowrank_multiply(a.contiguous(), b.contiguous())
+
+
+def _is_small(rows: _Rows, batch: int, width: int) -> bool:
+    """Whether batches have so few rows or columns that a sketch of them saves nothing."""
+    least = min(batch, rows.n_cols)
+    return least <= width or (batch <= rows.n_cols and least <= min(2 * width, _FEW_ROWS))
 
 
 def _gram_is_cheaper(rows: _Rows, batch: int, width: int, products: int) -> bool:
@@ -645,6 +689,11 @@ class _Rows:
             return mean
         bad = int((~torch.isfinite(self.values)).sum())
         raise ValueError(f"x must be finite and not overflow its sum, got {bad} bad entries")
+
+    def centered(self, batch: int, mean: Tensor | None) -> Tensor:
+        return torch.ops.fastclust.lowrank_center(
+            self.values, self.indptr, self.indices, mean, self.n_cols, batch
+        )
 
     def gram(self, batch: int, mean: Tensor | None) -> Tensor:
         return torch.ops.fastclust.lowrank_gram(
