@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     from fastclust import _C
@@ -33,6 +34,10 @@ if _level and _level not in _LEVELS:
     )
 
 CUDA_LIBRARY = Path(__file__).parent / "libfastclust_cuda.so"
+
+
+# torch's own Functions ask the same.
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def _load_cuda() -> str:
@@ -66,6 +71,7 @@ def register_gradient(
     returned has the same gradient as a ``torch.autograd.Function``, which it takes.
     """
     operator = getattr(torch.ops.fastclust, name)
+    overload = operator.default  # found faster
     torch.library.register_autograd(f"fastclust::{name}", backward, setup_context=setup_context)
 
     def gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -81,9 +87,31 @@ def register_gradient(
 
     def call(*inputs: Any) -> Any:
         # torch.compile knows the operator, and not every Function
-        return (operator if torch.compiler.is_compiling() else function.apply)(*inputs)
+        if torch.compiler.is_compiling():
+            return operator(*inputs)
+        # A Function takes three times as long to call.
+        if _differentiates(inputs):
+            return function.apply(*inputs)
+        return overload(*inputs)
 
     return call
+
+
+def _differentiates(inputs: tuple[Any, ...]) -> bool:
+    """Whether a derivative of a function of ``inputs`` may be being taken."""
+    # A tensor under a transform of torch.func does not tell of derivatives of outer transforms, nor
+    # does any of forward-mode ones, of which the operator would make zeros.
+    if _transforms_active() or getattr(forward_ad, "_current_level", 0) >= 0:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    for value in inputs:
+        if isinstance(value, torch.Tensor):
+            if value.requires_grad:
+                return True
+        elif isinstance(value, (list, tuple)) and _differentiates(tuple(value)):
+            return True
+    return False
 
 
 __all__ = ["_C", "cuda_loaded", "cuda_status", "register_gradient"]

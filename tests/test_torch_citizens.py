@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fastclust as fc
@@ -154,6 +155,28 @@ def test_functional_transforms(name, graph, z):
     same(torch.func.vjp(total, z)[1](torch.ones(()))[0], x.grad)
     with torch.no_grad():
         same(total(x), value)
+
+
+def test_functional_transforms_inside_each_other(z):
+    """The inner transform takes no derivative of what the operator sees, the outer does."""
+
+    def inner(w, x):
+        return w * ops.matmul(x, x.T).square().sum()
+
+    def outer(x):
+        return torch.func.grad(inner)(torch.ones(()), x)
+
+    same(torch.func.grad(outer)(z), torch.func.grad(lambda x: inner(torch.ones(()), x))(z))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_is_refused(name, graph, z):
+    """Not zeros in place of derivatives."""
+    operator = operators(graph, z)[name]
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(operator, (z,), (z,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        operator(forward_ad.make_dual(z, z))
 
 
 def test_functional_call_of_a_module(graph, z):
