@@ -19,8 +19,11 @@ def wide(x: Tensor) -> np.ndarray:
     return x.numpy().astype(np.longdouble)
 
 
+VECTORS = [(1, 70, 300), (50, 1, 301), (4100, 1, 7), (1, 4100, 300), (5, 1, 1), (1, 3, 2000)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 0), (50, 70, 300), (60, 49, 2000)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 0), (50, 70, 300), (60, 49, 2000), *VECTORS])
 def test_against_the_twin(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Plain, transposed and every-other-row factors, with and without bias and memory given."""
     m, n, k = shape
@@ -89,15 +92,25 @@ def test_bf16_error_is_the_stated_one() -> None:
 
 def test_same_bits_for_any_thread_count() -> None:
     a, b = randn(2000, 300), randn(2000, 130, seed=1)
+    x, y = randn(1, 2000, seed=2), randn(300, 1, seed=3)
     threads = torch.get_num_threads()
     try:
         results = []
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            results.append(ops.matmul(a.t(), b))
+            factors = ((a.t(), b), (x, a), (a, y), (a.t(), x.t()), (y.t(), a.t()))
+            results.append([ops.matmul(*pair) for pair in factors])
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], result) for result in results[1:])
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
+
+
+def test_a_vector_does_not_depend_on_the_rows_beside_it() -> None:
+    a, x = randn(1000, 77), randn(77, 1, seed=1)
+    whole = ops.matmul(a, x)
+    for begin, end in ((0, 1), (3, 8), (5, 999)):
+        assert torch.equal(ops.matmul(a[begin:end], x), whole[begin:end])
 
 
 def test_refusals_name_the_argument() -> None:

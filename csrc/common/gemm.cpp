@@ -87,6 +87,35 @@ void panel_product(const detail::GemmKernel<T>& kernel, int64_t m, int64_t first
   }
 }
 
+// y[m] = alpha A x + beta y, bound by the bytes of A: nothing is packed. Tasks own ranges of rows that
+// start at multiples of a vector; the bits do not depend on them. False where neither rows nor
+// columns of A are contiguous.
+template <typename T>
+bool times_vector(int64_t m, int64_t k, T alpha, MatrixView<T> a, const T* x, int64_t x_stride,
+                  T beta, T* y, int64_t y_stride) {
+  const bool by_rows = a.col_stride == 1 || k == 1;
+  if (!by_rows && a.row_stride != 1 && m > 1) return false;
+  std::vector<T> copy;
+  if (x_stride != 1) {
+    copy.resize(k);
+    for (int64_t p = 0; p < k; ++p) copy[p] = x[p * x_stride];
+    x = copy.data();
+  }
+  const auto& kern = kernel<T>();
+  const int64_t least = by_rows ? 16 : 512;
+  const int64_t rows = std::max(round_up((1 << 16) / (k + 1), int64_t{16}), least);
+  parallel_for(m, rows, [&](int64_t begin, int64_t end) {
+    if (by_rows) {
+      kern.rows_times(end - begin, k, alpha, a.data + begin * a.row_stride, a.row_stride, x, beta,
+                      y + begin * y_stride, y_stride);
+    } else {
+      kern.columns_times(end - begin, k, alpha, a.data + begin, a.col_stride, x, beta,
+                         y + begin * y_stride, y_stride);
+    }
+  });
+  return true;
+}
+
 }  // namespace
 
 template <typename T>
@@ -112,6 +141,14 @@ void gemm(int64_t m, int64_t n, int64_t k, T alpha, MatrixView<T> a, MatrixView<
 template <typename T>
 void parallel_gemm(int64_t m, int64_t n, int64_t k, T alpha, MatrixView<T> a, MatrixView<T> b,
                    T beta, T* c, int64_t ldc) {
+  if (k > 0 && n == 1 &&
+      times_vector(m, k, alpha, a, b.data, b.row_stride, beta, c, ldc)) {
+    return;
+  }
+  if (k > 0 && m == 1 &&
+      times_vector(n, k, alpha, transposed(b), a.data, a.col_stride, beta, c, int64_t{1})) {
+    return;
+  }
   if (k == 0 || m * n * k < 64 * 64 * 64) return gemm(m, n, k, alpha, a, b, beta, c, ldc);
   const auto& kern = kernel<T>();
   const int64_t tasks = kTasksPerThread * num_threads();

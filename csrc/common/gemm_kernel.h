@@ -1,4 +1,4 @@
-// The three functions of the packed matrix product that depend on the instruction set, as a table.
+// The functions of the packed matrix product that depend on the instruction set, as a table.
 // gemm.cpp holds the portable copy and the loops; gemm_avx2.cpp and gemm_avx512.cpp one copy each.
 #pragma once
 
@@ -22,6 +22,12 @@ struct GemmKernel {
   // The same with A where it lies: right for few columns, where packing A would not pay.
   void (*direct)(int64_t m, int64_t n, int64_t k, T alpha, MatrixView<T> a, const T* b, T beta,
                  T* c, int64_t ldc);
+
+  // y[m], `y_stride` apart: y = alpha A x + beta y with rows of A contiguous, and with columns.
+  void (*rows_times)(int64_t m, int64_t k, T alpha, const T* a, int64_t row_stride, const T* x,
+                     T beta, T* y, int64_t y_stride);
+  void (*columns_times)(int64_t m, int64_t k, T alpha, const T* a, int64_t col_stride, const T* x,
+                        T beta, T* y, int64_t y_stride);
 
   // `rounds` times fma_flops operations on registers alone: the rate that bounds every product.
   void (*fma_loop)(int64_t rounds);

@@ -179,6 +179,109 @@ void direct_product(int64_t m, int64_t n, int64_t k, T alpha, MatrixView<T> a, c
   }
 }
 
+template <typename T>
+FASTCLUST_INLINE T lane_sum(typename Vec<T>::Reg v) {
+  T lane[Vec<T>::width];
+  store(lane, v);
+#pragma GCC unroll 4
+  for (int half = Vec<T>::width / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
+  }
+  return lane[0];
+}
+
+// Four rows at a time, the last one again where there are fewer; lanes and the terms that fill no
+// vector are summed apart.
+template <typename T>
+void rows_times(int64_t m, int64_t k, T alpha, const T* a, int64_t row_stride, const T* x, T beta,
+                T* y, int64_t y_stride) {
+  constexpr int kRows = 4, kWidth = Vec<T>::width;
+  const int64_t whole = k / kWidth * kWidth;
+  for (int64_t i = 0; i < m; i += kRows) {
+    const T* row[kRows];
+    for (int64_t r = 0; r < kRows; ++r) row[r] = a + (i + r < m ? i + r : m - 1) * row_stride;
+    typename Vec<T>::Reg even[kRows] = {}, odd[kRows] = {};
+    int64_t p = 0;
+    for (; p + 2 * kWidth <= whole; p += 2 * kWidth) {
+      const auto x0 = load(x + p), x1 = load(x + p + kWidth);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        even[r] = fma(load(row[r] + p), x0, even[r]);
+        odd[r] = fma(load(row[r] + p + kWidth), x1, odd[r]);
+      }
+    }
+    if (p < whole) {
+      const auto x0 = load(x + p);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) even[r] = fma(load(row[r] + p), x0, even[r]);
+    }
+    T rest[kRows] = {};
+    for (p = whole; p < k; ++p) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) rest[r] += row[r][p] * x[p];
+    }
+    T sum[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) sum[r] = alpha * (lane_sum<T>(even[r] + odd[r]) + rest[r]);
+    for (int64_t r = 0; r < kRows && i + r < m; ++r) {
+      T& at = y[(i + r) * y_stride];
+      at = beta == T(0) ? sum[r] : sum[r] + beta * at;
+    }
+  }
+}
+
+// Blocks of y that stay in L1 take blocks of columns, four columns at a time.
+template <typename T>
+void columns_times(int64_t m, int64_t k, T alpha, const T* a, int64_t col_stride, const T* x,
+                   T beta, T* y, int64_t y_stride) {
+  constexpr int64_t kBlock = 8192 / sizeof(T), kTerms = 256;
+  constexpr int kWidth = Vec<T>::width;
+  alignas(64) T sum[kBlock], part[kBlock];
+  for (int64_t i = 0; i < m; i += kBlock) {
+    const int64_t rows = m - i < kBlock ? m - i : kBlock;
+    const int64_t whole = rows / kWidth * kWidth;
+    for (int64_t p0 = 0; p0 < k; p0 += kTerms) {
+      const int64_t p1 = p0 + kTerms < k ? p0 + kTerms : k;
+      T* to = p0 == 0 ? sum : part;
+      std::memset(to, 0, rows * sizeof(T));
+      int64_t p = p0;
+      for (; p + 4 <= p1; p += 4) {
+        const T* c[4];
+        typename Vec<T>::Reg factor[4];
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) {
+          c[q] = a + (p + q) * col_stride + i;
+          factor[q] = broadcast(x[p + q]);
+        }
+        for (int64_t j = 0; j < whole; j += kWidth) {
+          auto acc = load(to + j);
+#pragma GCC unroll 4
+          for (int q = 0; q < 4; ++q) acc = fma(load(c[q] + j), factor[q], acc);
+          store(to + j, acc);
+        }
+        for (int64_t j = whole; j < rows; ++j) {
+          for (int q = 0; q < 4; ++q) to[j] += c[q][j] * x[p + q];
+        }
+      }
+      for (; p < p1; ++p) {
+        const T* c = a + p * col_stride + i;
+        for (int64_t j = 0; j < whole; j += kWidth) {
+          store(to + j, fma(load(c + j), broadcast(x[p]), load(to + j)));
+        }
+        for (int64_t j = whole; j < rows; ++j) to[j] += c[j] * x[p];
+      }
+      if (p0 > 0) {
+        for (int64_t j = 0; j < rows; ++j) sum[j] += part[j];
+      }
+    }
+    for (int64_t j = 0; j < rows; ++j) {
+      T& at = y[(i + j) * y_stride];
+      at = beta == T(0) ? alpha * sum[j] : alpha * sum[j] + beta * at;
+    }
+  }
+}
+
 constexpr int kFmaChains = 12;  // independent sums: more than latency times width anywhere
 
 template <typename T>
@@ -200,6 +303,7 @@ constexpr detail::GemmKernel<T> kGemmKernel = {
     kMr,         kNr<T>,
     pack_a<T>,   pack_b<T>,
     packed_product<T>, direct_product<T>,
+    rows_times<T>, columns_times<T>,
     fma_loop<T>, 2 * 8 * kFmaChains * Vec<T>::width};
 
 }  // namespace
