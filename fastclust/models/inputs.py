@@ -115,16 +115,15 @@ def _with_norms(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [N, d] and the norms [N, 1] of its rows.
 
     Where a norm or its square would overflow, x comes back with such rows shrunk by a power of two,
-    and the factors [N, 1] besides. That costs a pass over x, and is looked for in the norms unless
-    it would stop a graph capture or break a compiled graph.
+    and the factors [N, 1] besides. That costs a pass over x, and is looked for in the norms but
+    where it would break a compiled graph. Looking waits for a GPU: in a training or a capture on
+    one, where such rows are those of a run that has diverged, they are left to become zeros.
     """
-    blind = torch.compiler.is_compiling() or (
-        x.is_cuda and torch.cuda.is_current_stream_capturing()
-    )
-    if not blind:
-        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        if math.isfinite(norms.detach().sum()):
-            return x, norms, None
+    norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    if x.is_cuda and (x.requires_grad or torch.cuda.is_current_stream_capturing()):
+        return x, norms, None
+    if not torch.compiler.is_compiling() and math.isfinite(norms.detach().sum()):
+        return x, norms, None
     largest = math.frexp(torch.finfo(x.dtype).max)[1]  # the exponent of the dtype's range
     peaks = x.detach().abs().amax(1, keepdim=True)
     exponents = torch.frexp(peaks).exponent.clamp(max=largest - 2)  # of a power that is normal
