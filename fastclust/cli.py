@@ -23,7 +23,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, NoReturn
 
 from fastclust.memory import InsufficientMemoryError
 
@@ -211,7 +211,8 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         if unknown:
             name = unknown[1].partition("=")[0]
-            message = f"unrecognized argument {name}" + did_you_mean(name, self._option_names())
+            options = [text for text in self._option_string_actions if text.startswith("--")]
+            message = f"unrecognized argument {name}" + did_you_mean(name, options)
         choice = re.match(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if choice:
             names = [part.strip(" '") for part in choice[3].split(",")]
@@ -221,9 +222,6 @@ class Parser(argparse.ArgumentParser):
             )
         note(f"{message}; --help lists all arguments", kind="error")
         raise SystemExit(2)
-
-    def _option_names(self) -> list[str]:
-        return [name for name in self._option_string_actions if name.startswith("--")]
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
@@ -305,17 +303,12 @@ def convert(name: str, value: Any, hint: Any) -> Any:
             return text
         if str(text).lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
             return str(text).lower() in ("true", "yes", "on", "1")
-    if not isinstance(text, bool):
-        for kind in (int, float):
-            if kind in kinds:
-                try:
-                    return (
-                        int(text)
-                        if kind is int and not isinstance(text, float)
-                        else _as(kind, text)
-                    )
-                except (TypeError, ValueError, OverflowError):
-                    continue
+    for kind in (int, float):
+        if kind in kinds and not isinstance(text, bool):
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
+                number = kind(text)
+                if kind is float or number == text or isinstance(text, str):
+                    return number
     if str in kinds and isinstance(value, str):
         return value
     raise UsageError(
@@ -340,13 +333,6 @@ def type_text(hint: Any) -> str:
     return " or ".join(map(str, words))
 
 
-def _as(kind: type, value: Any) -> Any:
-    result = kind(value)
-    if kind is int and result != value:
-        raise ValueError(value)
-    return result
-
-
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
@@ -354,8 +340,8 @@ def _is_union(hint: Any) -> bool:
 # --- progress ----------------------------------------------------------------------------------
 
 
-class Progress(Protocol):
-    """Shows the epochs of one training run; used as an estimator callback."""
+class Progress:
+    """Shows the epochs of one training run; used as an estimator callback. This one is silent."""
 
     def start(self, title: str) -> None:
         """Begin a run."""
@@ -370,19 +356,8 @@ class Progress(Protocol):
 def make_progress(quiet: bool) -> Progress:
     """A bar on a terminal, lines otherwise, nothing with ``quiet``."""
     if quiet:
-        return _Silence()
+        return Progress()
     return _Bar() if sys.stderr.isatty() else _Lines()
-
-
-class _Silence:
-    def start(self, title: str) -> None:
-        pass
-
-    def __call__(self, event: Any) -> None:
-        pass
-
-    def stop(self) -> None:
-        pass
 
 
 class _Pace:
@@ -402,7 +377,7 @@ class _Pace:
         )
 
 
-class _Lines:
+class _Lines(Progress):
     """Plain lines, ever fewer as the run gets longer: at most one a second, at least one in 30."""
 
     def start(self, title: str) -> None:
@@ -422,11 +397,8 @@ class _Lines:
                 f"{self.pace.text()}  {left} left"
             )
 
-    def stop(self) -> None:
-        pass
 
-
-class _Bar:
+class _Bar(Progress):
     """A bar that is drawn over itself."""
 
     def start(self, title: str) -> None:
