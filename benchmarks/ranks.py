@@ -31,7 +31,7 @@ import torch.distributed as dist
 import fastclust as fc
 from fastclust import distributed
 from fastclust.distributed import sharded
-from fastclust.train import begin_peak_memory, peak_memory
+from fastclust.memory import begin_peak_memory, peak_memory
 from fastclust.training import make_optimizer
 
 WIDTH = {"hsan": 128, "ecnmf": 256}

@@ -102,7 +102,7 @@ def run(method: str, shape: str, folder: Path) -> dict[str, Any]:
     import torch
 
     import fastclust as fc
-    from fastclust.train import peak_memory
+    from fastclust.memory import peak_memory
 
     imported = time.process_time(), peak_memory()["peak_memory_bytes"]
     began = time.perf_counter()

@@ -180,7 +180,7 @@ import sys
 sys.path.insert(0, "benchmarks")
 from test_infonce import Problem
 from fastclust import ops
-from fastclust.train import peak_memory
+from fastclust.memory import peak_memory
 before = peak_memory()["peak_memory_bytes"]
 problem = Problem(int(sys.argv[1]), 1.0)
 weights = problem.weights("snapshot")

@@ -1,4 +1,4 @@
-"""How much memory is left, and a clear error before more than that is asked for.
+"""How much memory is left, a clear error before more than that is asked for, and what was taken.
 
 Linux grants more memory than there is and kills the process later, without a word; so the estimate
 comes first.
@@ -7,11 +7,18 @@ comes first.
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 
 import torch
 
-__all__ = ["InsufficientMemoryError", "available_memory", "require_memory"]
+__all__ = [
+    "InsufficientMemoryError",
+    "available_memory",
+    "begin_peak_memory",
+    "peak_memory",
+    "require_memory",
+]
 
 
 class InsufficientMemoryError(MemoryError):
@@ -73,6 +80,28 @@ def require_memory(needed: int, what: str, advice: str, device: torch.device | s
             f"{what} needs at least {_size(needed)} of memory, {_size(available)} are available; "
             f"{advice}"
         )
+
+
+def begin_peak_memory() -> None:
+    """Set the high-water mark of memory back to what is in use now, where Linux lets us."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> dict[str, int]:
+    """Most memory in use, in bytes, since :func:`begin_peak_memory`: resident, and on the GPU."""
+    peak, unit = _fields(Path("/proc/self/status")).get("VmHWM"), 1024
+    if peak is None:  # not Linux
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 1 if sys.platform == "darwin" else 1024
+    peaks = {"peak_memory_bytes": peak * unit}
+    if torch.cuda.is_available():
+        peaks["peak_gpu_memory_bytes"] = int(torch.cuda.max_memory_allocated())
+    return peaks
 
 
 def _size(n_bytes: int) -> str:

@@ -12,7 +12,6 @@ import inspect
 import json
 import math
 import os
-import sys
 import time
 import typing
 from collections.abc import Mapping, Sequence
@@ -33,6 +32,7 @@ from fastclust.estimators import ECNMF, HSAN, SSGC
 from fastclust.estimators.trained import data_digest
 from fastclust.files import as_json, write_atomically
 from fastclust.info import cpu_name, versions
+from fastclust.memory import begin_peak_memory, peak_memory
 from fastclust.ops.infonce import PRECISIONS
 from fastclust.rundir import RunDirectory, read_toml
 from fastclust.tables import load_files
@@ -497,35 +497,6 @@ def score(
         return metrics.clustering_scores(dataset.labels, labels)
     scores = internal_scores(torch.from_numpy(embedding), labels, dataset.adjacency, "silhouette")
     return scores | {"conductance": metrics.conductance(dataset.adjacency, labels)}
-
-
-def begin_peak_memory() -> None:
-    """Set the high-water mark of memory back to what is in use now, where Linux lets us."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_memory() -> dict[str, int]:
-    """Most memory in use, in bytes, since :func:`begin_peak_memory`: resident, and on the GPU."""
-    peaks = {"peak_memory_bytes": _peak_resident()}
-    if torch.cuda.is_available():
-        peaks["peak_gpu_memory_bytes"] = int(torch.cuda.max_memory_allocated())
-    return peaks
-
-
-def _peak_resident() -> int:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(usage) * (1 if sys.platform == "darwin" else 1024)
 
 
 # --- the run -----------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ if "--atheris" in sys.argv:
 else:
     from targets import TARGETS, Target
 
-from fastclust.train import begin_peak_memory, peak_memory  # once it may be instrumented
+from fastclust.memory import begin_peak_memory, peak_memory  # once it may be instrumented
 
 SECONDS = 10  # of one case
 GROWTH = 256 << 20  # bytes that one case may add to the process's greatest memory
