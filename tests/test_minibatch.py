@@ -174,7 +174,7 @@ def test_rows_of_the_views_are_exact_and_the_loss_estimates_that_of_all(
     for weights in (False, True):
         if weights:
             model.after_step(0)
-            assert model.clusters is not None and int(model.confident.sum()) == 540
+            assert model.refreshed is not None and int(model.refreshed[1].sum()) == 540
         losses = []
         for step in range(6):
             model.step = step

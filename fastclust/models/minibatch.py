@@ -266,9 +266,8 @@ class SampledHSAN(HSANModel):
         self.host_graph = graph.to("cpu")  # edges of a batch are picked by numpy
         self.batches = _batches(self.host_graph, batch_size, batching, self.seed)
         self.step = 0
-        # Of the last refresh: int64 [N], bool [N].
-        self.clusters: Tensor | None = None
-        self.confident: Tensor | None = None
+        # Clusters int64 [N] and confident nodes bool [N] of the last refresh.
+        self.refreshed: tuple[Tensor, Tensor] | None = None
 
     def _rows(self, nodes: Tensor) -> tuple[Tensor, Tensor | None]:
         """Both views of some nodes: Z and E, each [2B, d]."""
@@ -309,14 +308,14 @@ class SampledHSAN(HSANModel):
             z_columns, e_columns = self._rows(drawn)
             to = drawn.to(at.device)
             hard = None
-            if self.clusters is not None and self.confident is not None:
-                clusters, confident = self.clusters, self.confident
+            if self.refreshed is not None:
+                clusters, confident = self.refreshed
                 hard = (clusters[at], clusters[to], confident[at], confident[to], self.beta)
             own = at[:, None] == to[None, :]
             return sampled_infonce(z, e, z_columns, e_columns, self.alpha, own, n, hard)
         weights = None
-        if self.clusters is not None and self.confident is not None:
-            clusters, confident = self.clusters[at], self.confident[at]
+        if self.refreshed is not None:
+            clusters, confident = (x[at] for x in self.refreshed)
             weights = ops.hardness(z, e, self.alpha, clusters, confident, self.beta)
         loss = ops.hard_infonce(z, e, self.alpha, weights=weights, precision=self.precision)
         return loss + math.log((n - 1) / max(1, size - 1))
@@ -334,20 +333,20 @@ class SampledHSAN(HSANModel):
         result = sampled_kmeans(
             z, self.n_clusters, n_init=self.n_init, seed=seed, rows=_REFRESH_ROWS, max_iter=1
         )
-        self.clusters = result.labels
-        self.confident = confident_nodes(z, result.centers, self.tau)
+        self.refreshed = result.labels, confident_nodes(z, result.centers, self.tau)
 
     def extra_state(self) -> dict[str, Tensor]:
         """Clusters and confident nodes of the last refresh, for a checkpoint."""
         state = {"step": torch.tensor(self.step)}
-        if self.clusters is not None and self.confident is not None:
-            state |= {"clusters": self.clusters, "confident": self.confident}
+        if self.refreshed is not None:
+            state["clusters"], state["confident"] = self.refreshed
         return state
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Take back what :meth:`extra_state` gave."""
         self.step = int(state["step"])
-        self.clusters, self.confident = state.get("clusters"), state.get("confident")
+        known = "clusters" in state
+        self.refreshed = (state["clusters"], state["confident"]) if known else None
 
 
 class SampledECNMF(ECNMFModel):
