@@ -750,6 +750,11 @@ def _drop_self_loops(matrix: sp.csr_array, name: str) -> sp.csr_array:
     warnings.warn(
         f"{name} has {loops} self loops; they were dropped", DataWarning, stacklevel=_STACKLEVEL
     )
+    return without_diagonal(matrix)
+
+
+def without_diagonal(matrix: sp.csr_array) -> sp.csr_array:
+    """The matrix without self loops."""
     coo = matrix.tocoo()
     keep = coo.row != coo.col
     return sp.csr_array((coo.data[keep], (coo.row[keep], coo.col[keep])), shape=matrix.shape)

@@ -176,10 +176,3 @@ def assemble(name: str, adjacency: Any, features: Any, labels: Any, source: str)
         labels = labels.astype(np.int64)
     n_clusters = None if labels is None else int(np.unique(labels).size)
     return Dataset(name, adjacency, features, labels, n_clusters)
-
-
-def without_diagonal(matrix: sp.csr_array) -> sp.csr_array:
-    """The matrix without self loops."""
-    coo = matrix.tocoo()
-    keep = coo.row != coo.col
-    return sp.csr_array((coo.data[keep], (coo.row[keep], coo.col[keep])), shape=matrix.shape)

@@ -17,9 +17,9 @@ from fastclust.datasets.dataset import (
     DatasetNotFoundError,
     assemble,
     csr,
-    without_diagonal,
 )
 from fastclust.memory import InsufficientMemoryError, require_memory
+from fastclust.validation import without_diagonal
 
 _UNIFORM_KEYS = ("adj_indptr", "adj_indices", "x_indptr", "x_indices", "x_data", "shape_x")
 _GNN_BENCHMARK_KEYS = tuple(

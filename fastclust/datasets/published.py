@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
-from fastclust.datasets.dataset import Dataset, DatasetFormatError, assemble, without_diagonal
+from fastclust.datasets.dataset import Dataset, DatasetFormatError, assemble
 from fastclust.datasets.npz import from_arrays, unzip
 from fastclust.datasets.unpickling import unpickle, unpickle_array, unpickle_matrix
+from fastclust.validation import without_diagonal
 
 
 @dataclass(frozen=True)
