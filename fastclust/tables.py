@@ -19,7 +19,6 @@ pandas writes as a column without a name; otherwise they are 0, 1, 2, ... Nothin
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import itertools
 import os
@@ -35,6 +34,7 @@ import numpy.typing as npt
 import scipy.io
 import scipy.sparse as sp
 
+from fastclust.cli import did_you_mean
 from fastclust.datasets import (
     Dataset,
     DatasetFormatError,
@@ -137,10 +137,9 @@ def load_files(
 def _require_labels(labels: str, header: Sequence[str]) -> None:
     """Raise unless the labels are a column of the attribute table or a file."""
     if labels not in header and not Path(labels).expanduser().exists():
-        near = difflib.get_close_matches(labels, header, n=1)
         raise DatasetNotFoundError(
             f"labels must be a column of the attribute table or a file, got {labels!r}"
-            + (f" (did you mean {near[0]}?)" if near else "")
+            + did_you_mean(labels, header)
         )
 
 
@@ -260,10 +259,9 @@ def _id_column(table: _Table, ids: str | None) -> int | None:
         found = [i for i, name in enumerate(table.header) if name.lower() in ID_COLUMNS]
         return found[0] if found else table.index_column
     if ids not in table.header:
-        near = difflib.get_close_matches(ids, table.header, n=1)
         raise DatasetFormatError(
             f"{table.path} must have the column {ids!r} that ids names"
-            + (f" (did you mean {near[0]}?)" if near else "")
+            + did_you_mean(ids, table.header)
         )
     return table.header.index(ids)
 
