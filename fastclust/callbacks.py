@@ -6,11 +6,12 @@ Any callable will do; pass one or a list as ``callbacks=`` of an estimator that 
 from __future__ import annotations
 
 import os
+import sys
 from functools import cached_property
 from numbers import Real
 from typing import Any
 
-from fastclust.training import Event, print_progress
+from fastclust.training import Event
 
 __all__ = ["Event", "TensorBoard", "print_progress"]
 
@@ -62,3 +63,12 @@ class TensorBoard:
                 self.writer.add_scalar(name, value, event.epoch)
         if event.epoch == event.n_epochs:
             self.writer.flush()
+
+
+def print_progress(event: Event) -> None:
+    """A callback that prints one line per evaluated epoch to stderr."""
+    if event.evaluation is not None:
+        print(
+            f"epoch {event.epoch}/{event.n_epochs}  loss {event.loss:.6g}  {event.seconds:.2f} s",
+            file=sys.stderr,
+        )

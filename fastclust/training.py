@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -716,12 +715,3 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def print_progress(event: Event) -> None:
-    """A callback that prints one line per evaluated epoch to stderr."""
-    if event.evaluation is not None:
-        print(
-            f"epoch {event.epoch}/{event.n_epochs}  loss {event.loss:.6g}  {event.seconds:.2f} s",
-            file=sys.stderr,
-        )

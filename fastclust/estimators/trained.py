@@ -13,6 +13,7 @@ import scipy.sparse as sp
 import torch
 
 from fastclust import distributed
+from fastclust.callbacks import print_progress
 from fastclust.estimators.base import Count, Features, GraphClusterer, Rate, Self, jsonable_params
 from fastclust.interop import trains
 from fastclust.ops.infonce import Precision
@@ -20,7 +21,6 @@ from fastclust.training import (
     Selection,
     Trainable,
     parse_interval,
-    print_progress,
     require_checkpoint_dir,
     train,
 )
