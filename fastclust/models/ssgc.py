@@ -22,8 +22,9 @@ on samples of 8192 nodes.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -230,7 +231,7 @@ def _joined(
             yield views[0] if len(views) == 1 else torch.cat(views, dim=1)
 
     # What is one block only is made once.
-    again = blocks if n_nodes > SAMPLE_ROWS else _kept(blocks())
+    again = blocks if n_nodes > SAMPLE_ROWS else functools.partial(iter, list(blocks()))
     if sum(len(bases) for _, bases in parts) == 1:
         return _stacked(again(), n_nodes), None
     gram = _gram(again())
@@ -532,12 +533,6 @@ def _scalings(energy: torch.Tensor, mean_energy: float, recipe: str) -> list[tor
     ]
 
 
-def _kept(blocks: Iterator[torch.Tensor]) -> Callable[[], Iterator[torch.Tensor]]:
-    """An iterator as something that can be walked again."""
-    kept = list(blocks)
-    return lambda: iter(kept)
-
-
 def _stacked(blocks: Iterator[torch.Tensor], n_rows: int) -> torch.Tensor:
     """Blocks of rows as one matrix [N, c], without a second copy of it."""
     first = next(blocks)
@@ -553,14 +548,8 @@ def _stacked(blocks: Iterator[torch.Tensor], n_rows: int) -> torch.Tensor:
 
 def _gram(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
     """M^T M [c, c] in float64, on the CPU, from blocks of rows of M [N, c]."""
-    gram: torch.Tensor | None = None
-    for block in blocks:
-        wide = block.to(torch.float64)
-        product = wide.T @ wide
-        gram = product if gram is None else gram.add_(product)
-    if gram is None:
-        raise ValueError("blocks must hold at least one block")
-    return gram.cpu()
+    wide = (block.to(torch.float64) for block in blocks)
+    return functools.reduce(torch.Tensor.add_, (m.T @ m for m in wide)).cpu()
 
 
 def _bases(gram: torch.Tensor, scales: list[torch.Tensor], width: int) -> torch.Tensor:
