@@ -15,6 +15,7 @@ the powers of Abar times that input, where this takes fewer operations (:class:`
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -561,7 +562,7 @@ class ECNMFModel(nn.Module):
 
     def _divergence(self, p: Tensor, log_q: Tensor) -> Tensor:
         """KL(P || Q) (Eq. 16) in the chosen reading; p and log_q [N, K]."""
-        log_ratio = p.clamp_min(EPSILON).log() - log_q.clamp_min(_log(EPSILON))
+        log_ratio = p.clamp_min(EPSILON).log() - log_q.clamp_min(math.log(EPSILON))
         n = self.ranks.n_rows(len(p))
         if self.kl == "literal":
             return self.ranks.total(log_ratio.mean() * (len(p) / n))
@@ -608,7 +609,3 @@ def _empty_like(x: Tensor, *shape: int) -> Tensor:
 
 def _glorot(shape: tuple[int, int], generator: torch.Generator) -> nn.Parameter:
     return uniform_parameter(shape, (6.0 / sum(shape)) ** 0.5, generator)
-
-
-def _log(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float32).log())
