@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from fastclust.cli import debugging, duration, explain
 from fastclust.datasets import Dataset
 from fastclust.files import write_atomically
 from fastclust.plot import LABEL_SCORES, SCORE_NAMES
+from fastclust.rundir import read_history
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,7 +151,9 @@ def write_page(root: Path, result: Mapping[str, Any], dataset: Dataset) -> Path:
     embedding = np.nan_to_num(np.load(root / "embedding.npy", allow_pickle=False))
     first = result["runs"][0]
     histories = {
-        run["seed"]: _history(root if run is first else root / f"seed-{run['seed']}")
+        run["seed"]: read_history(
+            (root if run is first else root / f"seed-{run['seed']}") / "history.jsonl"
+        )
         for run in result["runs"]
     }
     projection = plot.project(embedding)
@@ -176,13 +178,6 @@ def write_page(root: Path, result: Mapping[str, Any], dataset: Dataset) -> Path:
     path = root / "report.html"
     write_atomically(path, page)
     return path
-
-
-def _history(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "history.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _cards(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -40,7 +40,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["RunDirectory", "read_toml"]
+__all__ = ["RunDirectory", "read_history", "read_toml"]
 
 _SEED_FILES = (
     "assignments.csv",
@@ -222,6 +222,17 @@ def _is_at(handle: int, path: Path) -> bool:
 def _is_run(entry: Any) -> bool:
     kinds = {"seed": int, "metrics": dict, "resolved": dict}
     return isinstance(entry, dict) and all(isinstance(entry.get(k), v) for k, v in kinds.items())
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a ``history.jsonl``: a kill may have torn the last, or come before any."""
+    rows = []
+    try:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            rows.append(json.loads(line))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        pass
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("epoch"), int)]
 
 
 # --- TOML --------------------------------------------------------------------------------------

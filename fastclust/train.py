@@ -34,7 +34,7 @@ from fastclust.files import as_json, write_atomically
 from fastclust.info import cpu_name, versions
 from fastclust.memory import begin_peak_memory, peak_memory
 from fastclust.ops.infonce import PRECISIONS
-from fastclust.rundir import RunDirectory, read_toml
+from fastclust.rundir import RunDirectory, read_history, read_toml
 from fastclust.tables import load_files
 from fastclust.training import SELECTIONS, internal_scores
 from fastclust.validation import check_device, check_n_clusters, why_not_cuda
@@ -375,7 +375,7 @@ class History:
     ) -> None:
         self.path = path
         self.labels = labels
-        self.rows: list[dict[str, Any]] = _read_rows(path) if path and resume else []
+        self.rows: list[dict[str, Any]] = read_history(path) if path and resume else []
         self.started = False
         self.n_before: int | None = None  # all of them, until an epoch is run here
         self.writable = path is not None
@@ -419,18 +419,6 @@ class History:
             scores = {name: row[name] for name in report.LABEL_SCORES if name in row}
             lines.append(_json_line({**entry, **scores}))
         write_atomically(self.path, "".join(lines))
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a history; a kill may have torn the last one."""
-    rows = []
-    try:
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            row = json.loads(line)
-            rows.append(row)
-    except (FileNotFoundError, ValueError):
-        pass
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("epoch"), int)]
 
 
 def _json_line(row: Mapping[str, Any]) -> str:

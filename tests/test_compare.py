@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -236,6 +237,21 @@ def test_collecting_runs_nothing_and_names_what_differs_from_the_preset(
     figures = (tmp_path / folder / "methods-digits.svg" for folder in ("made", "again"))
     assert len({figure.read_bytes() for figure in figures}) == 1, "equal results, another figure"
     assert made.strip() in (tmp_path / "again" / "results.md").read_text()
+
+
+def test_a_seed_that_was_killed_while_it_wrote_its_history_can_be_collected(
+    comparison: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(comparison, tmp_path / "made")
+    folder = tmp_path / "made" / "runs" / "digits" / "hsan-standard"
+    (folder / "seed-7").mkdir()
+    whole = (folder / "history.jsonl").read_text()
+    (folder / "seed-7" / "history.jsonl").write_text(whole[: len(whole) // 2])
+    given = ("--datasets", "digits", "--collect", str(tmp_path / "made"))
+    code, _, err = call(capsys, *given, "--out", str(tmp_path / "again"))
+    assert code == 0, err
+    rows = read(tmp_path / "again" / "results.csv")
+    assert {row["seed"] for row in rows if row["model"] == "hsan"} == {"0", "3"}
 
 
 def test_another_number_of_clusters_differs_from_the_preset(

@@ -17,7 +17,7 @@ from fastclust.compare.methods import LABEL_FREE, ORACLE, Method, methods, with_
 from fastclust.datasets import Dataset
 from fastclust.files import write_atomically
 from fastclust.report import LABEL_SCORES
-from fastclust.rundir import read_toml
+from fastclust.rundir import read_history, read_toml
 from fastclust.train import MODELS, parameter_types
 from fastclust.training import SELECTIONS
 
@@ -83,7 +83,7 @@ def method_rows(
         scores = {name: run["metrics"][name] for name in LABEL_SCORES}
         yield row | scores | {"selection": "last", "selected_epoch": run["epochs"]}
         place = folder if position == 0 else folder / f"seed-{run['seed']}"
-        history = read_history(place)
+        history = scored_epochs(place)
         for rule in (*LABEL_FREE, ORACLE):
             chosen = select(history, rule)
             if chosen is not None:
@@ -91,13 +91,9 @@ def method_rows(
                 yield row | scores | {"selection": rule, "selected_epoch": chosen["epoch"]}
 
 
-def read_history(folder: Path) -> list[dict[str, Any]]:
+def scored_epochs(folder: Path) -> list[dict[str, Any]]:
     """The evaluated epochs of one seed, with their scores against the labels."""
-    try:
-        lines = (folder / "history.jsonl").read_text().splitlines()
-    except OSError:
-        return []
-    return [entry for entry in map(json.loads, lines) if "acc" in entry]
+    return [entry for entry in read_history(folder / "history.jsonl") if "acc" in entry]
 
 
 def select(history: Sequence[Mapping[str, Any]], rule: str) -> Mapping[str, Any] | None:
@@ -189,7 +185,7 @@ def read_results(sources: Sources, datasets: Sequence[Dataset]) -> Results:
             continue
         rows += method_rows(method, name, folder, sources.seeds)
         places = [folder, *sorted(folder.glob("seed-*"))]
-        if curves := [curve for curve in map(read_history, places) if curve]:
+        if curves := [curve for curve in map(scored_epochs, places) if curve]:
             histories[name].setdefault(method.title, []).extend(curves)
         if with_preset(method.variant) and (folder / "embedding.npy").exists():
             embeddings[name].setdefault(method.title, folder)

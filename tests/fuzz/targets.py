@@ -37,7 +37,7 @@ from fastclust.datasets import Dataset, DatasetFormatError, published
 from fastclust.datasets import npz as npz_format
 from fastclust.estimators import ECNMF, SSGC, base
 from fastclust.memory import InsufficientMemoryError
-from fastclust.rundir import RunDirectory, read_toml
+from fastclust.rundir import RunDirectory, read_history, read_toml
 from fastclust.training import CheckpointError
 from fastclust.validation import check_adjacency, check_features
 
@@ -488,7 +488,7 @@ def read_run_directory(content: bytes) -> None:
         before = directory.read_result()
         if before is not None:
             assert all(isinstance(run["seed"], int) for run in before["runs"])
-    for row in train._read_rows(folder / "history.jsonl"):
+    for row in read_history(folder / "history.jsonl"):
         assert isinstance(row["epoch"], int)
 
 
