@@ -1,24 +1,19 @@
-"""The training loop, one for all models: steps, evaluation, label-free selection, checkpoints.
+"""The training loop, one for all models: steps, evaluation, label-free selection, interruption.
 
-A model brings its loss and its clustering (:class:`Trainable`); everything else is here. No label
-enters: evaluations are scored from the embedding, the clusters and the graph alone.
+A model brings its loss and its clustering (:class:`Trainable`), :mod:`fastclust.checkpoints` keeps
+the :class:`State`; everything else is here. No label enters: evaluations are scored from the
+embedding, the clusters and the graph alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
-import shutil
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
-from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
 
@@ -26,11 +21,15 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastclust import metrics
+from fastclust.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    CheckpointWarning,
+    require_checkpoint_dir,
+)
 from fastclust.distributed import ONE, Ranks
 from fastclust.interop import without_autocast
 
@@ -65,10 +64,6 @@ SELECTIONS: dict[str, bool | None] = {
     "loss": False,
 }
 
-CHECKPOINT_NAME = "checkpoint.safetensors"
-PREVIOUS_NAME = "previous.safetensors"  # the one before, should the newest turn out damaged
-_FORMAT = "2"
-
 
 class TrainingInterrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM came, the epoch was finished and a checkpoint written."""
@@ -76,14 +71,6 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 class TrainingDivergedError(ArithmeticError):
     """The loss, or the embedding, is no longer made of finite numbers."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is damaged, or belongs to another configuration or other data."""
-
-
-class CheckpointWarning(UserWarning):
-    """A checkpoint could not be written, or was damaged and the one before it is used."""
 
 
 class Trainable(Protocol):
@@ -291,10 +278,10 @@ def train(
     require_checkpoint_dir(resume, checkpoint_dir)
     parameters = [p for p in model.parameters() if p.requires_grad]
     adam = make_optimizer(parameters, optimizer, lr)
-    state = _State(model, adam, parameters, optimizer == "accumulated", dict(identity or {}))
+    state = State(model, adam, parameters, optimizer == "accumulated", dict(identity or {}))
     checkpoints = None
     if checkpoint_dir is not None:
-        checkpoints = _Checkpoints(checkpoint_dir, checkpoint_every, state.ranks)
+        checkpoints = Checkpoints(checkpoint_dir, checkpoint_every, state.ranks)
 
     if not (resume and checkpoints and checkpoints.load(state)):
         model.begin()
@@ -331,7 +318,7 @@ def train(
     )
 
 
-def _step(state: _State, epoch: int) -> float:
+def _step(state: State, epoch: int) -> float:
     """One step of the optimizer; returns the loss that it started from."""
     if not state.accumulate:
         state.optimizer.zero_grad(set_to_none=True)
@@ -350,7 +337,7 @@ def _step(state: _State, epoch: int) -> float:
 
 
 def _evaluate(
-    state: _State, epoch: int, loss: float, adjacency: sp.csr_array, selection: str, final: bool
+    state: State, epoch: int, loss: float, adjacency: sp.csr_array, selection: str, final: bool
 ) -> dict[str, Any]:
     """Cluster, score, and keep the clustering if the selection rule prefers it."""
     with torch.no_grad():
@@ -377,7 +364,7 @@ def _evaluate(
     return {**scores, **state.model.diagnostics(), "labels": host_labels}
 
 
-def _keep(checkpoints: _Checkpoints, state: _State, caught: list[int], last: bool) -> None:
+def _keep(checkpoints: Checkpoints, state: State, caught: list[int], last: bool) -> None:
     """Write a checkpoint where one is due, and leave if a signal came to any rank."""
     epoch = state.epochs_done
     number, due = state.ranks.most(caught[0] if caught else 0, checkpoints.due(epoch))
@@ -391,7 +378,7 @@ def _keep(checkpoints: _Checkpoints, state: _State, caught: list[int], last: boo
 
 @contextlib.contextmanager
 def _kept_at_error(
-    checkpoints: _Checkpoints | None, state: _State, caught: list[int]
+    checkpoints: Checkpoints | None, state: State, caught: list[int]
 ) -> Iterator[None]:
     """Write a checkpoint of the last finished step before an exception goes on, if that is whole.
 
@@ -441,11 +428,11 @@ def _deferred_signals(enabled: bool, once: bool) -> Iterator[list[int]]:
             signal.signal(number, old)
 
 
-# --- checkpoints ---------------------------------------------------------------------------------
+# --- the state of a run --------------------------------------------------------------------------
 
 
 @dataclass
-class _State:
+class State:
     """All that a run consists of between two epochs.
 
     There is no stream of random numbers to keep: draws are keyed by seed and epoch.
@@ -495,8 +482,17 @@ class _State:
             out |= {f"best/model/{name}": value for name, value in self.best.parameters.items()}
         return {name: value.detach().contiguous() for name, value in out.items()}
 
+    def record(self) -> dict[str, Any]:
+        """What else is to be kept, JSON-able."""
+        return {
+            "epochs_done": self.epochs_done,
+            "history": self.history,
+            "best_epoch": self.best.epoch,
+            "best_score": self.best.score,
+        }
+
     def restore(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """Take the run from :meth:`tensors` and its JSON record."""
+        """Take the run from :meth:`tensors` and :meth:`record`."""
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
@@ -527,191 +523,3 @@ class _State:
                 tensors["best/embedding"],
                 part("best/model/"),
             )
-
-
-class _Damaged(Exception):
-    """A checkpoint file that cannot be what was written."""
-
-
-class _Checkpoints:
-    """The newest checkpoint and the one before it, each in a file replaced as a whole.
-
-    A temporary file is flushed to disk and renamed, so that a crash leaves whole files; a digest of
-    what it holds tells a file that changed later, as on a failing disk.
-
-    Of several ranks the first reads and writes it, and no other touches the disk.
-    """
-
-    def __init__(self, directory: str | os.PathLike[str], every: int | str, ranks: Ranks) -> None:
-        self.path = Path(directory) / CHECKPOINT_NAME
-        self.previous = self.path.with_name(PREVIOUS_NAME)
-        self.ranks = ranks
-        try:
-            ranks.from_first(lambda: self.path.parent.mkdir(parents=True, exist_ok=True))
-        except OSError as error:
-            raise ValueError(
-                f"checkpoint_dir must be a folder that can be created and written, got "
-                f"{os.fspath(directory)!r}: {error.strerror}"
-            ) from None
-        self.epochs, self.seconds = parse_interval(every)
-        self.last_written = time.monotonic()
-        self.tried = 0  # epochs done at the last attempt to write one
-
-    def due(self, epochs_done: int) -> bool:
-        """Whether it is time for one."""
-        if self.epochs:
-            return epochs_done % self.epochs == 0
-        return time.monotonic() - self.last_written >= self.seconds
-
-    def save(self, state: _State) -> bool:
-        """Write one; a failure leaves the newest and is only warned of."""
-        self.tried = state.epochs_done
-        tensors = {name: value.cpu() for name, value in state.tensors().items()}
-        self.last_written = time.monotonic()
-        return self.ranks.from_first(lambda: self._write(state, tensors))
-
-    def _write(self, state: _State, tensors: dict[str, Tensor]) -> bool:
-        record = {
-            "epochs_done": state.epochs_done,
-            "history": state.history,
-            "best_epoch": state.best.epoch,
-            "best_score": state.best.score,
-        }
-        metadata = {
-            "fastclust": _FORMAT,
-            "identity": json.dumps(state.identity, sort_keys=True),
-            "record": json.dumps(record),
-        }
-        temporary = self.path.with_suffix(".tmp")
-        try:
-            if shutil.disk_usage(self.path.parent).free < sum(t.nbytes for t in tensors.values()):
-                self.previous.unlink(missing_ok=True)  # rather one that is new than two old ones
-            save_file(tensors, temporary, {**metadata, "digest": _digest(tensors, metadata)})
-            _flush_to_disk(temporary)
-            if self.path.exists():
-                os.replace(self.path, self.previous)
-            os.replace(temporary, self.path)
-            if os.name == "posix":
-                _flush_to_disk(self.path.parent)
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            warnings.warn(
-                f"the checkpoint after epoch {state.epochs_done} could not be written to "
-                f"{self.path} ({error}); training goes on"
-                + (", the previous checkpoint stays" if self.path.exists() else ""),
-                CheckpointWarning,
-                stacklevel=4,
-            )
-            return False
-        return True
-
-    def load(self, state: _State) -> bool:
-        """Restore the run from the newest checkpoint that is whole; whether there was one."""
-        tensors: dict[str, Tensor] = {}
-        record = self.ranks.from_first(lambda: self._newest(state.identity, tensors))
-        if record is None:
-            return False
-        try:
-            state.restore(self.ranks.tensors_from_first(tensors), record)
-        except (KeyError, RuntimeError, IndexError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.path} does not fit this run or version ({error}); remove it to start anew"
-            ) from None
-        self.tried = state.epochs_done
-        return True
-
-    def _newest(
-        self, wanted: Mapping[str, Any], tensors: dict[str, Tensor]
-    ) -> dict[str, Any] | None:
-        """Record of the newest checkpoint that is whole, or None; its tensors go to ``tensors``."""
-        damaged: list[str] = []
-        for path in (self.path, self.previous):
-            if not path.exists():
-                continue
-            try:
-                found, identity, record = _read(path)
-            except _Damaged as error:
-                damaged.append(str(error))
-                continue
-            _require_same_run(path, identity, wanted)
-            if damaged:
-                warnings.warn(
-                    f"{damaged[0]}; going on from the one before it, {path.name}, after epoch "
-                    f"{record.get('epochs_done')}",
-                    CheckpointWarning,
-                    stacklevel=4,
-                )
-            tensors |= found
-            return record
-        if damaged:
-            raise CheckpointError(
-                f"{' and '.join(damaged)}; remove {'both' if damaged[1:] else 'it'} to start afresh"
-            )
-        return None
-
-
-def _require_same_run(path: Path, identity: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    wanted = json.loads(json.dumps(wanted))
-    changed = sorted(k for k in {*identity, *wanted} if identity.get(k) != wanted.get(k))
-    if changed:
-        details = ", ".join(
-            f"{key} was {identity.get(key)!r} and is {wanted.get(key)!r}"[:160]
-            for key in changed[:4]
-        )
-        raise CheckpointError(
-            f"{path} belongs to another run ({details}); resume with the same data and "
-            f"settings, or remove it to start afresh"
-        )
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Tensors, identity and record of a checkpoint, provided that they are as written."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if metadata.pop("digest") != _digest(tensors, metadata):
-            raise ValueError("its content is not what its digest says")
-        return tensors, dict(json.loads(metadata["identity"])), dict(json.loads(metadata["record"]))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise _Damaged(f"{path} is damaged or no checkpoint of fastclust ({error})") from None
-
-
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of a checkpoint's content, in hexadecimal."""
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def require_checkpoint_dir(resume: bool, directory: str | os.PathLike[str] | None) -> None:
-    """Refuse to resume from nowhere: that would start anew without a word."""
-    if resume and directory is None:
-        raise ValueError(
-            "checkpoint_dir must be the folder of the checkpoint to go on from where resume=True, "
-            "got None"
-        )
-
-
-def parse_interval(every: int | str) -> tuple[int, float]:
-    """``checkpoint_every`` as (epochs, 0) or (0, seconds)."""
-    if isinstance(every, Integral) and not isinstance(every, bool) and every > 0:
-        return int(every), 0.0
-    if isinstance(every, str):
-        with contextlib.suppress(ValueError):
-            if every.endswith("s") and float(every[:-1]) >= 0:
-                return 0, float(every[:-1])
-    raise ValueError(
-        f"checkpoint_every must be a number of epochs (25) or of seconds ('60s'), got {every!r}"
-    )
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

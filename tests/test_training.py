@@ -23,7 +23,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fastclust import ECNMF, HSAN, training
+from fastclust import ECNMF, HSAN, checkpoints, training
+from fastclust.checkpoints import parse_interval
 from fastclust.training import (
     SELECTIONS,
     CheckpointError,
@@ -31,11 +32,10 @@ from fastclust.training import (
     Event,
     TrainingDivergedError,
     TrainingInterrupted,
-    parse_interval,
     train,
 )
 
-CHECKPOINT, PREVIOUS = training.CHECKPOINT_NAME, training.PREVIOUS_NAME
+CHECKPOINT, PREVIOUS = checkpoints.CHECKPOINT_NAME, checkpoints.PREVIOUS_NAME
 
 # One estimator per kind of state that a checkpoint has to carry.
 RUNS: dict[str, Any] = {
@@ -372,7 +372,7 @@ def test_a_checkpoint_that_cannot_be_written_masks_no_exception(
     def fail(*args: Any) -> None:
         raise second
 
-    monkeypatch.setattr(training, "save_file", fail)
+    monkeypatch.setattr(checkpoints, "save_file", fail)
     with pytest.raises(Cut) as caught, warnings.catch_warnings():
         warnings.simplefilter("error")
         RUNS["ecnmf"](callbacks=cut_after(3), checkpoint_dir=tmp_path).fit(x, adjacency=adjacency)
@@ -433,7 +433,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(
         path.write_bytes(b"half a file")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(training, "save_file", full)
+    monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.warns(CheckpointWarning, match="No space left.*the previous checkpoint stays"):
         resumed = RUNS["hsan"](resume=True, **keep).fit(x, adjacency=adjacency)
     assert (tmp_path / CHECKPOINT).read_bytes() == old
@@ -535,7 +535,7 @@ def test_on_a_nearly_full_disk_the_newer_checkpoint_is_worth_more(
     two_blocks, tmp_path, monkeypatch
 ):
     adjacency, x, _ = two_blocks
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     RUNS["ecnmf"](checkpoint_dir=tmp_path, checkpoint_every=6).fit(x, adjacency=adjacency)
     assert (tmp_path / CHECKPOINT).exists()
 

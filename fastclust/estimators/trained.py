@@ -14,14 +14,13 @@ import torch
 
 from fastclust import distributed
 from fastclust.callbacks import print_progress
+from fastclust.checkpoints import parse_interval, require_checkpoint_dir
 from fastclust.estimators.base import Count, Features, GraphClusterer, Rate, Self, jsonable_params
 from fastclust.interop import trains
 from fastclust.ops.infonce import Precision
 from fastclust.training import (
     Selection,
     Trainable,
-    parse_interval,
-    require_checkpoint_dir,
     train,
 )
 

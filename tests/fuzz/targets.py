@@ -28,7 +28,7 @@ import scipy.io
 import scipy.sparse as sp
 import torch
 
-from fastclust import cli, datasets, files, tables, train, training
+from fastclust import cli, datasets, files, tables, train
 from fastclust.compare.command import build_parser
 from fastclust.compare.methods import methods
 from fastclust.compare.runs import train_command
@@ -431,7 +431,7 @@ def _estimator(folder: Path, **keywords: Any) -> ECNMF:
 def _signed() -> Iterator[None]:
     """Every content has the same digest: mutations are to reach what lies behind that check."""
     with (
-        mock.patch.object(training, "_digest", lambda *content: "signed"),
+        mock.patch("fastclust.checkpoints._digest", lambda *content: "signed"),
         mock.patch.object(base, "file_digest", lambda path: "signed"),
     ):
         yield
