@@ -18,9 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastclust as fc
-from fastclust import convert as module
 from fastclust import ops, train
-from fastclust.convert import convert, write_directory
+from fastclust.convert import convert, passes, write_directory
 from fastclust.datasets import DatasetFormatError, DatasetNotFoundError
 from fastclust.datasets.folder import DIRECTORY_FORMAT, DIRECTORY_VERSION
 
@@ -136,11 +135,11 @@ def test_any_graph_any_limit(
     tmp = tmp_path_factory.mktemp("convert")
     columns = [edges] if weights is None else [edges, weights[:, None]]
     np.savetxt(tmp / "e.txt", np.concatenate(columns, axis=1), fmt="%d")
-    original = module._sorted_parts
+    original = passes._sorted_parts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_ROW_BITS", 3)
-        patch.setattr(module, "_SPLIT_BITS", 1)
-        patch.setattr(module, "_sorted_parts", lambda p, b, w, _: original(p, b, w, limit))
+        patch.setattr(passes, "_ROW_BITS", 3)
+        patch.setattr(passes, "_SPLIT_BITS", 1)
+        patch.setattr(passes, "_sorted_parts", lambda p, b, w, _: original(p, b, w, limit))
         folder = convert(tmp / "graph", tmp / "e.txt", n_nodes=n)
     ds = fc.load_dataset(folder)
     assert same(ds.adjacency, expected(edges, n, weights)), "symmetric, no loops, no repetitions"

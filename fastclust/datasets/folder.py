@@ -1,8 +1,11 @@
-"""Graphs in folders of arrays, as :mod:`fastclust.convert` writes them, mapped into memory."""
+"""Graphs in folders of arrays, mapped into memory; :mod:`fastclust.convert` has the format."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +14,8 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from fastclust.datasets.dataset import Dataset, DatasetFormatError, assemble, csr
+
+PathLike = str | os.PathLike[str]
 
 DIRECTORY_META = "dataset.json"
 DIRECTORY_FORMAT = "fastclust-directory"
@@ -78,3 +83,68 @@ def load_directory(folder: Path) -> Dataset:
     if (folder / "labels.npy").exists():
         labels = np.array(mapped("labels", np.int64, n))
     return assemble(folder.name, adjacency, features, labels, str(folder))
+
+
+def write_directory(dataset: Dataset, out: PathLike) -> Path:
+    """Write a data set as a folder for :func:`fastclust.load_dataset`.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        From :func:`fastclust.load_dataset` or :func:`fastclust.make_attributed_sbm`.
+    out : path
+        The folder to make; it must not exist.
+
+    Returns
+    -------
+    Path
+        The folder.
+    """
+
+    def write(folder: Path) -> dict[str, Any]:
+        a = dataset.adjacency
+        x: Any = dataset.features
+        arrays: dict[str, Any] = {
+            "adj_indptr": np.asarray(a.indptr, np.int64),
+            "adj_indices": np.asarray(a.indices, np.int32),
+        }
+        if a.nnz and (a.data != 1).any():
+            arrays["adj_data"] = a.data
+        if sp.issparse(x):
+            arrays |= {
+                "x_indptr": np.asarray(x.indptr, np.int64),
+                "x_indices": np.asarray(x.indices, np.int32),
+                "x_data": x.data,
+            }
+        else:
+            arrays["features"] = x
+        if dataset.labels is not None:
+            arrays["labels"] = dataset.labels
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array)
+        return {
+            "n_nodes": dataset.n_nodes,
+            "n_edges": dataset.n_edges,
+            "n_features": dataset.n_features,
+        }
+
+    return written_whole(out, write)
+
+
+def written_whole(out: PathLike, write: Callable[[Path], dict[str, Any]]) -> Path:
+    """A folder under its name only when it is complete."""
+    target = Path(out)
+    if target.exists():
+        raise ValueError(f"{target} must not exist yet; remove it or give another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        sizes = write(partial)
+        meta = {"format": DIRECTORY_FORMAT, "version": DIRECTORY_VERSION, **sizes}
+        (partial / DIRECTORY_META).write_text(json.dumps(meta, indent=1) + "\n")
+        os.rename(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
