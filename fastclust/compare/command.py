@@ -19,7 +19,7 @@ from fastclust.compare.tables import overview, page
 from fastclust.datasets import DATASET_NAMES, load_dataset
 from fastclust.files import write_atomically
 from fastclust.ops.infonce import PRECISIONS
-from fastclust.train import MODELS
+from fastclust.settings import MODELS
 
 # Hyper-parameters that an option decides: train_command gives it to every run.
 OWN_OPTIONS = ("protocol", "precision", "device")

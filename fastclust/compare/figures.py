@@ -14,7 +14,7 @@ from fastclust.compare.methods import title_of
 from fastclust.compare.results import Results
 from fastclust.compare.tables import grouped
 from fastclust.datasets import Dataset
-from fastclust.train import MODELS
+from fastclust.settings import MODELS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

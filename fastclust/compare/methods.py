@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fastclust.train import MODELS
+from fastclust.settings import MODELS
 from fastclust.training import SELECTIONS
 
 ORACLE = "oracle"

@@ -18,7 +18,7 @@ from fastclust.datasets import Dataset
 from fastclust.files import write_atomically
 from fastclust.report import LABEL_SCORES
 from fastclust.rundir import read_history, read_toml
-from fastclust.train import MODELS, parameter_types
+from fastclust.settings import MODELS, parameter_types
 from fastclust.training import SELECTIONS
 
 COLUMNS = (

@@ -12,7 +12,7 @@ from fastclust import cli
 from fastclust.compare.methods import ORACLE, methods, title_of, with_preset
 from fastclust.info import versions
 from fastclust.report import LABEL_SCORES
-from fastclust.train import MODELS
+from fastclust.settings import MODELS
 
 # ACC, NMI, ARI, F1 in percent as their authors report them; how the epoch was chosen.
 PUBLISHED: dict[str, tuple[str, dict[str, tuple[float, float, float, float]]]] = {

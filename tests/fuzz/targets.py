@@ -28,7 +28,7 @@ import scipy.io
 import scipy.sparse as sp
 import torch
 
-from fastclust import cli, datasets, files, tables, train
+from fastclust import cli, datasets, files, settings, tables, train
 from fastclust.compare.command import build_parser
 from fastclust.compare.methods import methods
 from fastclust.compare.runs import train_command
@@ -532,8 +532,8 @@ def _load_offline(name: Any, root: Any = None) -> Dataset:
 
 def _plan(arguments: list[str], saved: dict[str, Any] | None = None) -> None:
     parsed = train.build_parser().parse_args(arguments)
-    with mock.patch.object(train, "load_dataset", _load_offline):
-        plan, _ = train.resolve(train.gather_settings(parsed, saved))
+    with mock.patch.object(settings, "load_dataset", _load_offline):
+        plan, _ = settings.resolve(settings.gather_settings(parsed, saved))
     # what is accepted must survive the way through config.toml
     config = plan.config()
     json.dumps(files.as_json(config))
@@ -643,7 +643,7 @@ def raw_arrays() -> list[bytes]:
 
 
 def read_seeds(content: bytes) -> None:
-    _outcome(lambda: train._seeds(content.decode("utf-8", "replace")))
+    _outcome(lambda: settings._seeds(content.decode("utf-8", "replace")))
 
 
 TARGETS = {
