@@ -1,6 +1,6 @@
 """Figures of a clustering, as matplotlib axes: the same that ``report.html`` shows.
 
-Every function takes ``ax=None`` (then it draws into ``plt.gca()``) and returns the axes, so that
+Every figure takes ``ax=None`` (then it is drawn into ``plt.gca()``) and returns the axes, so that
 titles, sizes and saving stay yours. Text and frames follow your matplotlib style. Clusters keep
 their colours from figure to figure; ``like=`` gives them the colours of the classes they match.
 
@@ -189,10 +189,6 @@ def embedding(
     projection : Projection, optional
         Of :func:`project`, to draw the same points twice; by default made here.
     ax : matplotlib Axes, optional
-
-    Returns
-    -------
-    matplotlib Axes
     """
     from matplotlib.patheffects import withStroke
 
@@ -246,10 +242,6 @@ def learning_curve(
     epoch : int, optional
         An epoch to mark: that of the result.
     ax : matplotlib Axes, optional
-
-    Returns
-    -------
-    matplotlib Axes
     """
     ax = _axes(ax)
     runs = list(history.values()) if isinstance(history, Mapping) else [history]
@@ -294,10 +286,6 @@ def sizes(labels: Any, *, like: Any = None, ax: Axes | None = None) -> Axes:
     like : array of shape [N], optional
         See :func:`colors`.
     ax : matplotlib Axes, optional
-
-    Returns
-    -------
-    matplotlib Axes
     """
     names, counts = np.unique(np.asarray(labels), return_counts=True)
     return _bars(names, counts, counts, "{:,.0f}", labels, like, ax)
@@ -312,10 +300,6 @@ def modularity(adjacency: Any, labels: Any, *, like: Any = None, ax: Axes | None
         [N, N].
     labels, like, ax
         As for :func:`sizes`.
-
-    Returns
-    -------
-    matplotlib Axes
     """
     parts = metrics.per_cluster(adjacency, labels)
     return _bars(parts["cluster"], parts["modularity"], parts["nodes"], "{:.3f}", labels, like, ax)
@@ -324,7 +308,7 @@ def modularity(adjacency: Any, labels: Any, *, like: Any = None, ax: Axes | None
 def conductance(adjacency: Any, labels: Any, *, like: Any = None, ax: Axes | None = None) -> Axes:
     """Bars: the share of each cluster's edge ends that lead out of it; less is better.
 
-    Parameters and result as for :func:`modularity`.
+    Parameters as for :func:`modularity`.
     """
     parts = metrics.per_cluster(adjacency, labels)
     return _bars(parts["cluster"], parts["conductance"], parts["nodes"], "{:.3f}", labels, like, ax)
@@ -338,10 +322,6 @@ def agreement(evidence: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
     evidence : mapping
         ``n_clusters_evidence_`` of an estimator with ``n_clusters="auto"``.
     ax : matplotlib Axes, optional
-
-    Returns
-    -------
-    matplotlib Axes
     """
     ax = _axes(ax)
     ax.plot(evidence["n_clusters"], evidence["agreement"], marker="o", ms=4, color=PALETTE[0])
@@ -370,10 +350,6 @@ def similarity(
     max_nodes : int, default 240
         Size of the sample, which is the same every time.
     ax : matplotlib Axes, optional
-
-    Returns
-    -------
-    matplotlib Axes
     """
     from matplotlib.patches import Rectangle
 
@@ -412,10 +388,6 @@ def confusion(y_true: Any, labels: Any, *, ax: Axes | None = None) -> Axes:
     y_true, labels : array of shape [N]
         Class and cluster of each node.
     ax : matplotlib Axes, optional
-
-    Returns
-    -------
-    matplotlib Axes
     """
     ax = _axes(ax)
     labels = _groups(labels, len(y_true))
