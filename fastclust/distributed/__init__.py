@@ -12,14 +12,14 @@ both variants cover the triangle once, so each rank does 4 M^2 D / R flop (D / R
 pass where weights come from a snapshot), and forward and backward agree on who does what:
 
 - *gather* (R <= 4): every rank gathers all rows and takes a band of the triangle's rows of equal
-  area; row sums are all-reduced, gradients reduce-scattered. A rank receives M D (R - 1) / R
-  elements forward and as many backward (over gloo twice as many), and holds 5 M D of them (rows,
-  packed twice, gradients twice), with a snapshot 7 M D.
+  area; row sums are all-reduced, gradients reduce-scattered.
 - *half-ring* (R > 4): at step s <= R / 2, rank r has the block of rank r + s and computes the pair
   of blocks, for both; the row sums and gradients of the visitor travel back. With R even the last
-  step meets every pair twice and each side does one half. A rank receives M D / 2 elements forward,
-  M D backward (blocks again, and gradients), half as much more per pass for a snapshot, but holds
-  about 13 M D / R, with a snapshot 19. The next block travels while a pair is computed.
+  step meets every pair twice and each side does one half. The next block travels while a pair is
+  computed.
+
+docs/distributed.md counts what a rank receives and holds: the first sends the fewest messages, the
+memory of the second shrinks with R.
 
 Blocks of a pair are stacked as one small problem, the first padded with zero nodes to whole tiles:
 such a row adds exp(0) = 1 to every row sum, which is taken off again, and nothing to a gradient. A
