@@ -303,14 +303,13 @@ def score(
 def summarise(
     plan: Plan, dataset: Dataset, runs: list[dict[str, Any]], digest: str
 ) -> dict[str, Any]:
-    """The content of ``result.json``."""
-    names = list(runs[0]["metrics"]) if runs else []
+    """The content of ``result.json``; of one run at least."""
+    resolved = runs[0]["resolved"]
     # A score that is not defined, such as the silhouette of one cluster, is None as in the file.
-    scores = [
-        {name: math.nan if value is None else value for name, value in run["metrics"].items()}
-        for run in runs
-    ]
-    columns = {name: [row.get(name, math.nan) for row in scores] for name in names}
+    columns = {
+        name: [math.nan if (score := run["metrics"].get(name)) is None else score for run in runs]
+        for name in runs[0]["metrics"]
+    }
     return {
         "dataset": plan.dataset,
         "model": plan.model,
@@ -322,7 +321,7 @@ def summarise(
         "n_edges": dataset.n_edges,
         "n_features": dataset.n_features,
         # Estimated, it may differ between seeds: then it is that of the first.
-        "n_clusters": (runs[0]["resolved"] if runs else plan.parameters)["n_clusters"],
+        "n_clusters": resolved["n_clusters"],
         "labelled": dataset.labels is not None,
         "data": digest,
         "complete": len(runs) == len(plan.seeds),
@@ -334,7 +333,7 @@ def summarise(
             for name, values in columns.items()
         },
         # With what the first seed took for settings that leave the choice to the method.
-        "config": plan.parameters | (runs[0]["resolved"] if runs else {}),
+        "config": plan.parameters | resolved,
         "machine": {
             "cpu": cpu_name(),
             "cpu_level": str(_C.cpu_level()),

@@ -164,7 +164,7 @@ class GraphClusterer(
             device,
         )
         if graph is None:
-            graph = nearest_neighbor_graph(features, min(self.n_neighbors, n - 1))
+            graph = nearest_neighbor_graph(features, self.n_neighbors)
         self.seed_ = _seed(self.random_state)
         if auto:
             self.n_clusters_, self.n_clusters_evidence_ = estimate_n_clusters(
