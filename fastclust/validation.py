@@ -11,7 +11,6 @@ Isolated nodes, disconnected graphs and all-zero feature rows are ordinary data 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import numbers
 import warnings
@@ -24,8 +23,18 @@ import scipy.sparse as sp
 import torch
 
 from fastclust._library import cuda_loaded, cuda_status
-from fastclust.interop import from_foreign
-from fastclust.memory import require_memory
+from fastclust.conversion import (
+    STACKLEVEL,
+    DataWarning,
+    as_array,
+    as_csr,
+    checked_csr,
+    edge_index_pair,
+    is_networkx,
+    networkx_to_csr,
+    require_real,
+    to_host,
+)
 
 __all__ = [
     "DataWarning",
@@ -53,10 +62,6 @@ _SYMMETRY_TOLERANCE = 1e-6
 
 # Attributes are expected between this and its inverse.
 _SMALLEST_SCALE = 1e-9
-
-
-class DataWarning(UserWarning):
-    """The data were changed, or look unusual, but can be used."""
 
 
 def check_adjacency(
@@ -110,7 +115,7 @@ def check_adjacency(
            [1., 0., 1.],
            [0., 1., 0.]], dtype=float32)
     """
-    matrix = _as_csr(align_adjacency(adjacency), n_nodes, name)
+    matrix = as_csr(align_adjacency(adjacency), n_nodes, name)
     n = matrix.shape[0]
     if matrix.shape[0] != matrix.shape[1]:
         hint = ""
@@ -148,10 +153,10 @@ def align_adjacency(adjacency: Any, features: Any = None) -> Any:
     is a table of the same names. Other names say nothing about order: rows are then taken as they
     stand.
     """
-    if _is_networkx(adjacency) and hasattr(features, "iloc"):
+    if is_networkx(adjacency) and hasattr(features, "iloc"):
         order = features.index
         if order.is_unique and set(order) == set(adjacency.nodes):
-            return _networkx_to_csr(adjacency, list(order))
+            return networkx_to_csr(adjacency, list(order))
     if not hasattr(adjacency, "iloc") or getattr(adjacency, "ndim", 0) != 2:
         return adjacency
     order = adjacency.index
@@ -192,17 +197,17 @@ def check_features(
         Not two-dimensional, no rows, no columns, a wrong number of rows, NaN or infinite values,
         complex numbers, rows so long that float32 does not hold their squared length.
     """
-    features = _to_host(features)
+    features = to_host(features)
     if sp.issparse(features):
-        _require_real(features.dtype, name)
-        matrix: Any = _checked_csr(features, name)
+        require_real(features.dtype, name)
+        matrix: Any = checked_csr(features, name)
         _require_feature_shape(matrix.shape, n_nodes, name)
         _require_finite(matrix, name)
         matrix.data = _to_float32(matrix.data, name)
         _check_scale(matrix.data, matrix.shape[1], name)
         return _canonical(matrix)
 
-    array = _as_array(features, name)
+    array = as_array(features, name)
     if array.ndim != 2:
         raise ValueError(
             f"{name} must be 2-dimensional [n_nodes, n_features], got shape {array.shape}; "
@@ -259,7 +264,7 @@ def check_labels(labels: Any, n_nodes: int | None = None, *, name: str = "labels
     ValueError
         Not one-dimensional, empty, of the wrong length, NaN or otherwise missing.
     """
-    values = _to_host(labels)
+    values = to_host(labels)
     array = np.asarray(values)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
@@ -434,8 +439,8 @@ def unpack_graph_data(data: Any) -> tuple[npt.NDArray[np.float32] | sp.csr_array
     weight = getattr(data, "edge_weight", None)
     if weight is None:
         return features, check_adjacency(edge_index, n_nodes, name="data.edge_index")
-    rows, cols = _edge_index_pair(_as_array(edge_index, "data.edge_index"), n_nodes, "edge_index")
-    weight = _as_array(weight, "data.edge_weight").reshape(-1)
+    rows, cols = edge_index_pair(as_array(edge_index, "data.edge_index"), n_nodes, "edge_index")
+    weight = as_array(weight, "data.edge_weight").reshape(-1)
     if weight.shape[0] != rows.shape[0]:
         raise ValueError(
             f"data.edge_weight must hold one weight per edge ({rows.shape[0]}), "
@@ -484,212 +489,7 @@ def check_like(name: str, y: torch.Tensor, other: str, x: torch.Tensor) -> None:
         )
 
 
-# --- from any kind to scipy CSR ------------------------------------------------------------------
-
-
-def _as_csr(adjacency: Any, n_nodes: int | None, name: str) -> sp.csr_array:
-    """Any supported adjacency as CSR with checked indices; entries summed where they repeat."""
-    adjacency = _to_host(adjacency)
-    if sp.issparse(adjacency):
-        if adjacency.ndim != 2:
-            raise ValueError(f"{name} must be 2-dimensional, got shape {adjacency.shape}")
-        _require_real(adjacency.dtype, name)
-        return _checked_csr(adjacency, name)
-    if _is_networkx(adjacency):
-        return _networkx_to_csr(adjacency)
-
-    array = _as_array(adjacency, name)
-    if array.ndim != 2:
-        raise ValueError(
-            f"{name} must be 2-dimensional: [N, N], or an edge index [2, E]; "
-            f"got shape {array.shape}"
-        )
-    # [2, 2] is read as a dense adjacency unless the number of nodes says otherwise.
-    is_edge_index = (
-        array.shape[0] == 2
-        and array.dtype.kind in "iu"
-        and (array.shape[1] != 2 or n_nodes not in (None, 2))
-    )
-    if is_edge_index:
-        rows, cols = _edge_index_pair(array, n_nodes, name)
-        n = int(max(rows.max(), cols.max())) + 1 if n_nodes is None and rows.size else n_nodes
-        if n is None:
-            raise ValueError(f"{name} must hold at least one edge when the number of nodes is open")
-        require_memory(16 * n, f"{name} with node number {n - 1}", "number the nodes from 0 on")
-        matrix = sp.csr_array((np.ones(rows.size, np.float32), (rows, cols)), shape=(n, n))
-        matrix.data[:] = 1.0  # a repeated column of an edge index is the same edge
-        return matrix
-    # Small integers would overflow in sums; SciPy has no half precision.
-    narrow = array.dtype.kind in "biu" or array.dtype == np.float16
-    return sp.csr_array(array.astype(np.float32) if narrow else array)
-
-
-def _edge_index_pair(array: Any, n_nodes: int | None, name: str) -> tuple[Any, Any]:
-    if array.ndim != 2 or array.shape[0] != 2 or array.dtype.kind not in "iu":
-        raise ValueError(
-            f"{name} must be an integer edge index of shape [2, E], "
-            f"got shape {array.shape} of {array.dtype}"
-        )
-    _require_index_range(array.reshape(-1), n_nodes, name)
-    return array[0].astype(np.int64), array[1].astype(np.int64)
-
-
-def _is_networkx(graph: Any) -> bool:
-    return hasattr(graph, "number_of_nodes") and hasattr(graph, "adj")
-
-
-def _networkx_to_csr(graph: Any, nodes: list[Any] | None = None) -> sp.csr_array:
-    """A networkx graph as CSR, its nodes as they are listed."""
-    import networkx as nx
-
-    if nodes is None:
-        nodes = list(graph.nodes)
-        if set(nodes) == set(range(len(nodes))):
-            nodes.sort()
-        elif all(isinstance(node, numbers.Integral) for node in nodes) and nodes != sorted(nodes):
-            shown = ", ".join(map(str, nodes[:3])) + (", ..." if len(nodes) > 3 else "")
-            warnings.warn(
-                f"nodes of the networkx graph are numbered, but not 0 to {len(nodes) - 1}: rows "
-                f"are taken in the order in which they are listed: {shown}; sort them, or give X "
-                f"as a pandas table whose index holds these numbers",
-                DataWarning,
-                stacklevel=_STACKLEVEL + 1,
-            )
-    if not nodes:
-        return sp.csr_array((0, 0), dtype=np.float32)
-    return sp.csr_array(nx.to_scipy_sparse_array(graph, nodelist=nodes, format="csr"))
-
-
-def _to_host(value: Any) -> Any:
-    """Tensors, arrays that speak DLPack, and pandas tables as NumPy arrays or scipy matrices.
-
-    Data on the host stay where they are, data on a GPU are copied. Everything else passes.
-    """
-    if type(value).__module__.partition(".")[0] == "cupyx" and hasattr(value, "get"):
-        return value.get()  # a sparse matrix
-    if hasattr(value, "iloc"):
-        with contextlib.suppress(AttributeError, ValueError):  # dense, or sparse but not of zeros
-            return value.sparse.to_coo()
-        return np.asarray(value)
-    if not isinstance(value, (np.ndarray, torch.Tensor)):
-        # Arrow's arrays of words, or with nulls, speak DLPack in name only.
-        with contextlib.suppress(TypeError):
-            value = from_foreign(value)
-    return _torch_to_host(value) if isinstance(value, torch.Tensor) else value
-
-
-def _torch_to_host(tensor: torch.Tensor) -> Any:
-    """A torch tensor as a NumPy array (dense) or scipy matrix (sparse layouts)."""
-    tensor = tensor.detach().cpu()
-    if tensor.dtype in (torch.bfloat16, torch.float16):
-        tensor = tensor.to(torch.float32)
-    if tensor.layout == torch.strided:
-        return tensor.numpy()
-    if tensor.layout == torch.sparse_csr:
-        arrays = (tensor.values(), tensor.col_indices(), tensor.crow_indices())
-        return sp.csr_array(tuple(a.numpy() for a in arrays), shape=tuple(tensor.shape))
-    if tensor.layout == torch.sparse_csc:
-        arrays = (tensor.values(), tensor.row_indices(), tensor.ccol_indices())
-        return sp.csc_array(tuple(a.numpy() for a in arrays), shape=tuple(tensor.shape))
-    if tensor.layout != torch.sparse_coo:
-        tensor = tensor.to_sparse_coo()
-    tensor = tensor.coalesce()
-    rows, cols = tensor.indices().numpy()
-    return sp.coo_array((tensor.values().numpy(), (rows, cols)), shape=tuple(tensor.shape))
-
-
-def _as_array(value: Any, name: str) -> Any:
-    """Anything array-like as a NumPy array of real numbers or booleans."""
-    value = _to_host(value)
-    if np.ma.is_masked(value):
-        raise ValueError(
-            f"{name} must have no masked entries, got {np.ma.count_masked(value)}; fill them or "
-            f"drop their rows"
-        )
-    if value is None or isinstance(value, (str, bytes, dict)):
-        raise TypeError(f"{name} must be an array, sparse matrix or tensor, got {value!r:.60}")
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name} must be an array, sparse matrix or tensor, got {type(value).__name__}: {error}"
-        ) from None
-    if array.dtype.kind in "OUS":
-        try:
-            array = array.astype(np.float64)
-        except (TypeError, ValueError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{name} must be numeric, got dtype {array.dtype}: {error}") from None
-    _require_real(array.dtype, name)
-    # SciPy knows no matrix of another byte order.
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-
-
-def _checked_csr(matrix: Any, name: str) -> sp.csr_array:
-    """A scipy sparse matrix as CSR, after its index arrays were checked.
-
-    scipy trusts its index arrays and would read out of bounds on a damaged one.
-    """
-    what = f"{name} of shape {tuple(matrix.shape)}"
-    require_memory(16 * matrix.shape[0], what, "number rows from 0 on")
-    if matrix.format in ("csr", "csc", "bsr"):
-        n_major, n_minor = matrix.shape if matrix.format != "csc" else matrix.shape[::-1]
-        if matrix.format == "bsr":
-            n_major, n_minor = (n // b for n, b in zip(matrix.shape, matrix.blocksize, strict=True))
-        require_valid_csr(matrix.data, matrix.indices, matrix.indptr, n_major, n_minor, name)
-    elif matrix.format == "coo":
-        for axis, index in enumerate(matrix.coords):
-            _require_index_range(index, matrix.shape[axis], name)
-    csr = sp.csr_array(matrix)  # shares the arrays of a CSR argument
-    if csr.dtype.kind in "iu":
-        csr = csr.astype(np.float32)  # small integers would overflow in sums and differences
-    if not csr.has_canonical_format:
-        csr = csr.copy()
-        csr.sum_duplicates()
-    return csr.astype(np.float32) if csr.dtype == bool else csr
-
-
-def require_valid_csr(
-    data: Any, indices: Any, indptr: Any, n_rows: int, n_columns: int, name: str
-) -> None:
-    """Raise ``ValueError`` unless the arrays make a CSR matrix of the given size."""
-    if (
-        indptr.shape != (n_rows + 1,)
-        or indptr[0] != 0
-        or indptr[-1] > indices.shape[0]
-        or (indptr[1:] < indptr[:-1]).any()
-        or indices.shape[0] != data.shape[0]
-    ):
-        raise ValueError(
-            f"{name} must be a valid compressed sparse matrix: one value per index, and a row "
-            f"pointer of {n_rows + 1} values rising from 0 to their number; got {data.shape[0]} "
-            f"values, {indices.shape[0]} indices and a row pointer of {indptr.shape[0]}"
-        )
-    _require_index_range(indices, n_columns, name)
-
-
-def _require_index_range(indices: Any, n: int | None, name: str) -> None:
-    if not indices.size:
-        return
-    low, high = int(indices.min()), int(indices.max())
-    if low < 0:
-        raise ValueError(f"{name} must hold node indices of 0 or more, got {low}")
-    if n is not None and high >= n:
-        raise ValueError(
-            f"{name} must hold indices below {n}, got {high}; check the number of nodes, and that "
-            f"indices count from 0"
-        )
-
-
 # --- checks and mends ----------------------------------------------------------------------------
-
-
-def _require_real(dtype: Any, name: str) -> None:
-    kind = np.dtype(dtype).kind
-    if kind == "c":
-        raise ValueError(f"Complex data not supported: {name} must be real, got dtype {dtype}")
-    if kind not in "biuf":
-        raise TypeError(f"{name} must be numeric, got dtype {dtype}")
 
 
 def _require_finite(array: Any, name: str) -> None:
@@ -748,7 +548,7 @@ def _drop_self_loops(matrix: sp.csr_array, name: str) -> sp.csr_array:
     if not loops:
         return matrix
     warnings.warn(
-        f"{name} has {loops} self loops; they were dropped", DataWarning, stacklevel=_STACKLEVEL
+        f"{name} has {loops} self loops; they were dropped", DataWarning, stacklevel=STACKLEVEL
     )
     return without_diagonal(matrix)
 
@@ -778,12 +578,9 @@ def _symmetrised(matrix: sp.csr_array, name: str) -> sp.csr_array:
             f"{name} is not symmetric ({n_bad} pairs of nodes differ between the two directions); "
             f"using the elementwise maximum of it and its transpose",
             DataWarning,
-            stacklevel=_STACKLEVEL,
+            stacklevel=STACKLEVEL,
         )
     return matrix.maximum(transposed)
-
-
-_STACKLEVEL = 4  # helper, check_*, the caller of check_*, its user
 
 
 def _canonical(matrix: sp.csr_array) -> sp.csr_array:

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
-from fastclust.validation import check_adjacency, check_features, require_valid_csr
+from fastclust.conversion import require_valid_csr
+from fastclust.validation import check_adjacency, check_features
 
 
 class DatasetNotFoundError(FileNotFoundError):
