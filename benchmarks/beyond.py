@@ -27,6 +27,7 @@ from fastclust.datasets import load_dataset, nearest_neighbor_graph
 from fastclust.graph import Graph
 from fastclust.metrics import clustering_scores
 from fastclust.models import back_ends, ssgc
+from fastclust.models.consensus import _votes, cluster_means, consensus_kmeans
 from fastclust.models.ecnmf import target_distribution
 from fastclust.models.hsan import confident_nodes
 from fastclust.models.inputs import (
@@ -35,6 +36,7 @@ from fastclust.models.inputs import (
     stacked_unit_rows,
     unit_rows,
 )
+from fastclust.models.leading import gram_matrix, leading_bases
 from fastclust.validation import check_adjacency, check_features
 
 Results = Iterator[tuple[str, np.ndarray]]  # name of a variant, labels [N]
@@ -128,14 +130,14 @@ def views(smoothed: list[torch.Tensor], parts: Parts, width: int) -> torch.Tenso
     columns = []
     for smooth, (_, energy, mean_energy) in zip(smoothed, parts, strict=True):
         scalings = ssgc._scalings(energy, mean_energy, "multiview")
-        bases = ssgc._bases(ssgc._gram([smooth]), scalings, width).to(smooth)
+        bases = leading_bases(gram_matrix([smooth]), scalings, width).to(smooth)
         columns += [unit_rows(smooth @ basis) for basis in bases]
     return torch.cat(columns, dim=1)
 
 
 def cut(x: torch.Tensor, width: int) -> torch.Tensor:
     """Unit rows of the leading singular vectors of x."""
-    (basis,) = ssgc._bases(ssgc._gram([x]), [torch.ones(x.shape[1])], width).to(x)
+    (basis,) = leading_bases(gram_matrix([x]), [torch.ones(x.shape[1])], width).to(x)
     return unit_rows(x @ basis)
 
 
@@ -151,12 +153,12 @@ def embedding(t: Task, seed: int, n_steps: int = 8, width: int = 2) -> torch.Ten
 
 
 def consensus(z: torch.Tensor, k: int, seed: int, **keywords: object) -> np.ndarray:
-    return ssgc.consensus_kmeans(z, k, seed=seed, **keywords).labels.numpy()  # type: ignore[arg-type]
+    return consensus_kmeans(z, k, seed=seed, **keywords).labels.numpy()  # type: ignore[arg-type]
 
 
 def fused(votes: torch.Tensor, z: torch.Tensor | None, k: int, seed: int) -> np.ndarray:
     """Clusters of all votes [N, *]; with z, after Lloyd's iterations on it."""
-    (basis,) = ssgc._bases(ssgc._gram([votes]), [torch.ones(votes.shape[1])], 4 * k).to(votes)
+    (basis,) = leading_bases(gram_matrix([votes]), [torch.ones(votes.shape[1])], 4 * k).to(votes)
     agreed = ops.kmeans(votes @ basis, k, n_init=20, seed=seed).labels
     if z is None:
         return agreed.numpy()
@@ -179,7 +181,7 @@ def votes(t: Task, seed: int) -> Results:
     """Votes of one or several embeddings, as counts or as orthonormal indicators."""
     zs = {(s, w): embedding(t, seed, s, w) for s in (4, 8, 16) for w in (2, 4)}
     n_runs = 50
-    ballots = {key: ssgc._votes(z, t.k, n_runs, seed) for key, z in zs.items()}
+    ballots = {key: _votes(z, t.k, n_runs, seed) for key, z in zs.items()}
     z = zs[8, 2]
     yield "counts, T 8", fused((ballots[8, 2] > 0).to(z), z, t.k, seed)
     for name, keys in {
@@ -223,7 +225,7 @@ def bagging(t: Task, seed: int) -> Results:
             e = rng.permutation(upper.nnz)[: int(share * upper.nnz)]
             one_way = sp.csr_array((upper.data[e], (upper.row[e], upper.col[e])), shape=(n, n))
             bagged = Task(part, (one_way + one_way.T).tocsr(), t.y)
-            ballots.append(ssgc._votes(embedding(bagged, seed), t.k, 20, derive_seed(seed, bag)))
+            ballots.append(_votes(embedding(bagged, seed), t.k, 20, derive_seed(seed, bag)))
         yield f"{share:.0%} bags", fused(torch.cat(ballots, dim=1), None, t.k, seed)
         yield f"{share:.0%} bags, Lloyd", fused(torch.cat(ballots, dim=1), z, t.k, seed)
 
@@ -282,7 +284,7 @@ def _contrast(
             yield epoch, mean
         if confident is not None and epoch % 10 == 0:
             labels = torch.from_numpy(consensus(cut(mean, 2 * k), k, seed))
-            clear = confident_nodes(mean, ssgc.cluster_means(mean, labels, k), confident)
+            clear = confident_nodes(mean, cluster_means(mean, labels, k), confident)
             weights = ops.hardness(z.detach(), None, alpha, labels, clear, beta)
         loss = ops.hard_infonce(z, None, alpha, weights=weights)
         optimizer.zero_grad()
@@ -323,7 +325,7 @@ def neighbours(t: Task, seed: int) -> Results:
     """A linear map trained so that nodes met on short walks are alike, others not."""
     parts = leading_pairs(t.x, seed)
     x = views(smoothed(Graph(t.a, norm="sym"), parts, 8), parts, 4 * t.k)
-    (start,) = ssgc._bases(ssgc._gram([x]), [torch.ones(x.shape[1])], 64).to(x)
+    (start,) = leading_bases(gram_matrix([x]), [torch.ones(x.shape[1])], 64).to(x)
     n = x.shape[0]
     for temperature in (1.0, 0.3):
         for longest in (1, 4):
@@ -351,7 +353,7 @@ def self_training(t: Task, seed: int) -> Results:
     x = views(smoothed(Graph(t.a, norm="sym"), parts, 8), parts, 2 * t.k)
     z = cut(x, 2 * t.k)
     start = torch.from_numpy(consensus(z, t.k, seed))
-    (basis,) = ssgc._bases(ssgc._gram([x]), [torch.ones(x.shape[1])], 2 * t.k).to(x)
+    (basis,) = leading_bases(gram_matrix([x]), [torch.ones(x.shape[1])], 2 * t.k).to(x)
     one_hot = torch.nn.functional.one_hot(start, t.k).to(z)
     centers = (one_hot.T @ z) / one_hot.sum(0).clamp_min(1)[:, None]
     sharpness = 1.0 / (z - centers[start]).square().sum(1).mean()

@@ -21,7 +21,8 @@ from fastclust import ops
 from fastclust.cli import parse_seeds
 from fastclust.datasets import load_dataset
 from fastclust.metrics import clustering_scores
-from fastclust.models.ssgc import consensus_kmeans, leading_directions
+from fastclust.models.consensus import consensus_kmeans
+from fastclust.models.leading import leading_directions
 from fastclust.rundir import read_toml
 
 STARTS = (50, 100, 200, 400)

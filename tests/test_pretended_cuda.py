@@ -15,10 +15,10 @@ from pretended_cuda import OnCuda, pretended_cuda
 
 import fastclust as fc
 from fastclust import cli, nn, ops, train
+from fastclust.models.consensus import cluster_means
 from fastclust.models.ecnmf import ECNMFModel
 from fastclust.models.hsan import HSANModel
 from fastclust.models.minibatch import SampledECNMF, SampledHSAN
-from fastclust.models.ssgc import cluster_means
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is here")
 
@@ -112,7 +112,7 @@ def test_cluster_means_in_blocks(monkeypatch) -> None:
     g = torch.Generator().manual_seed(0)
     z, labels = torch.randn(100, 5, generator=g), torch.randint(0, 3, (100,), generator=g)
     want = cluster_means(z, labels, 4)  # one cluster is empty
-    monkeypatch.setattr("fastclust.models.ssgc._MEAN_ROWS", 30)
+    monkeypatch.setattr("fastclust.models.consensus._MEAN_ROWS", 30)
     with pretended_cuda():
         got = cluster_means(z.cuda(), labels.cuda(), 4)
         assert isinstance(got, OnCuda)

@@ -19,9 +19,11 @@ from fastclust import ops
 from fastclust.datasets import load_dataset
 from fastclust.graph import Graph
 from fastclust.metrics import clustering_scores
-from fastclust.models import ssgc
+from fastclust.models import consensus, halves, ssgc
+from fastclust.models.consensus import consensus_kmeans
 from fastclust.models.inputs import inverse_document_frequency, unit_rows, weighted_rows
-from fastclust.models.ssgc import consensus_kmeans, ssgc_embedding, ssgc_projection
+from fastclust.models.leading import gram_matrix, leading_bases
+from fastclust.models.ssgc import ssgc_embedding, ssgc_projection
 
 
 def one_hot(columns: np.ndarray) -> sp.csr_array:
@@ -89,7 +91,7 @@ def test_views_are_leading_singular_vectors_of_the_scaled_matrix():
     rng = np.random.default_rng(0)
     m = rng.normal(size=(40, 6)).astype(np.float32)
     scale = torch.from_numpy(rng.random(6) + 0.1)
-    (basis,) = ssgc._bases(ssgc._gram([torch.from_numpy(m)]), [scale], 2).float()
+    (basis,) = leading_bases(gram_matrix([torch.from_numpy(m)]), [scale], 2).float()
     view = unit_rows(torch.from_numpy(m) @ basis)
     u, values, _ = np.linalg.svd(m * scale.numpy(), full_matrices=False)
     expected = (u * values)[:, :2]
@@ -267,7 +269,7 @@ def test_consensus_is_the_typical_minimum_and_hardly_depends_on_the_seed() -> No
 
 def test_votes_are_orthonormal_indicators() -> None:
     x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
-    votes = ssgc._votes(x, 3, 4, seed=0)
+    votes = consensus._votes(x, 3, 4, seed=0)
     assert votes.shape == (50, 6)
     for vote in votes.split(3, dim=1):
         torch.testing.assert_close(vote.T @ vote, torch.eye(3))
@@ -277,8 +279,8 @@ def test_votes_are_orthonormal_indicators() -> None:
 @pytest.mark.parametrize("sampled_from", [1 << 14, 100])
 def test_other_embeddings_vote_as_well(monkeypatch, sampled_from) -> None:
     """Rows whose groups cannot be seen are clustered by the votes of those that show them."""
-    monkeypatch.setattr(ssgc, "SAMPLED_FROM", sampled_from)
-    monkeypatch.setattr(ssgc, "AGREEMENT_ROWS", 150)
+    monkeypatch.setattr(consensus, "SAMPLED_FROM", sampled_from)
+    monkeypatch.setattr(consensus, "AGREEMENT_ROWS", 150)
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1, 2], 100)
     blurred, clear = (
@@ -303,12 +305,12 @@ def test_sketch_of_many_votes_is_their_decomposition(monkeypatch) -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(12), 30)
     z = torch.from_numpy((np.eye(12)[labels] + 0.3 * rng.normal(size=(360, 12))).astype(np.float32))
-    votes = ssgc._votes(z, 12, 100, seed=0)
-    assert votes.shape[1] > ssgc._EXACT_VOTES
-    sketched = ssgc._leading_coordinates(votes, 48, seed=0)
+    votes = consensus._votes(z, 12, 100, seed=0)
+    assert votes.shape[1] > consensus._EXACT_VOTES
+    sketched = consensus._leading_coordinates(votes, 48, seed=0)
     found = consensus_kmeans(z, 12).labels
-    monkeypatch.setattr(ssgc, "_EXACT_VOTES", votes.shape[1])
-    exact = ssgc._leading_coordinates(votes, 48, seed=0)
+    monkeypatch.setattr(consensus, "_EXACT_VOTES", votes.shape[1])
+    exact = consensus._leading_coordinates(votes, 48, seed=0)
     assert sketched.shape == exact.shape == (360, 48)
     bases = [torch.linalg.qr(rows[:, :12]).Q for rows in (sketched, exact)]
     assert torch.linalg.svdvals(bases[0].T @ bases[1]).min() > 0.999
@@ -324,8 +326,8 @@ def test_sketch_of_votes_does_not_depend_on_threads() -> None:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             with threadpool_limits(limits=count, user_api="blas"):
-                votes = ssgc._votes(z, 15, 100, seed=0)
-                rows = ssgc._leading_coordinates(votes, 60, seed=0)
+                votes = consensus._votes(z, 15, 100, seed=0)
+                rows = consensus._leading_coordinates(votes, 60, seed=0)
                 results.append((rows, consensus_kmeans(z, 15).labels))
     finally:
         torch.set_num_threads(threads)
@@ -352,14 +354,14 @@ def test_many_nodes_in_blocks_are_as_few_nodes_at_once(monkeypatch, tmp_path):
     np.save(tmp_path / "x.npy", ds.features)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     whole, info = ssgc_embedding(ds.features, ds.adjacency, 3)
-    for name, value in (
-        ("SAMPLE_ROWS", 64),
-        ("SAMPLED_FROM", 64),
-        ("_COLUMNS", 8),
-        ("_EDGES", 500),
+    for module, name, value in (
+        (ssgc, "SAMPLE_ROWS", 64),
+        (ssgc, "SAMPLED_FROM", 64),
+        (ssgc, "_COLUMNS", 8),
+        (ssgc, "AGREEMENT_ROWS", 200),
+        (halves, "_EDGES", 500),
     ):
-        monkeypatch.setattr(ssgc, name, value)
-    monkeypatch.setattr(ssgc, "AGREEMENT_ROWS", 200)
+        monkeypatch.setattr(module, name, value)
     blocks, again = ssgc_embedding(mapped, ds.adjacency, 3)
     assert info["n_steps"] == again["n_steps"] and again["agreement"][8] > 0.3
     assert abs((whole * blocks).sum(1)).min() > 0.999, "the same up to the signs of columns"
@@ -372,8 +374,8 @@ def test_many_nodes_in_blocks_are_as_few_nodes_at_once(monkeypatch, tmp_path):
 def test_hashed_halves_share_no_edge_and_lose_none(monkeypatch):
     ds = fc.make_attributed_sbm(300, 2000, 4, 3)
     for block in (1 << 20, 700):
-        monkeypatch.setattr(ssgc, "_EDGES", block)
-        first, second = (ssgc._hashed_half(ds.adjacency, half, 17) for half in range(2))
+        monkeypatch.setattr(halves, "_EDGES", block)
+        first, second = (halves._hashed_half(ds.adjacency, half, 17) for half in range(2))
         assert ((first + second) != ds.adjacency).nnz == 0
         assert (first != first.T).nnz == 0 and first.has_sorted_indices
         assert abs(first.nnz - second.nnz) < 4 * 2 * np.sqrt(2000)
@@ -382,7 +384,7 @@ def test_hashed_halves_share_no_edge_and_lose_none(monkeypatch):
 @pytest.mark.parametrize("blas_threads", [1, 2])
 def test_bases_do_not_depend_on_the_threads_of_lapack(blas_threads: int) -> None:
     m = torch.from_numpy(np.random.default_rng(0).normal(size=(2000, 500)))
-    gram = ssgc._gram([m])
-    alone = ssgc._bases(gram, [torch.ones(500)], 40)
+    gram = gram_matrix([m])
+    alone = leading_bases(gram, [torch.ones(500)], 40)
     with threadpool_limits(limits=blas_threads, user_api="blas"):
-        assert torch.equal(ssgc._bases(gram, [torch.ones(500)], 40), alone)
+        assert torch.equal(leading_bases(gram, [torch.ones(500)], 40), alone)

@@ -21,13 +21,12 @@ from fastclust.models.back_ends import (
     cut_vectors,
     no_comparison,
 )
+from fastclust.models.consensus import cluster_means, consensus_kmeans
 from fastclust.models.inputs import kmeans_labels, nearest_center, sampled_kmeans
 from fastclust.models.ssgc import (
     LEADING_PAIRS,
     Recipe,
     Weighting,
-    cluster_means,
-    consensus_kmeans,
     ssgc_embedding,
     ssgc_projection,
 )
@@ -63,7 +62,8 @@ class SSGC(GraphClusterer):
         How attribute rows are weighted.
     n_init : int, default 100
         k-means starts. Their better half votes, see
-        :func:`fastclust.models.ssgc.consensus_kmeans`; with ``consensus=False`` the best is taken.
+        :func:`fastclust.models.consensus.consensus_kmeans`; with ``consensus=False`` the best is
+        taken.
     consensus : bool, default True
         Whether starts vote, a third of them each on the embeddings with T / 2, T and 2 T steps
         (only T above 16384 nodes): where k-means has several minima of nearly one inertia, the

@@ -20,8 +20,8 @@ from scipy.sparse.linalg import eigsh
 from sklearn.metrics import normalized_mutual_info_score
 
 from fastclust.datasets import nearest_neighbor_graph
+from fastclust.models.halves import Features, disjoint_halves
 from fastclust.models.inputs import derive_seed, unit_rows
-from fastclust.models.ssgc import Features, disjoint_halves
 
 __all__ = [
     "choose_back_end",

@@ -27,6 +27,7 @@ from fastclust import ops
 from fastclust.distributed import ONE, Ranks
 from fastclust.graph import Graph
 from fastclust.interop import without_autocast
+from fastclust.models.consensus import cluster_means, consensus_kmeans
 from fastclust.models.inputs import (
     NORM_FLOOR,
     as_tensor,
@@ -36,7 +37,7 @@ from fastclust.models.inputs import (
     uniform_parameter,
     unit_rows,
 )
-from fastclust.models.ssgc import cluster_means, consensus_kmeans, leading_directions
+from fastclust.models.leading import leading_directions
 
 __all__ = ["ECNMFModel", "choose_propagation", "target_distribution"]
 
@@ -325,7 +326,7 @@ class ECNMFModel(nn.Module):
         Start of the softmax head: from cluster centres C of the untrained Z, W = 2 C g and
         ``b = -|C|^2 g`` with g = 1 / within-cluster variance, or random (as published).
         ``"kmeans"`` clusters Z as it is, ``"spectral"`` its leading 2 K singular vectors, by the
-        consensus of many starts: :func:`fastclust.models.ssgc.consensus_kmeans`.
+        consensus of many starts: :func:`fastclust.models.consensus.consensus_kmeans`.
     view_loss : {"elements", "nodes"}
         Eq. 12 as a mean over all N d elements, or over nodes of squared distances.
     kl : {"batchmean", "sum", "literal"}

@@ -23,6 +23,7 @@ from fastclust import ops
 from fastclust.distributed import ONE, Ranks
 from fastclust.graph import Graph
 from fastclust.interop import without_autocast
+from fastclust.models.consensus import consensus_kmeans
 from fastclust.models.inputs import (
     SAMPLE_ROWS,
     as_tensor,
@@ -33,7 +34,7 @@ from fastclust.models.inputs import (
     stacked_unit_rows,
     uniform_parameter,
 )
-from fastclust.models.ssgc import consensus_kmeans, leading_directions
+from fastclust.models.leading import leading_directions
 from fastclust.validation import check_choice
 
 __all__ = ["HSANModel", "confident_nodes", "filtered_attributes", "principal_axes"]
@@ -212,7 +213,7 @@ class HSANModel(nn.Module):
         Keep alpha in [0, 1]; the paper leaves it free.
     kmeans : {"consensus", "k-means++", "paper-code"}
         How pseudo labels and results are clustered: by what 10 ``n_init`` starts agree on in the
-        2 K leading singular directions of Z (:func:`fastclust.models.ssgc.consensus_kmeans`),
+        2 K leading singular directions of Z (:func:`fastclust.models.consensus.consensus_kmeans`),
         the best of ``n_init`` k-means++ restarts on Z, or one run from the released code's draw of
         centres, see :func:`fastclust.ops.kmeans`. An empty cluster is
         repaired either way (in the released code it ends in NaN centres).

@@ -29,13 +29,10 @@ from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 
 from fastclust import ops
 from fastclust.graph import Graph
+from fastclust.models.consensus import AGREEMENT_ROWS, SAMPLED_FROM
+from fastclust.models.halves import disjoint_halves
 from fastclust.models.inputs import kmeans_labels, sample_rows, unit_rows
-from fastclust.models.ssgc import (
-    AGREEMENT_ROWS,
-    SAMPLED_FROM,
-    disjoint_halves,
-    smoothed_basis,
-)
+from fastclust.models.ssgc import smoothed_basis
 from fastclust.validation import DataWarning
 
 __all__ = ["estimate_n_clusters"]

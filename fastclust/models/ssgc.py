@@ -24,33 +24,31 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 import torch
-from scipy.linalg import eigh
 from scipy.stats import rankdata
 from sklearn.metrics import normalized_mutual_info_score
-from threadpoolctl import threadpool_limits
 
 from fastclust import ops
 from fastclust.graph import Graph
-from fastclust.interop import without_autocast
+from fastclust.models.consensus import AGREEMENT_ROWS, SAMPLED_FROM, consensus_kmeans
+from fastclust.models.halves import Features, disjoint_halves
 from fastclust.models.inputs import (
     SAMPLE_ROWS,
     as_tensor,
     check_counts,
-    derive_seed,
     inverse_document_frequency,
     kmeans_labels,
     sample_rows,
-    sampled_kmeans,
     unit_rows,
     weighted_rows,
 )
+from fastclust.models.leading import gram_matrix, leading_bases, leading_directions
 from fastclust.validation import check_choice
 
 __all__ = [
@@ -61,7 +59,6 @@ __all__ = [
     "ssgc_projection",
 ]
 
-Features: TypeAlias = Any  # numpy.ndarray or scipy.sparse.csr_array, float32 [N, D]
 Recipe = Literal["multiview", "plain"]
 Weighting = Literal["auto", "l2", "tf-idf"]
 
@@ -79,23 +76,10 @@ _DEGREE_SHARE = 0.9  # of the degrees' variance, to be taken for an encoding of 
 _CENTRALITY_STEPS = 200  # power iterations
 _DAMPING = 0.85  # of PageRank
 _PLAIN_COMPONENTS = 20
-_CONSENSUS_RANK = 4  # times K: singular vectors of the votes that are clustered
-_CONSENSUS_RESTARTS = 20
-# Columns of the votes (50 K with 100 starts) up to which they are decomposed in float64. That takes
-# c^3: measured on 2708 nodes, one core, 0.07 s for 500 columns and 6.5 s for 3500, where a sketch
-# of their 50 N entries takes 0.02 and 0.3 s. Few columns stay exact: little time is lost, and
-# no rounding of the sketch chooses between equally good clusterings.
-_EXACT_VOTES = 512
-# Nodes from which on a sample votes and chooses T, and its rows: with all of 30,000 nodes, 40
-# clusters, the whole fit took 73 CPU seconds instead of 20.
-SAMPLED_FROM = 1 << 14
-AGREEMENT_ROWS = 1 << 13
-# Of more than SAMPLE_ROWS nodes: columns smoothed at a time, edges looked at at a time, and the
-# most columns of which a Gram matrix is made.
+# Of more than SAMPLE_ROWS nodes: columns smoothed at a time, and the most columns of which a Gram
+# matrix is made.
 _COLUMNS = 64
-_EDGES = 1 << 23
 _GRAM_COLUMNS = 4096
-_MEAN_ROWS = 1 << 13  # of which the means of clusters are summed at a time on a GPU
 
 
 def ssgc_embedding(
@@ -136,10 +120,10 @@ def ssgc_embedding(
         Seed of the random sketches and splits.
     device : torch.device or str, default "cpu"
         Where to compute.
-
     scales : bool, default False
         Whether to embed with T / 2 and 2 T steps as well, for the votes of
-        :func:`consensus_kmeans`. Not with 0 steps, nor of more than 16384 nodes.
+        :func:`fastclust.models.consensus.consensus_kmeans`. Not with 0 steps, nor of more than
+        16384 nodes.
 
     Returns
     -------
@@ -194,8 +178,8 @@ def ssgc_embedding(
         q, axes, energy, mean_energy = _leading_pairs(features, idf, seed, device)
         scalings = _scalings(energy, mean_energy, recipe)
         for t, smooth in _smoothed(graph, q, tuple(steps)).items():
-            bases = _bases(_gram(smooth.split(SAMPLE_ROWS)), scalings, width).to(smooth)
-            parts[t].append((smooth, bases))
+            gram = gram_matrix(smooth.split(SAMPLE_ROWS))
+            parts[t].append((smooth, leading_bases(gram, scalings, width).to(smooth)))
         projection |= {f"{name}.axes": axes, f"{name}.bases": parts[n_steps][-1][1]}
         if idf is not None:
             projection[f"{name}.idf"] = torch.from_numpy(idf)
@@ -234,8 +218,8 @@ def _joined(
     again = blocks if n_nodes > SAMPLE_ROWS else functools.partial(iter, list(blocks()))
     if sum(len(bases) for _, bases in parts) == 1:
         return _stacked(again(), n_nodes), None
-    gram = _gram(again())
-    (basis,) = _bases(gram, [torch.ones(len(gram))], width).to(parts[0][0])
+    gram = gram_matrix(again())
+    (basis,) = leading_bases(gram, [torch.ones(len(gram))], width).to(parts[0][0])
     return _stacked((unit_rows(block @ basis) for block in again()), n_nodes), basis
 
 
@@ -274,109 +258,6 @@ def ssgc_projection(
     if "joined" not in projection:
         return views[0]
     return unit_rows(torch.cat(views, dim=1) @ projection["joined"].to(device))
-
-
-@without_autocast
-def consensus_kmeans(
-    z: torch.Tensor,
-    n_clusters: int,
-    *,
-    n_init: int = 100,
-    seed: int = 0,
-    others: Sequence[torch.Tensor] = (),
-) -> ops.KMeansResult:
-    """Cluster by what the better half of many k-means runs agrees on.
-
-    Each of the runs of least inertia, half of them, has one vote: the indicators of its clusters,
-    divided by the root of their sizes. These are orthonormal, so that every vote is a projection
-    and a small cluster weighs as much as a large one. k-means on the 4 K leading singular vectors
-    of all votes finds the consensus, and Lloyd's iterations from its means end in the minimum of
-    inertia next to it. Of several minima with nearly the same inertia this takes the typical one,
-    where "least inertia" takes one by chance (few runs) or an outlier (many).
-
-    Of more than 16384 rows a sample of 8192 votes; the last iterations take all.
-
-    Parameters
-    ----------
-    z : Tensor [N, d]
-    n_clusters : int
-        K.
-    n_init : int
-        k-means++ runs; with fewer than 4 the one of least inertia is the result.
-    seed : int
-        Of the runs.
-    others : sequence of Tensor [N, d']
-        Embeddings of the same nodes that vote as well; the runs are shared out among all.
-
-    Returns
-    -------
-    KMeansResult
-        As of :func:`fastclust.ops.kmeans`.
-    """
-    if n_init < 4:
-        return sampled_kmeans(z, n_clusters, n_init=n_init, seed=seed)
-    voters = [z, *others]
-    if z.shape[0] > SAMPLED_FROM:
-        sample = sample_rows(z.shape[0], AGREEMENT_ROWS, seed).to(z.device)
-        voters = [voter[sample] for voter in voters]
-    each = max(2, n_init // len(voters))
-    votes = torch.cat([_votes(x, n_clusters, each, seed) for x in voters], dim=1)
-    rows = _leading_coordinates(votes, _CONSENSUS_RANK * n_clusters, seed)
-    agreed = ops.kmeans(rows, n_clusters, n_init=_CONSENSUS_RESTARTS, seed=seed)
-    return ops.kmeans(z, n_clusters, init=cluster_means(voters[0], agreed.labels, n_clusters))
-
-
-def cluster_means(z: torch.Tensor, labels: torch.Tensor, n_clusters: int) -> torch.Tensor:
-    """Means [K, d] of the rows of z [N, d] by cluster; zero where a cluster is empty."""
-    sizes = torch.bincount(labels, minlength=n_clusters).clamp_min(1)  # [K]
-    sums = z.new_zeros(n_clusters, z.shape[1])
-    if z.device.type == "cpu":
-        sums.index_add_(0, labels, z)
-        return sums / sizes[:, None]
-    # A GPU would add by atomics, in another order on each run.
-    wide = sums.double()
-    for rows, of in zip(z.split(_MEAN_ROWS), labels.split(_MEAN_ROWS), strict=True):
-        members = torch.nn.functional.one_hot(of, n_clusters)  # [rows, K]
-        wide += members.double().t() @ rows.double()
-    return (wide / sizes[:, None]).to(z.dtype)
-
-
-def leading_directions(z: torch.Tensor, count: int, *, seed: int = 0) -> torch.Tensor:
-    """The ``count`` leading right singular vectors of z [N, d], as columns [d, count].
-
-    Fewer where z has fewer rows or columns; of more than 65536 rows those of a sample.
-    """
-    rows = z
-    if z.shape[0] > SAMPLE_ROWS:
-        rows = z[sample_rows(z.shape[0], SAMPLE_ROWS, seed).to(z.device)]
-    svd = ops.batched_svd(rows, min(count, *rows.shape), center=False, seed=seed)
-    return svd.vh[0].t().contiguous()
-
-
-def _votes(x: torch.Tensor, n_clusters: int, n_runs: int, seed: int) -> torch.Tensor:
-    """Orthonormal indicators [N, n_runs // 2 K] of the better half of k-means runs on x [N, d]."""
-    runs = [
-        ops.kmeans(x, n_clusters, n_init=1, seed=derive_seed(seed, run)) for run in range(n_runs)
-    ]
-    runs.sort(key=lambda run: float(run.inertia))
-    best = [torch.nn.functional.one_hot(run.labels, n_clusters) for run in runs[: n_runs // 2]]
-    votes = torch.cat(best, dim=1).to(x.dtype)
-    return votes / votes.sum(0).clamp_min(1).sqrt()
-
-
-def _leading_coordinates(votes: torch.Tensor, width: int, seed: int) -> torch.Tensor:
-    """U s [N, min(width, N, c)], the leading singular triplets of votes [N, c], up to signs.
-
-    Of up to 512 columns by float64 eigenvectors [N, min(width, c)]; of more by a randomised sketch,
-    on the CPU of the entries that are not zero: one in K.
-    """
-    n_nodes, n_columns = votes.shape
-    if n_columns <= _EXACT_VOTES:
-        (basis,) = _bases(_gram([votes]), [torch.ones(n_columns)], width).to(votes)
-        return votes @ basis
-    rows = sp.csr_array(votes.numpy()) if votes.device.type == "cpu" else votes
-    svd = ops.batched_svd(rows, min(width, n_nodes, n_columns), center=False, seed=seed)
-    return svd.u[0] * svd.s[0]
 
 
 def _check(
@@ -479,8 +360,8 @@ def _streamed_pairs(
         for begin in range(0, len(features), SAMPLE_ROWS):
             yield as_tensor(weighted_rows(features[begin : begin + SAMPLE_ROWS], idf), device)
 
-    gram = _gram(blocks())
-    (axes,) = _bases(gram, [torch.ones(len(gram))], LEADING_PAIRS)  # [D, r]
+    gram = gram_matrix(blocks())
+    (axes,) = leading_bases(gram, [torch.ones(len(gram))], LEADING_PAIRS)  # [D, r]
     energy = torch.einsum("dr,de,er->r", axes, gram, axes)
     kept = max(1, int((energy > _NEGLIGIBLE * energy[0]).sum()))
     axes = axes[:, :kept].float().to(device)
@@ -546,33 +427,6 @@ def _stacked(blocks: Iterator[torch.Tensor], n_rows: int) -> torch.Tensor:
     return out
 
 
-def _gram(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
-    """M^T M [c, c] in float64, on the CPU, from blocks of rows of M [N, c]."""
-    wide = (block.to(torch.float64) for block in blocks)
-    return functools.reduce(torch.Tensor.add_, (m.T @ m for m in wide)).cpu()
-
-
-def _bases(gram: torch.Tensor, scales: list[torch.Tensor], width: int) -> torch.Tensor:
-    """For each scaling: B [c, width] with M B = U s, the leading triplets of M diag(scale).
-
-    By eigenvectors of the one small Gram matrix M^T M [c, c] in float64. Returns
-    [len(scales), c, width]. LAPACK gets one thread: its last bits depend on their number, and where
-    two clusterings are as good (digits) the consensus takes one or the other by them.
-    """
-    products = gram.numpy()
-    n_columns = len(products)
-    first = max(0, n_columns - width)
-    bases = []
-    for scale in scales:
-        c = scale.cpu().numpy()
-        with threadpool_limits(limits=1, user_api="blas"):
-            _, vectors = eigh(c[:, None] * products * c, subset_by_index=(first, n_columns - 1))
-        basis = c[:, None] * vectors[:, ::-1]  # [c, width]
-        largest = np.abs(basis).argmax(axis=0)
-        bases.append(basis * np.sign(basis[largest, np.arange(basis.shape[1])]))
-    return torch.from_numpy(np.stack(bases))
-
-
 # --- the number of steps --------------------------------------------------------------------------
 
 
@@ -609,62 +463,6 @@ def _agreement(
     return _mean(scores)
 
 
-def disjoint_halves(
-    features: Features,
-    adjacency: sp.csr_array,
-    rng: np.random.Generator,
-) -> Iterator[tuple[Features, sp.csr_array]]:
-    """Two random halves of columns [N, D / 2] and edges [N, N] that share none of either.
-
-    Of more than 2^23 stored edges each goes to a half by a hash of its ends, so that the halves are
-    equal but for chance and nothing is sorted or drawn.
-    """
-    n, d = features.shape
-    if adjacency.nnz > _EDGES:
-        order, salt = rng.permutation(d), int(rng.integers(1 << 62))
-        for half in range(2):
-            chosen = np.sort(order[half::2])
-            part = (
-                features.tocsc()[:, chosen].tocsr()
-                if sp.issparse(features)
-                else features[:, chosen]
-            )
-            yield part, _hashed_half(adjacency, half, salt)
-        return
-    upper = sp.triu(adjacency, 1).tocoo()
-    columns = features.tocsc() if sp.issparse(features) else features
-    column_order, edge_order = rng.permutation(d), rng.permutation(upper.nnz)
-    for half in range(2):
-        part = columns[:, np.sort(column_order[half::2])]
-        edges = edge_order[half::2]
-        one_way = sp.csr_array(
-            (upper.data[edges], (upper.row[edges], upper.col[edges])), shape=(n, n)
-        )
-        yield (part.tocsr() if sp.issparse(part) else part), (one_way + one_way.T).tocsr()
-
-
-def _hashed_half(adjacency: sp.csr_array, half: int, salt: int) -> sp.csr_array:
-    """The edges of one half, both directions of an edge alike."""
-    n = adjacency.shape[0]
-    degree = np.zeros(n, np.int64)
-    kept = np.empty(adjacency.nnz, dtype=bool)
-    cuts = np.searchsorted(adjacency.indptr, np.arange(0, adjacency.nnz, _EDGES), side="right") - 1
-    for first, last in itertools.pairwise([*np.unique(cuts), n]):
-        begin, end = int(adjacency.indptr[first]), int(adjacency.indptr[last])
-        row = np.repeat(np.arange(first, last), np.diff(adjacency.indptr[first : last + 1]))
-        column = adjacency.indices[begin:end].astype(np.int64)
-        low, high = np.minimum(row, column), np.maximum(row, column)
-        mixed = (low.astype(np.uint64) << np.uint64(32)) + high.astype(np.uint64) + np.uint64(salt)
-        for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):  # splitmix64
-            mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(multiplier)
-        kept[begin:end] = (mixed >> np.uint64(63)) == half
-        degree[first:last] = np.bincount(row[kept[begin:end]] - first, minlength=last - first)
-    indptr = np.concatenate(([0], np.cumsum(degree)))
-    return sp.csr_array(
-        (adjacency.data[kept], adjacency.indices[kept], indptr), shape=adjacency.shape
-    )
-
-
 def smoothed_basis(
     x: Features, graph: Graph, n_steps: int, width: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -676,7 +474,7 @@ def smoothed_basis(
     q, _, energy, mean_energy = _leading_pairs(x, idf, seed, graph.device)
     smooth = _smoothed(graph, q, (n_steps,))[n_steps]
     scale = _scalings(energy, mean_energy, "multiview")[1]
-    (basis,) = _bases(_gram(smooth.split(SAMPLE_ROWS)), [scale], width).to(smooth)
+    (basis,) = leading_bases(gram_matrix(smooth.split(SAMPLE_ROWS)), [scale], width).to(smooth)
     return smooth, basis
 
 
@@ -691,7 +489,7 @@ def _labels_by_steps(
     sample = sample_rows(n, AGREEMENT_ROWS, seed).to(q.device) if n > SAMPLED_FROM else None
     labels = {}
     for t, smooth in _smoothed(graph, q, _STEPS, sample).items():
-        (basis,) = _bases(_gram([smooth]), [scale], 2 * n_clusters).to(smooth)
+        (basis,) = leading_bases(gram_matrix([smooth]), [scale], 2 * n_clusters).to(smooth)
         rows = unit_rows(smooth @ basis)
         labels[t] = kmeans_labels(ops.kmeans(rows, n_clusters, n_init=_RESTARTS, seed=seed))
     return labels
