@@ -10,10 +10,9 @@ Above 16384 nodes a sample of 8192 is clustered, the same in both halves; all ar
 
 Agreement is the mean of the adjusted Rand index and the adjusted mutual information, neither of
 which chance raises with K. Alone, the first stops at the split of one large group from the rest
-(amac: 2 of 10), the second goes on rising with the parts of groups (cora: 14 of 7; 18 by the rule
-before this one, which had two splits and asked for 99 % of the best). Eigengaps of the normalised
-Laplacian of the graph or of the embedding's neighbours, modularity, silhouette and Davies-Bouldin
-were tried as well and do worse; docs/your-data.md has the table.
+(amac: 2 of 10), the second goes on rising with the parts of groups (cora: 14 of 7). Eigengaps of
+the normalised Laplacian of the graph or of the embedding's neighbours, modularity, silhouette and
+Davies-Bouldin were tried as well and do worse; docs/your-data.md has the table.
 """
 
 from __future__ import annotations

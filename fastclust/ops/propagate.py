@@ -150,15 +150,11 @@ def _graph_args(graph: Graph, dtype: torch.dtype) -> tuple[Any, ...]:
 N_GRAPH_ARGS = 10
 
 
-def _mask_words(n_cols: int) -> int:
-    return (n_cols + 31) // 32
-
-
 @torch.library.register_fake("fastclust::propagate")
 def _(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     h, want_mask = args[N_GRAPH_ARGS], args[N_GRAPH_ARGS + 4]
     n_nodes, n_cols = h.shape
-    words = _mask_words(n_cols) if want_mask else 0
+    words = (n_cols + 31) // 32 if want_mask else 0  # a bit for each column
     return h.new_empty(n_nodes, n_cols), h.new_empty(n_nodes, words, dtype=torch.int32)
 
 
