@@ -505,7 +505,7 @@ def test_joined_layers_and_the_loss_in_place_are_exact(
     model = ECNMFModel(x64, low_rank, graph, n_clusters=K, width=6, **settings).double()
     for b in model.b:
         b.data.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(3))
-    joined = [type(view).__name__ == "_LinearView" for view in model.inputs]
+    joined = [type(view).__name__ == "LinearView" for view in model.inputs]
     assert joined == [activation == "identity" and n_layers > 1] * 2
 
     a = dense_adjacency(adjacency) + torch.eye(N, dtype=torch.float64)

@@ -46,7 +46,7 @@ from torch import Tensor
 from fastclust import ops
 from fastclust.graph import Graph
 from fastclust.interop import without_autocast
-from fastclust.models.ecnmf import ECNMFModel, _LinearView, _SparseProduct
+from fastclust.models.ecnmf import ECNMFModel
 from fastclust.models.hsan import HSANModel, confident_nodes
 from fastclust.models.inputs import (
     SAMPLE_ROWS,
@@ -55,6 +55,7 @@ from fastclust.models.inputs import (
     sampled_kmeans,
     stacked_unit_rows,
 )
+from fastclust.models.views import LinearView, SparseProduct
 
 __all__ = ["Batches", "Batching", "SampledECNMF", "SampledHSAN", "partition", "sampled_infonce"]
 
@@ -281,7 +282,7 @@ class SampledHSAN(HSANModel):
         a, transposed = (as_tensor(m, self.x.device) for m in (rows, sp.csr_array(rows.T)))
         at = torch.from_numpy(used.astype(np.int64)).to(self.x.device)
         first, second = (
-            _SparseProduct.apply(a, transposed, v.index_select(0, at)) + c
+            SparseProduct.apply(a, transposed, v.index_select(0, at)) + c
             for v, c in zip(self.v, self.c, strict=True)
         )
         return z, stacked_unit_rows(first, second)
@@ -383,7 +384,7 @@ class SampledECNMF(ECNMFModel):
 
     def _joined(self, view: Any, width: int, n_layers: int) -> Any:
         # Not a question of time here: rows of the joined form need no neighbours.
-        return view if self.activation == "relu" else _LinearView(self.graph, view, n_layers)
+        return view if self.activation == "relu" else LinearView(self.graph, view, n_layers)
 
     def _encode(self, view: int, *, reuse_memory: bool = False) -> Tensor:
         if self._nodes is None:
@@ -391,7 +392,7 @@ class SampledECNMF(ECNMFModel):
         given: Any = self.inputs[view]  # never sparse
         layers = slice(view * self.n_layers, (view + 1) * self.n_layers)
         weights, biases = list(self.w[layers]), list(self.b[layers])
-        if isinstance(given, _LinearView):
+        if isinstance(given, LinearView):
             return given.rows(self._nodes, weights, biases, self.precision)
         first = weights[0] if given.right is None else ops.matmul(given.right, weights[0])
         rows = given.left[self._nodes]
