@@ -187,28 +187,17 @@ class HSANModel(nn.Module):
         The raw adjacency: ``Graph(adjacency, norm="none", self_loops=False)``.
     n_clusters : int
         K.
-    width : int
-        d, columns of every embedding.
-    activation : {"identity", "sigmoid"}
-        Of the attribute encoders.
-    tau : float
-        Fraction of nodes that counts as clustered with high confidence.
-    beta : float
-        Exponent of the hardness weights (Eq. 9).
-    structure : bool
-        Whether the structure encoders take part; without them alpha is 1 and no parameter.
+    width, activation, tau, beta, structure, refresh_every, precision
+        As for :class:`fastclust.HSAN`. Without structure encoders alpha is 1 and no parameter; the
+        first refresh is after the first step.
     weights : {"hard", "none"}
         ``"none"`` keeps all weights at 1.
     stale_weights : bool
         Whether a pair that leaves the confident set keeps its last weight (released code) or
         returns to 1 (Eq. 9).
     weight_storage : {"auto", "snapshots", "stored"}
-        How weights are held, see :func:`fastclust.ops.hardness`. ``"auto"``: stored where they are
-        stale, for one process on the CPU, up to 1 GiB; snapshots of the embeddings elsewhere.
-        Results agree to rounding. A checkpoint of snapshots can be gone on with stored, not the
-        reverse.
-    refresh_every : int
-        Epochs between refreshes of the weights; the first is after the first step.
+        As for :class:`fastclust.HSAN`. A checkpoint of snapshots can be gone on with stored, not
+        the reverse.
     clamp_alpha : bool
         Keep alpha in [0, 1]; the paper leaves it free.
     kmeans : {"consensus", "k-means++", "paper-code"}
@@ -219,8 +208,6 @@ class HSANModel(nn.Module):
         repaired either way (in the released code it ends in NaN centres).
     n_init : int
         Restarts of k-means++; ten times as many vote on a consensus.
-    precision : {"fp32", "tf32", "bf16x3", "bf16"}
-        Of the products inside the loss.
     seed : int
         Of the initial weights and of k-means.
     ranks : Ranks
