@@ -255,20 +255,8 @@ class HSAN(TrainedClusterer):
                 x, graph, filter_steps=self.filter_steps, n_input=basis if basis else None
             ),
             Graph(graph, norm="none", self_loops=False).to(x.device),
-            n_clusters=self.n_clusters_,
-            width=self.width,
-            activation=self.activation,
-            tau=self.tau,
-            beta=self.beta,
-            weights=self.resolved_["weights"],
-            stale_weights=self.resolved_["stale_weights"],
-            refresh_every=self.refresh_every,
             clamp_alpha=self.resolved_["optimizer"] == "averaged",
-            kmeans=self.resolved_["kmeans"],
-            n_init=self.n_init,
-            precision=self.precision,
-            seed=self.seed_,
-            **{"structure": self.structure, "weight_storage": self.weight_storage, **keywords},
+            **(self._keywords(HSANModel) | keywords),
         )
 
     def _predict(

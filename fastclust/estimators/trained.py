@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -137,6 +138,12 @@ class TrainedClusterer(GraphClusterer):
         self.selected_epoch_ = result.epoch
         self._tell_of_one_cluster()
         return self
+
+    def _keywords(self, model: type) -> dict[str, Any]:
+        """What a model's keywords are by the same name here: resolved, or as given."""
+        known = self.get_params(deep=False) | self.resolved_
+        known |= {"n_clusters": self.n_clusters_, "seed": self.seed_}
+        return {name: known[name] for name in inspect.signature(model).parameters if name in known}
 
     def _restore(self, model: torch.nn.Module) -> None:
         """Give a model the trained parameters that it has."""
