@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -184,22 +183,13 @@ class ShardedRanks(Ranks):
         return infonce._refreshed(z, e, alpha, range_, labels, confident, beta, previous)
 
     def whole_weights(self, weights: ops.Hardness) -> ops.Hardness:
-        if not self.ring:
-            return weights
-        return replace(
-            weights,
-            z=tuple(map(self.gather_views, weights.z)),
-            e=tuple(map(self.gather_views, weights.e)),
-        )
+        return weights.with_views(self.gather_views) if self.ring else weights
 
     def own_weights(self, weights: ops.Hardness) -> ops.Hardness:
-        if not self.ring:
-            return weights
-
         def own(x: Tensor) -> Tensor:
             return torch.cat([self.rows(view) for view in x.chunk(2)])
 
-        return replace(weights, z=tuple(map(own, weights.z)), e=tuple(map(own, weights.e)))
+        return weights.with_views(own) if self.ring else weights
 
     def window(self) -> list[int] | None:
         """This rank's band of the triangle: row_begin, row_end, column_begin; None: empty.

@@ -73,7 +73,11 @@ class Hardness:
     def apply(self, function: Callable[[Tensor], Tensor]) -> Hardness:
         """The same weights of what ``function`` makes of each tensor: moved or converted."""
         made: dict[str, Any] = {name: function(getattr(self, name)) for name in _TENSORS}
-        return replace(self, z=tuple(map(function, self.z)), e=tuple(map(function, self.e)), **made)
+        return replace(self.with_views(function), **made)
+
+    def with_views(self, function: Callable[[Tensor], Tensor]) -> Hardness:
+        """The same weights, their embeddings replaced by what ``function`` makes of each."""
+        return replace(self, z=tuple(map(function, self.z)), e=tuple(map(function, self.e)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything as a flat dict of tensors, for a checkpoint."""
