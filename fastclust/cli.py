@@ -42,6 +42,7 @@ __all__ = [
     "make_progress",
     "note",
     "parse_seeds",
+    "path",
     "run",
     "show",
 ]
@@ -239,6 +240,13 @@ def count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
     return value
+
+
+def path(text: str) -> str:
+    """A path, as an argparse type: an unset variable of the shell is not the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must be a path, got {text!r}")
+    return text
 
 
 def cluster_count(text: str) -> int | str:

@@ -160,6 +160,7 @@ def _completed(plan: Plan, dataset: Dataset) -> dict[str, Any]:
         )
     if parameters["n_clusters"] != "auto":
         check_n_clusters(parameters["n_clusters"], dataset.n_nodes, minimum=1)
+    model(**parameters).check_shape(dataset.n_nodes, dataset.n_features)
     return parameters
 
 

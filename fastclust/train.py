@@ -158,7 +158,12 @@ def build_parser() -> cli.Parser:
     )
 
     add = parser.add_argument_group("what comes out").add_argument
-    add("--out", metavar="DIR", help="run directory for results, model, checkpoint and report")
+    add(
+        "--out",
+        type=cli.path,
+        metavar="DIR",
+        help="run directory for results, model, checkpoint and report",
+    )
     add(
         "--resume",
         action="store_true",

@@ -324,6 +324,8 @@ def test_a_method_that_fails_is_told_and_the_others_go_on(
         (("--set", "precision=bf16"), "use --precision instead of --set precision"),
         (("--sweep", "rank"), "--sweep must be KEY=VALUE with a hyper-parameter, got 'rank'"),
         (("--out", "/dev/null/x"), "--out must be a directory"),
+        (("--out", ""), "--out: must be a path, got ''"),
+        (("--page", " "), "--page: must be a path, got ' '"),
     ],
 )
 def test_wrong_usage_is_one_line(

@@ -808,6 +808,8 @@ BAD_ARGUMENTS = [
     (["--out", "{tmp}/bad.toml"], "--out must be a directory that can be written to"),
     (["--out", "/proc/fastclust"], "--out must be a directory that can be written to"),
     (["--data-root", "", "--dataset", "cora"], "data_root must be a name or path"),
+    (["--out", ""], "--out: must be a path, got ''"),
+    (["--out", " ", "--resume"], "--out: must be a path, got ' '"),
 ]
 
 
@@ -828,17 +830,44 @@ def test_bad_arguments(
     assert out == "" and err.count("\n") == 1 and "Traceback" not in err
 
 
-@pytest.mark.parametrize("setting", ["rank=0", "lr=-1", "n_init=0", "device=cuda:99"])
+@pytest.mark.parametrize(
+    ("model", "setting"),
+    [
+        ("ecnmf", "rank=0"),
+        ("ecnmf", "lr=-1"),
+        ("ecnmf", "n_init=0"),
+        ("ecnmf", "device=cuda:99"),
+        ("ecnmf", "checkpoint_every=often"),
+        ("ecnmf", "rank=1000"),
+        ("hsan", "n_input=1000"),
+        ("hsan", "width=1000000000"),
+        ("ssgc", "n_components=1000"),
+    ],
+)
 def test_a_bad_setting_is_told_before_anything_else(
-    capsys: pytest.CaptureFixture[str], blocks: str, tmp_path: Path, setting: str
+    capsys: pytest.CaptureFixture[str], blocks: str, tmp_path: Path, model: str, setting: str
 ) -> None:
-    run = ("--dataset", blocks, "--epochs", "1", *SMALL, "--out", str(tmp_path))
+    run = ("--dataset", blocks, "--model", model, "--out", str(tmp_path))
+    run += () if model == "ssgc" else ("--epochs", "1")
     assert call(capsys, *run, "--quiet")[0] == 0
     before = sorted(path.name for path in tmp_path.iterdir())
     code, out, err = call(capsys, *run, "--set", setting)
     assert code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1, "no line before the error"
     assert sorted(path.name for path in tmp_path.iterdir()) == before, "no run set aside"
+
+
+def test_a_single_node_is_told_before_anything_else(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    none = np.zeros(0, np.int64)
+    np.savez(
+        tmp_path / "one.npz", adj_indptr=np.zeros(2, np.int64), adj_indices=none, labels=[0],
+        x_indptr=[0, 1], x_indices=[2], x_data=[1.0], shape_x=[1, 3],
+    )  # fmt: skip
+    code, out, err = call(capsys, "--dataset", str(tmp_path / "one.npz"))
+    assert code == 2 and out == ""
+    assert err == "error: X must have at least 2 rows, one per node, got n_samples=1\n"
 
 
 def bad_file(kind: str, parts: dict[str, np.ndarray], path: Path) -> None:

@@ -91,8 +91,13 @@ def build_parser() -> cli.Parser:
         help="training processes at once; share the cores by OMP_NUM_THREADS")  # fmt: skip
     add("--collect", nargs="+", default=[], metavar="DIR",
         help="run nothing: tables of what comparisons in these folders finished")  # fmt: skip
-    add("--out", required=True, metavar="DIR", help="where the tables and runs go")
-    add("--page", metavar="FILE", help="where the page goes (default: results.md in --out)")
+    add("--out", type=cli.path, required=True, metavar="DIR", help="where the tables and runs go")
+    add(
+        "--page",
+        type=cli.path,
+        metavar="FILE",
+        help="where the page goes (default: results.md in --out)",
+    )
     add("--quiet", action="store_true", help="no progress on stderr")
     return parser
 

@@ -35,7 +35,7 @@ Disk: 16 bytes per edge while it works, then 8 bytes per edge and 8 per node."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert as the arguments say; returns the exit code."""
     parser = cli.Parser(prog="python -m fastclust.convert", description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument("out", metavar="DIR", help="the folder to make")
+    parser.add_argument("out", type=cli.path, metavar="DIR", help="the folder to make")
     parser.add_argument("--edges", nargs="+", required=True, metavar="FILE", help="edge lists")
     parser.add_argument("--features", metavar="FILE", help="attributes of the nodes")
     parser.add_argument("--labels", metavar="FILE", help="known classes")

@@ -153,16 +153,7 @@ class GraphClusterer(
         device = check_device(self.device)
         features, graph = self._checked_input(X, adjacency, reset=True)
         n = int(features.shape[0])
-        if n == 1:
-            raise ValueError("X must have at least 2 rows, one per node, got n_samples=1")
-        advice = "reduce the features or take a subgraph"
-        width = self.get_params().get("width")
-        require_memory(
-            self._memory_needed(*features.shape),
-            f"{type(self).__name__} on {n} nodes with {features.shape[1]} features",
-            advice if width is None else f"lower width (now {width}), {advice}",
-            device,
-        )
+        self.check_shape(*features.shape)
         if graph is None:
             graph = nearest_neighbor_graph(features, self.n_neighbors)
         self.seed_ = _seed(self.random_state)
@@ -181,6 +172,37 @@ class GraphClusterer(
                 stacklevel=3,
             )
         return features, graph, device
+
+    def check_shape(self, n_nodes: int, n_features: int) -> None:
+        """Raise what :meth:`fit` raises for settings that do not go with data of this shape.
+
+        Parameters
+        ----------
+        n_nodes, n_features : int
+            Rows and columns of X.
+
+        Raises
+        ------
+        ValueError
+            Too few nodes, or a setting that is too large for them.
+        InsufficientMemoryError
+            It cannot fit into memory.
+        """
+        if n_nodes == 1:
+            raise ValueError("X must have at least 2 rows, one per node, got n_samples=1")
+        self._check_settings(n_nodes, n_features)
+        advice = "reduce the features or take a subgraph"
+        width = self.get_params().get("width")
+        require_memory(
+            self._memory_needed(n_nodes, n_features),
+            f"{type(self).__name__} on {n_nodes} nodes with {n_features} features",
+            advice if width is None else f"lower width (now {width}), {advice}",
+            check_device(self.device),
+        )
+
+    def _check_settings(self, n_nodes: int, n_features: int) -> None:
+        """Raise for settings of the method that do not go with data of this shape."""
+        raise NotImplementedError
 
     def _tell_of_one_cluster(self) -> None:
         """Warn where all nodes fell into one of several clusters."""

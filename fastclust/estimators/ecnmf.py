@@ -147,6 +147,11 @@ checkpoint_dir, checkpoint_every, resume, verbose
         # value, gradient and two moments of each parameter
         return 4 * (4 * parameters + rows * self.width)
 
+    def _check_settings(self, n_nodes: int, n_features: int) -> None:
+        super()._check_settings(n_nodes, n_features)
+        if self.second_view == "low-rank":
+            self._rank(n_nodes, n_features)
+
     def _samples(self, n_nodes: int) -> bool:
         return self.train_batch_size is not None and self.train_batch_size < n_nodes
 

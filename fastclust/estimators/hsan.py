@@ -186,6 +186,25 @@ class HSAN(TrainedClusterer):
         # value, gradient and two moments of each parameter; both views of every node with gradient
         return constants + 4 * (2 * sides * 2 * n_nodes * self.width)
 
+    def _check_settings(self, n_nodes: int, n_features: int) -> None:
+        super()._check_settings(n_nodes, n_features)
+        self._n_components(n_nodes, n_features)
+        if not self._samples(n_nodes):
+            return
+        if self._stale_weights():
+            raise ValueError(
+                "stale_weights must be False with batch_size or n_negatives: weights of single "
+                "pairs are not kept there; set stale_weights=False"
+            )
+        if self.weight_storage == "stored":
+            raise ValueError(
+                "weight_storage must not be 'stored' with batch_size or n_negatives: a step "
+                "makes its own weights there; leave it at 'auto'"
+            )
+
+    def _stale_weights(self) -> bool:
+        return self.protocol == "paper-code" if self.stale_weights is None else self.stale_weights
+
     def _samples(self, n_nodes: int) -> bool:
         """Whether a step takes fewer than all pairs of rows."""
         sizes = (self.batch_size, self.n_negatives)
@@ -204,7 +223,6 @@ class HSAN(TrainedClusterer):
     def _build(
         self, features: Features, graph: sp.csr_array, device: torch.device
     ) -> tuple[Trainable, dict[str, torch.Tensor]]:
-        released = self.protocol == "paper-code"
         optimizer = self._optimizer()
         averaged = optimizer == "averaged"
         epochs = int(self.epochs or (AVERAGED_EPOCHS if averaged else PUBLISHED_EPOCHS))
@@ -219,22 +237,13 @@ class HSAN(TrainedClusterer):
             "optimizer": optimizer,
             "n_input": n_input,
             "weights": self._weights(),
-            "stale_weights": released if self.stale_weights is None else self.stale_weights,
-            "kmeans": self.kmeans or ("paper-code" if released else "consensus"),
+            "stale_weights": self._stale_weights(),
+            "kmeans": self.kmeans
+            or ("paper-code" if self.protocol == "paper-code" else "consensus"),
         }
         n = int(features.shape[0])
         sampling: dict[str, Any] = {}
         if self._samples(n):
-            if self.resolved_["stale_weights"]:
-                raise ValueError(
-                    "stale_weights must be False with batch_size or n_negatives: weights of single "
-                    "pairs are not kept there; set stale_weights=False"
-                )
-            if self.weight_storage == "stored":
-                raise ValueError(
-                    "weight_storage must not be 'stored' with batch_size or n_negatives: a step "
-                    "makes its own weights there; leave it at 'auto'"
-                )
             sampling = {
                 "batch_size": min(self.batch_size or n, n),
                 "n_negatives": self.n_negatives,

@@ -118,21 +118,22 @@ class SSGC(GraphClusterer):
         # the attributes' sketch and its orthonormal basis
         return 2 * 4 * n_nodes * min(LEADING_PAIRS, n_nodes, n_features)
 
-    @trains
-    def fit(self, X: Any, y: Any = None, *, adjacency: Any = None) -> SSGC:
-        """Cluster the nodes of an attributed graph; arguments as for :meth:`HSAN.fit`."""
-        features, graph, device = self._prepare(X, adjacency)
-        limit = min(features.shape)
+    def _check_settings(self, n_nodes: int, n_features: int) -> None:
+        limit = min(n_nodes, n_features)
         if self.n_components is not None and self.n_components > limit:
             raise ValueError(
                 f"n_components must be at most min(N, D) = {limit}, got {self.n_components}"
             )
-        n_nodes = features.shape[0]
         if self.back_end == "cut" and n_nodes > MOST_NODES:
             raise ValueError(
                 f"back_end='cut' must be given at most {MOST_NODES} nodes, got {n_nodes}; use "
                 f"back_end='kmeans', or take a subgraph"
             )
+
+    @trains
+    def fit(self, X: Any, y: Any = None, *, adjacency: Any = None) -> SSGC:
+        """Cluster the nodes of an attributed graph; arguments as for :meth:`HSAN.fit`."""
+        features, graph, device = self._prepare(X, adjacency)
         z, info = self._embed(features, graph, self.n_steps, device)
         self.recipe_, self.n_steps_ = info["recipe"], info["n_steps"]
         result, back_end = self._result(features, graph, z, info["scales"], device)

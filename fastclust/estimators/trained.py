@@ -62,6 +62,9 @@ class TrainedClusterer(GraphClusterer):
         """
         raise NotImplementedError
 
+    def _check_settings(self, n_nodes: int, n_features: int) -> None:
+        parse_interval(self.checkpoint_every)  # wrong without checkpoint_dir, too
+
     @trains
     def fit(self: Self, X: Any, y: Any = None, *, adjacency: Any = None) -> Self:
         """Cluster the nodes of an attributed graph.
@@ -95,7 +98,6 @@ class TrainedClusterer(GraphClusterer):
         """
         require_checkpoint_dir(self.resume, self.checkpoint_dir)
         features, graph, device = self._prepare(X, adjacency)
-        parse_interval(self.checkpoint_every)  # wrong without checkpoint_dir, too
         ranks = distributed.current(features.shape[0])
         if ranks.size > 1 and self._samples(features.shape[0]):
             raise distributed.LaunchError(
