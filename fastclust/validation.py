@@ -12,6 +12,7 @@ Isolated nodes, disconnected graphs and all-zero feature rows are ordinary data 
 from __future__ import annotations
 
 import functools
+import math
 import numbers
 import warnings
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastclust._library import cuda_loaded, cuda_status
 from fastclust.conversion import (
@@ -40,10 +42,12 @@ __all__ = [
     "DataWarning",
     "align_adjacency",
     "check_adjacency",
+    "check_bool",
     "check_choice",
     "check_dense",
     "check_device",
     "check_features",
+    "check_finite",
     "check_integer",
     "check_labels",
     "check_like",
@@ -461,6 +465,12 @@ def check_integer(name: str, value: Any, minimum: int | None = None) -> None:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Raise unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
     if value not in choices:
@@ -487,6 +497,18 @@ def check_like(name: str, y: torch.Tensor, other: str, x: torch.Tensor) -> None:
             f"{name} must have the dtype and device of {other} ({x.dtype} on {x.device}), "
             f"got {y.dtype} on {y.device}"
         )
+
+
+def check_finite(name: str, x: torch.Tensor) -> None:
+    """Raise for NaN and infinite values, where values can be looked at without stopping a graph.
+
+    That is on the CPU, outside of ``torch.compile`` and of modes that trace or fake the call.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return
+    # A sum is a tenth of the pass over all elements, which tells an overflow of it apart.
+    if not math.isfinite(x.detach().sum()) and not x.isfinite().all():
+        raise ValueError(f"{name} must be finite, but holds NaN or infinite values")
 
 
 # --- checks and mends ----------------------------------------------------------------------------

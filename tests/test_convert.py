@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 import fastclust as fc
 from fastclust import ops, train
-from fastclust.cli import UsageError
 from fastclust.convert import command, convert, passes, write_directory
 from fastclust.datasets import DatasetFormatError, DatasetNotFoundError
 from fastclust.datasets.folder import DIRECTORY_FORMAT, DIRECTORY_VERSION
@@ -183,11 +182,14 @@ def test_written_data_set_comes_back_and_trains(
     assert json.loads(capsys.readouterr().out)["n_nodes"] == 300
 
 
-def test_no_name_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_name_is_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "e.txt").write_text("0 1\n")
-    with pytest.raises(UsageError, match="must be a path, got ''"):
+    with pytest.raises(SystemExit, match="2"):
         command.main(["", "--edges", "e.txt"])
+    assert "must be a path, got ''" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["e.txt"]
 
 

@@ -906,6 +906,17 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
         ops.hard_infonce(**args)
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    z = torch.eye(4)
+    labels, confident = torch.tensor([0, 1]), torch.tensor([True, True])
+    plain = ops.hard_infonce(
+        z, None, 0.5, weights=ops.hardness(z, None, 0.5, labels, confident, 2.0)
+    )
+    for kind in (np.float32, np.float64):
+        w = ops.hardness(z, None, kind(0.5), labels, confident, kind(2.0))
+        assert torch.equal(ops.hard_infonce(z, None, kind(0.5), weights=w), plain)
+
+
 def test_bad_weights() -> None:
     """Weights of other nodes, another dtype or with wrong labels."""
     z = torch.ones(4, 3)

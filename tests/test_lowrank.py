@@ -578,6 +578,11 @@ def test_bad_arguments(kwargs, error, message):
             function(torch.randn(30, 8), **kwargs)
 
 
+def test_add_mean_is_a_bool():
+    with pytest.raises(TypeError, match="add_mean must be True or False, got 'no'"):
+        ops.low_rank(torch.randn(30, 8), 2, add_mean="no")
+
+
 def test_bad_data():
     x = torch.randn(30, 8)
     x[3, 4] = float("nan")

@@ -21,9 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_graph import random_adjacency
 from tolerances import bound
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastclust.graph as graph_module
 from fastclust import _C, Graph, ops, reference
+from fastclust.ops.propagate import propagate_any
 
 LEVELS = ["portable", "avx2", "avx512"]
 DTYPES = [torch.float32, torch.float64]
@@ -256,7 +259,7 @@ def test_nan_spreads_to_neighbours_only(level):
     h = torch.ones(6, 3)
     h[0, 1] = float("nan")
     h.requires_grad_()
-    out = ops.propagate(graph, h, activation="relu")
+    out = propagate_any(graph, h, activation="relu")
     bad = torch.zeros(6, 3, dtype=torch.bool)
     bad[:2, 1] = True
     assert torch.equal(out.isnan(), bad)
@@ -600,13 +603,32 @@ def test_real_graph(data_root):
         ({"residual": torch.ones(8, 2).double()}, ValueError, "residual must have the dtype"),
         ({"activation": "gelu"}, ValueError, "activation must be 'none' or 'relu', got 'gelu'"),
         ({"steps": -1}, ValueError, "steps must be at least 0, got -1"),
-        ({"steps": 1.5}, TypeError, "steps must be an int, got float"),
+        ({"steps": 1.5}, TypeError, "steps must be an integer, got 1.5"),
+        ({"steps": True}, TypeError, "steps must be an integer, got True"),
+        ({"h": torch.full((8, 2), torch.nan)}, ValueError, "h must be finite"),
+        ({"h": torch.full((8, 2), torch.inf), "steps": 0}, ValueError, "h must be finite"),
+        ({"residual": torch.full((8, 2), torch.nan)}, ValueError, "residual must be finite"),
     ],
 )
 def test_bad_input(change, error, match):
     arguments = {"graph": Graph(random_adjacency(8, 3)), "h": torch.ones(8, 2), **change}
     with pytest.raises(error, match=match):
         ops.propagate(arguments.pop("graph"), arguments.pop("h"), **arguments)
+
+
+def test_numbers_of_numpy_and_large_values_are_no_mistakes():
+    graph = Graph(random_adjacency(8, 3))
+    h = torch.full((8, 2), 3e38)  # their sum is infinite
+    out = ops.propagate(graph, h, steps=np.int64(2))
+    assert torch.equal(out, ops.propagate(graph, h, steps=2))
+
+
+def test_values_are_not_looked_at_where_they_cannot_be():
+    graph = Graph(random_adjacency(8, 3))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert ops.propagate(graph, mode.from_tensor(torch.ones(8, 2))).shape == (8, 2)
+    traced = make_fx(lambda h: ops.propagate(graph, h))(torch.ones(8, 2))
+    assert traced(torch.full((8, 2), torch.nan)).isnan().all()
 
 
 def test_the_operator_itself_rejects_what_does_not_fit():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastclust import ops
 from fastclust.graph import Graph
+from fastclust.ops.propagate import propagate_any
 
 T = TypeVar("T")
 
@@ -58,7 +59,7 @@ class Ranks:
         self, graph: Any, h: Tensor, *, residual: Tensor | None = None, activation: Any = "none"
     ) -> Tensor:
         """:func:`fastclust.ops.propagate`, of rows [n, d] to rows [n, d]."""
-        return ops.propagate(graph, h, residual=residual, activation=activation)
+        return propagate_any(graph, h, residual=residual, activation=activation)
 
     def hard_infonce(self, z: Tensor, e: Tensor | None, alpha: Tensor, **keywords: Any) -> Tensor:
         """:func:`fastclust.ops.hard_infonce` of the two views [2n, d] of this rank's nodes."""

@@ -56,6 +56,7 @@ from fastclust.models.inputs import (
     stacked_unit_rows,
 )
 from fastclust.models.views import LinearView, SparseProduct
+from fastclust.ops.propagate import propagate_any
 
 __all__ = ["Batches", "Batching", "SampledECNMF", "SampledHSAN", "partition", "sampled_infonce"]
 
@@ -401,7 +402,7 @@ class SampledECNMF(ECNMFModel):
             h = ops.matmul(z, w, bias=b, precision=self.precision)
             if self._local is None:
                 self._local = self._inside(self._nodes.cpu().numpy())
-            z = ops.propagate(self._local, h, residual=z, activation="relu")
+            z = propagate_any(self._local, h, residual=z, activation="relu")
         return z
 
     def _inside(self, nodes: npt.NDArray[np.int64]) -> Graph:

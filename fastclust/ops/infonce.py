@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastclust._library import register_gradient
 from fastclust.interop import as_operand, without_autocast
 from fastclust.memory import require_memory
-from fastclust.validation import check_choice, check_dense
+from fastclust.validation import check_choice, check_dense, check_finite
 
 # Logits with which the CPU finds row sums for any number of rows: further inside the limits of its
 # exponential (csrc/common/vec_math.h) than rows, or rounding errors, can add up to.
@@ -360,8 +361,9 @@ def hardness(
     readable = labels.device.type != "meta" and not torch.compiler.is_compiling()
     if readable and labels.dtype == torch.int64 and not torch.equal(labels, labels.int()):
         labels = torch.unique(labels, return_inverse=True)[1]  # the kernels take int32
-    if not isinstance(beta, int | float):
+    if not isinstance(beta, int | float | np.number):
         raise TypeError(f"beta must be a number, got {type(beta).__name__}")
+    beta = float(beta)
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta must be a finite number >= 0, got {beta}")
     if previous is not None and isinstance(previous, StoredHardness) != (storage == "stored"):
@@ -568,15 +570,12 @@ def _check_views(
         if alpha.device != z.device:
             raise ValueError(f"alpha must be on the device of z, {z.device}, got {alpha.device}")
         alpha = alpha.reshape(()).to(z.dtype)
-    elif isinstance(alpha, int | float):
+    elif isinstance(alpha, int | float | np.number):
         alpha = torch.full((), alpha, dtype=z.dtype, device=z.device)
     else:
         raise TypeError(f"alpha must be a number or a 0-d tensor, got {type(alpha).__name__}")
-    # Reading values stops a graph capture and a compiled graph, so it is left to eager CPU calls.
-    if z.device.type == "cpu" and not torch.compiler.is_compiling():
-        for name, tensor in (("z", z), ("e", e), ("alpha", alpha)):
-            if not math.isfinite(tensor.detach().sum()) and not tensor.isfinite().all():
-                raise ValueError(f"{name} must be finite, but holds NaN or infinite values")
+    for name, tensor in (("z", z), ("e", e), ("alpha", alpha)):
+        check_finite(name, tensor)
     return z.contiguous(), e.contiguous(), alpha
 
 

@@ -18,7 +18,7 @@ from fastclust.interop import as_operand, from_foreign, without_autocast
 from fastclust.memory import require_memory
 from fastclust.ops import lowrank_device  # registers the same on CUDA tensors
 from fastclust.ops.powers import times_power
-from fastclust.validation import check_choice, check_integer
+from fastclust.validation import check_bool, check_choice, check_integer
 
 __all__ = ["LowRank", "LowRankMatrix", "batched_svd", "low_rank"]
 
@@ -272,8 +272,7 @@ def batched_svd(
     check_integer("n_iter", n_iter, 0)
     check_integer("oversample", oversample, 0)
     seed = _check_seed(seed)
-    if not isinstance(center, bool):
-        raise TypeError(f"center must be True or False, got {center!r}")
+    check_bool("center", center)
     n_batches = -(-rows.n_rows // batch)
     rows, exponents = rows.within_range(batch)
     r = _resolve_rank(rows, rank, batch, center, exponents)
@@ -370,6 +369,7 @@ def low_rank(
     torch.Size([100, 3])
     """
     check_choice("recombine", recombine, _RECOMBINE)
+    check_bool("add_mean", add_mean)
     rows = _Rows.of(x)
     n = rows.n_rows
     batch = _check_batch_size(batch_size, n)

@@ -9,7 +9,13 @@ import torch
 from fastclust._library import register_gradient
 from fastclust.graph import Graph
 from fastclust.interop import as_operand
-from fastclust.validation import check_choice, check_dense, check_like
+from fastclust.validation import (
+    check_choice,
+    check_dense,
+    check_finite,
+    check_integer,
+    check_like,
+)
 
 __all__ = ["propagate"]
 
@@ -60,7 +66,9 @@ def propagate(
         ``graph`` is no Graph, ``h`` or ``residual`` no tensor of such a dtype, ``steps`` no
         integer.
     ValueError
-        Shapes, dtypes or devices do not fit, unknown ``activation``, negative ``steps``.
+        Shapes, dtypes or devices do not fit, unknown ``activation``, negative ``steps``; ``h`` or
+        ``residual`` holds NaN or infinite values (on CUDA and inside ``torch.compile``, where that
+        is not looked at, they spread to the neighbours).
 
     Notes
     -----
@@ -75,10 +83,28 @@ def propagate(
     tensor([[2.],
             [2.]])
     """
-    own_residual = residual is h and steps == 1
-    h = as_operand(h)
-    residual = h if own_residual else as_operand(residual)
+    given, h = h, as_operand(h)
+    residual = h if residual is given else as_operand(residual)
     _check(graph, h, residual, activation, steps)
+    check_finite("h", h)
+    if residual is not None and residual is not h:
+        check_finite("residual", residual)
+    return propagate_any(graph, h, residual=residual, activation=activation, steps=steps)
+
+
+def propagate_any(
+    graph: Graph,
+    h: torch.Tensor,
+    *,
+    residual: torch.Tensor | None = None,
+    activation: Activation = "none",
+    steps: int = 1,
+) -> torch.Tensor:
+    """:func:`propagate` of tensors of any values.
+
+    For models in training: where that diverges, the loop says so, and what to lower.
+    """
+    own_residual = residual is h and steps == 1
     relu = activation == "relu"
     if steps == 0:
         out = h if residual is None else h + residual
@@ -126,10 +152,7 @@ def _check(graph: Any, h: Any, residual: Any, activation: Any, steps: Any) -> No
             )
         check_like("residual", residual, "h", h)
     check_choice("activation", activation, ("none", "relu"))
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps must be an int, got {type(steps).__name__}")
-    if steps < 0:
-        raise ValueError(f"steps must be at least 0, got {steps}")
+    check_integer("steps", steps, 0)
 
 
 def _graph_args(graph: Graph, dtype: torch.dtype) -> tuple[Any, ...]:
