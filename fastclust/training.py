@@ -342,9 +342,11 @@ def _evaluate(
     """Cluster, score, and keep the clustering if the selection rule prefers it."""
     with torch.no_grad():
         labels, embedding = state.model.assign(epoch)
-    if not torch.isfinite(embedding).all():  # the loss was that before the last step
+    # The loss was that before the last step; the scores square what it left.
+    largest = float(embedding.abs().max())
+    if not largest**2 * embedding.shape[1] <= torch.finfo(torch.float32).max:
         raise TrainingDivergedError(
-            f"the embedding is not finite after epoch {epoch + 1}; lower lr"
+            f"the embedding or its squares are not finite after epoch {epoch + 1}; lower lr"
         )
     host_labels = np.asarray(labels.cpu(), dtype=np.int64)
     scores = state.ranks.from_first(

@@ -167,6 +167,15 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         train(model, epochs=2, lr=0.1, adjacency=TWO_PAIRS)
 
 
+@pytest.mark.parametrize("scale", [1e20, float("inf"), float("nan")])
+def test_an_embedding_that_cannot_be_scored_stops_the_run(monkeypatch, scale):
+    """Squares of 1e20 are infinite: told as what it is, not as a wrong x of the scores."""
+    embedding = torch.full((4, 2), scale)
+    monkeypatch.setattr(Walk, "assign", lambda self, epoch: (torch.tensor(GOOD), embedding))
+    with pytest.raises(TrainingDivergedError, match="after epoch 1; lower lr"):
+        train(Walk([1.0], [GOOD]), epochs=1, lr=0.1, adjacency=TWO_PAIRS)
+
+
 def test_intervals():
     assert parse_interval(25) == (25, 0.0)
     assert parse_interval("90s") == (0, 90.0)
