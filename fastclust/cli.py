@@ -71,6 +71,9 @@ def run(main: Callable[[], int]) -> NoReturn:
     warnings.simplefilter("always")
     warnings.showwarning = _show_warning
     code = guarded(main)
+    # The outcome stands: a signal while the interpreter takes itself down must not replace it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     sys.stderr.flush()
     sys.exit(code)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -124,3 +127,14 @@ def test_duration() -> None:
     assert [cli.duration(s) for s in (0, 3.21, 59.99, 125, 7300)] == [
         "0.0 s", "3.2 s", "1 min 0 s", "2 min 5 s", "2 h 1 min",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_signal_after_the_end_does_not_change_the_outcome(number: int, code: int) -> None:
+    text = (
+        f"import atexit, os; from fastclust import cli; "
+        f"atexit.register(os.kill, os.getpid(), {int(number)}); cli.run(lambda: {code})"
+    )
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, "")
