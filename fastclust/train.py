@@ -481,14 +481,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 hold = directory.held()
                 ranks.from_first(lambda: stack.enter_context(hold))
             return train_all(arguments, directory, ranks)
-    except distributed.RankLostError as error:
+    except (distributed.RankLostError, KeyboardInterrupt) as error:
+        contexts = distributed.with_contexts(error)
+        lost = next((e for e in contexts if isinstance(e, distributed.RankLostError)), None)
+        if lost is None:
+            raise
         advice = "without --out DIR nothing is kept"
         if arguments.out is not None:
             advice = (
                 f"what {arguments.out} holds is whole, and the same command with --resume goes on "
                 f"from its last checkpoint, with any number of processes"
             )
-        raise Interrupted(f"{error}; {advice}") from None
+        raise Interrupted(f"{lost}; {advice}") from None
 
 
 def train_all(

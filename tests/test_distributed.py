@@ -335,6 +335,31 @@ def test_a_lost_rank_and_going_on_with_another_number(
     assert {path.name for path in out.iterdir()} == names
 
 
+TERMINATED = """
+import torch.distributed as dist
+from fastclust import cli, train
+def terminated(*args):
+    raise KeyboardInterrupt
+def training(*args):
+    try:
+        raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:4321")
+    finally:
+        {when}
+train.train_all = training
+cli.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("when", ["terminated()", "dist.destroy_process_group = terminated"])
+def test_a_lost_rank_is_told_though_the_launcher_ends_the_others(tmp_path: Path, when: str) -> None:
+    """Its SIGTERM may come while the loss is being made of, and said no more than interrupted."""
+    script = tmp_path / "script.py"
+    script.write_text(TERMINATED.format(when=when))
+    done = torchrun(2, script, "--out", tmp_path / "run")
+    assert "of 2: another process of this run has died" in done.stderr, done.stderr
+    assert "--resume goes on" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -31,7 +31,7 @@ ranks; on another number the order of sums differs, and results agree to roundin
 
 from __future__ import annotations
 
-from fastclust.distributed.launch import current, join, session
+from fastclust.distributed.launch import current, join, session, with_contexts
 from fastclust.distributed.ranks import ONE, LaunchError, RankLostError, Ranks
 from fastclust.distributed.sharded import ShardedRanks
 
@@ -44,4 +44,5 @@ __all__ = [
     "current",
     "join",
     "session",
+    "with_contexts",
 ]

@@ -76,17 +76,29 @@ def session() -> Iterator[Ranks]:
     _active = True
     try:
         yield ShardedRanks(size)
-    except RuntimeError as error:
-        if not _is_of_connection(error):
+    except (RuntimeError, KeyboardInterrupt) as error:
+        lost = next(filter(_is_of_connection, with_contexts(error)), None)
+        if lost is None:
             raise
         raise RankLostError(
             f"rank {rank} of {size}: another process of this run has died or not answered for "
-            f"{timeout.total_seconds():g} s ({_first_line(error)})"
+            f"{timeout.total_seconds():g} s ({_first_line(lost)})"
         ) from None
     finally:
         _active = False
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def with_contexts(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those in the handling of which it came, the latest first.
+
+    A launcher that finds a process gone ends the others: its signal interrupts what they make of
+    the loss.
+    """
+    while error is not None:
+        yield error
+        error = error.__context__
 
 
 def join(backend: str, timeout: timedelta) -> None:
@@ -153,10 +165,12 @@ def _timeout() -> float:
     return seconds
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0][:200]
 
 
-def _is_of_connection(error: RuntimeError) -> bool:
+def _is_of_connection(error: BaseException) -> bool:
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or "gloo" in text or "connection" in text
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and ("gloo" in text or "connection" in text)
+    )
