@@ -421,6 +421,34 @@ def test_same_bits_from_a_copy_and_in_place(norm, weighted, dtype, level, small_
                 assert torch.equal(in_place, copied[:n])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("norm", ["rw", "sym", "none"])
+def test_one_column_has_the_bits_of_many(norm, weighted, dtype, level):
+    """One column has loops of its own, over rows side by side; with tails, hubs and strides."""
+    n = 701
+    a = random_adjacency(n, 3, weighted=weighted).tolil()
+    a[0, 1:60] = a[1:60, 0] = 1.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(graph_module.HUB_EDGES, "cpu", 20)
+        graph = Graph(sp.csr_array(a.tocsr(), dtype=np.float32), norm)
+    h, r, g = (randn(n, 33, dtype=dtype, seed=s) for s in (1, 2, 3))
+    h[5, 0] = float("nan")
+    h[60:90, 0] = -0.0
+    for residual, activation in (("none", "none"), ("input", "relu"), ("other", "relu")):
+        results = []
+        for d, copied in ((33, False), (1, False), (1, True)):
+            x, y, z = ((t[:, :d].clone() if copied else t[:, :d]).detach() for t in (h, r, g))
+            x.requires_grad_(), y.requires_grad_()
+            other = {"none": None, "input": x, "other": y}[residual]
+            out = ops.propagate(graph, x, residual=other, activation=activation)
+            leaves = [x, y] if other is y else [x]
+            results.append([out, *torch.autograd.grad(out, leaves, z)])
+        for many, *ones in zip(*results, strict=True):
+            for one in ones:
+                assert torch.equal(many[:, :1].nan_to_num(7.0), one.nan_to_num(7.0))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="protects pages")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("norm", ["rw", "sym"])

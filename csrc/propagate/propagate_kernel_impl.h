@@ -357,6 +357,143 @@ struct Loops {
   }
 };
 
+// The loops for one column that is not scaled or masked in place: a vector holds a column of
+// consecutive rows, since one of a single row would be idle but for one lane. The sums over edges are
+// scalar, in the order of the loops above and with the same roundings, so with the same bits.
+template <typename T>
+struct ColumnLoops {
+  using Reg = typename Vec<T>::Reg;
+  using Int = typename Vec<T>::Int;
+  using P = const PropagateParams<T>&;
+  static constexpr int W = Vec<T>::width;
+  static constexpr int64_t kBlock = 256;  // rows summed before they are finished, a multiple of W
+
+  static bool fits(P p, const Panel<T>& panel) { return p.n_cols == 1 && !panel.in_place; }
+
+  // Rows [i, i + count) of a column; a vector is whole where all its rows exist.
+  template <bool kWhole>
+  FASTCLUST_INLINE Reg load_rows(const T* x, int64_t stride, int64_t i, int count) {
+    if (stride == 1) {
+      if constexpr (kWhole) return load<T>(x + i);
+      return load_lanes(x + i, count);
+    }
+    T rows[W] = {};
+    for (int l = 0; l < (kWhole ? W : count); ++l) rows[l] = x[(i + l) * stride];
+    return load<T>(rows);
+  }
+  template <bool kWhole>
+  FASTCLUST_INLINE void store_rows(T* x, Reg r, int count) {
+    if constexpr (kWhole) return store<T>(x, r);
+    store_lanes(x, r, count);
+  }
+  // M h of those rows; a row of the mask is one word.
+  template <bool kWhole>
+  FASTCLUST_INLINE Reg masked(P p, int64_t i, int count) {
+    const Reg x = load_rows<kWhole>(p.h, p.h_stride, i, count);
+    if (p.h_mask == nullptr) return x;
+    Int words{};
+    if constexpr (sizeof(T) == 4) {
+      words = (Int)load_rows<kWhole>(reinterpret_cast<const T*>(p.h_mask), 1, i, count);
+    } else {
+      for (int l = 0; l < (kWhole ? W : count); ++l) words[l] = p.h_mask[i + l];
+    }
+    return (Reg)((Int)x & -(words & 1));
+  }
+
+  template <bool kWhole>
+  FASTCLUST_INLINE void pack_rows(P p, T* x, int64_t i, int count) {
+    const Reg own = masked<kWhole>(p, i, count);
+    const Reg scale = p.col_scale != nullptr ? load_rows<kWhole>(p.col_scale, 1, i, count)
+                                             : broadcast(T(1));
+    store_rows<kWhole>(x + i, own * scale, count);
+    if (p.masked_h != nullptr) store_rows<kWhole>(p.masked_h + i, own, count);
+  }
+  static void pack(P params, T* x, int64_t row_begin, int64_t row_end) {
+    const PropagateParams<T> p = params;
+    int64_t i = row_begin;
+    for (; i + W <= row_end; i += W) pack_rows<true>(p, x, i, W);
+    if (i < row_end) pack_rows<false>(p, x, i, static_cast<int>(row_end - i));
+  }
+
+  FASTCLUST_INLINE T fused(T a, T b, T c) {
+#if defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) return __builtin_fmaf(a, b, c);
+    return __builtin_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+  }
+
+  template <bool kWhole>
+  FASTCLUST_INLINE void finish(P p, const Panel<T>& panel, int64_t i, int count, Reg x) {
+    const auto own = [&]() __attribute__((always_inline)) {
+      return load_rows<kWhole>(panel.x, panel.stride, i, count);
+    };
+    if (p.self_loops) x += own();
+    if (p.row_scale != nullptr) x = rounded(x * load_rows<kWhole>(p.row_scale, 1, i, count));
+    if (p.residual != nullptr) {
+      x += load_rows<kWhole>(p.residual, p.residual_stride, i, count);
+    } else if (p.add_input) {
+      x += p.col_scale == nullptr ? own() : masked<kWhole>(p, i, count);
+    }
+    const Int passed = ~(x <= Reg{});  // NaN passes, as above
+    if (p.out_mask != nullptr) {
+      const Int bits = passed & 1;
+      if constexpr (sizeof(T) == 4) {
+        store_rows<kWhole>(reinterpret_cast<T*>(p.out_mask + i), (Reg)bits, count);
+      } else {
+        for (int l = 0; l < (kWhole ? W : count); ++l) {
+          p.out_mask[i + l] = static_cast<uint32_t>(bits[l]);
+        }
+      }
+    }
+    if (p.relu) x = (Reg)((Int)x & passed);
+    store_rows<kWhole>(p.out + i, x, count);
+  }
+
+  // Rows of hubs are written as well, and again when their segments are joined.
+  template <bool kValued, bool kFar>
+  static void rows(P params, const Panel<T>& where, int64_t row_begin, int64_t row_end) {
+    const PropagateParams<T> p = params;
+    const Panel<T> panel = where;
+    const T* const x = panel.x;
+    const int64_t stride = panel.stride, last = p.n_edges - 1;
+    const auto add = [&](int64_t e, T sum) __attribute__((always_inline)) {
+      const T row = x[p.indices[e] * stride];
+      if constexpr (kFar) {
+        const int64_t ahead = e + kAhead;
+        __builtin_prefetch(x + p.indices[ahead < last ? ahead : last] * stride, 0, 3);
+      }
+      if constexpr (kValued) return fused(row, static_cast<T>(p.values[e]), sum);
+      return sum + row;
+    };
+    alignas(64) T sums[kBlock];
+    for (int64_t first = row_begin; first < row_end; first += kBlock) {
+      const int64_t n = first + kBlock < row_end ? kBlock : row_end - first;
+      int64_t e = p.indptr[first];
+      for (int64_t k = 0; k < n; ++k) {
+        const int64_t begin = e, end = p.indptr[first + k + 1];
+        T even = 0, odd = 0;
+        if (end - begin <= p.hub.hub_edges) {
+          for (; e + 2 <= end; e += 2) {
+            even = add(e, even);
+            odd = add(e + 1, odd);
+          }
+          if (e < end) even = add(e, even);
+        }
+        e = end;
+        sums[k] = even + odd;
+      }
+      int64_t k = 0;
+      for (; k + W <= n; k += W) finish<true>(p, panel, first + k, W, load<T>(sums + k));
+      if (k < n) {
+        const int count = static_cast<int>(n - k);
+        finish<false>(p, panel, first + k, count, load_lanes(sums + k, count));
+      }
+    }
+  }
+};
+
 // Panels of up to 8 vectors where there are 32 registers, 4 where there are 16.
 template <typename T>
 constexpr int64_t kMaxPanelCols =
@@ -380,6 +517,9 @@ PropagateKernel<T> make_propagate_kernel() {
       kMaxPanelCols<T>,
       kLoadsLanes,
       [](P p, const Panel<T>& panel, T* x, int64_t row_begin, int64_t row_end) {
+        if constexpr (kLoadsLanes) {
+          if (ColumnLoops<T>::fits(p, panel)) return ColumnLoops<T>::pack(p, x, row_begin, row_end);
+        }
         with_loops(panel, [&](auto loops) {
           if (loops.is_ragged(p, panel)) {
             loops.template pack<true>(p, panel, x, row_begin, row_end);
@@ -389,6 +529,15 @@ PropagateKernel<T> make_propagate_kernel() {
         });
       },
       [](P p, const Panel<T>& panel, int64_t row_begin, int64_t row_end) {
+        if constexpr (kLoadsLanes) {
+          using Loops = ColumnLoops<T>;
+          if (Loops::fits(p, panel)) {
+            auto* const rows = p.values != nullptr ? Loops::template rows<true, true>
+                               : panel.far         ? Loops::template rows<false, true>
+                                                   : Loops::template rows<false, false>;
+            return rows(p, panel, row_begin, row_end);
+          }
+        }
         with_loops(panel, [&](auto loops) {
           const bool ragged = loops.is_ragged(p, panel);
           if constexpr (kLoadsLanes) {
