@@ -6,6 +6,7 @@
 // updated by what changed: points that moved are subtracted from one float64 sum and added to
 // another, by tasks (restart, block of columns) that walk the changes in row order. Nothing depends
 // on the number of threads.
+// Few columns: tiles are transposed once (Columns), so that a lane holds a row and nothing is padded.
 // Exactness: products in the data's precision decide only where the second best is further off
 // than their rounding error; otherwise the candidates are compared by |x - c|^2 in float64.
 // Bound by the products: 2 N R K d flops an iteration.
@@ -14,6 +15,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -25,15 +27,69 @@ namespace fastclust::kmeans {
 namespace {
 
 constexpr int64_t kColumns = 64;      // columns of a task that updates centres
+constexpr int64_t kNarrow = 16;       // most columns of points whose products go by columns
+constexpr int64_t kReuse = 16;        // products that pay for columns
 constexpr int64_t kInitColumns = 32;  // candidates whose distances k-means++ keeps at once
 
 int64_t n_tiles(int64_t n) { return (n + kTile - 1) / kTile; }
 
+// A tile of points by columns where there are at most kNarrow of them, without their padding.
 template <typename T>
-T rounding(const Problem<T>& p) {
-  return static_cast<T>(rounding_error(std::numeric_limits<T>::epsilon(),
-                                       static_cast<double>(p.width) / kernels<T>().lanes));
-}
+class Columns {
+ public:
+  // `products`: of each point, over all passes. A few are not worth the transposition.
+  Columns(const Problem<T>& p, int64_t products) {
+    if (p.width > kNarrow || products < kReuse) return;
+    const int64_t tiles = n_tiles(p.n_points);
+    count_ = used(p);
+    columns_.reset(new Column[static_cast<size_t>(tiles * count_)]);
+    parallel_for(tiles, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        Column* out = columns_.get() + tile * count_;
+        for (int64_t i = 0; i < kTile; ++i) {  // the last row again past the end
+          const T* row = p.x + std::min(tile * kTile + i, p.n_points - 1) * p.width;
+          for (int64_t j = 0; j < count_; ++j) out[j].x[i] = row[j];
+        }
+      }
+    });
+  }
+
+  // As Kernels::dots, for the rows of a tile.
+  void dots(const Problem<T>& p, int64_t tile, const int32_t* rows, int64_t n, const T* centers,
+            int64_t n_centers, T* out) const {
+    if (columns_ == nullptr) {
+      kernels<T>().dots(p.x, rows, n, centers, n_centers, p.width, out);
+    } else {
+      kernels<T>().column_dots(columns_[tile * count_].x, count_, centers, n_centers, p.width, out);
+    }
+  }
+
+  // Rounding error to expect of squared distances by way of those products.
+  T rounding(const Problem<T>& p) const {
+    const double terms = columns_ == nullptr ? static_cast<double>(p.width) / kernels<T>().lanes
+                                             : static_cast<double>(count_);
+    return static_cast<T>(rounding_error(std::numeric_limits<T>::epsilon(), terms));
+  }
+
+ private:
+  struct alignas(64) Column {
+    T x[kTile];
+  };
+
+  // Columns up to the last that is not all zero; at least one.
+  static int64_t used(const Problem<T>& p) {
+    int64_t count = 1;
+    for (int64_t i = 0; i < p.n_points && count < p.width; ++i) {
+      for (int64_t j = p.width - 1; j >= count; --j) {
+        if (p.x[i * p.width + j] != T(0)) count = j + 1;
+      }
+    }
+    return count;
+  }
+
+  int64_t count_ = 0;
+  std::unique_ptr<Column[]> columns_;  // [tiles, count_]
+};
 
 template <typename T>
 double square_norm(const T* x, int64_t width) {
@@ -79,11 +135,11 @@ int64_t tile_rows(const Problem<T>& p, int64_t tile, TileScratch<T>& s) {
 
 // s.label[i] = nearest of K centres for the kTile rows in s.rows.
 template <typename T>
-void nearest(const Problem<T>& p, const T* x_norms, const T* centers, const T* norms, T largest,
-             T error, TileScratch<T>& s) {
+void nearest(const Problem<T>& p, const Columns<T>& columns, const T* x_norms, int64_t tile,
+             const T* centers, const T* norms, T largest, T error, TileScratch<T>& s) {
   const int64_t n_centers = p.n_clusters;
   const Kernels<T>& kernel = kernels<T>();
-  kernel.dots(p.x, s.rows, kTile, centers, n_centers, p.width, s.dots.data());
+  columns.dots(p, tile, s.rows, kTile, centers, n_centers, s.dots.data());
   kernel.least(s.dots.data(), norms, n_centers, s.best, s.second, s.label);
   for (int64_t i = 0; i < kTile; ++i) {
     const T slack = 2 * error * (x_norms[s.rows[i]] + largest);
@@ -146,6 +202,7 @@ class PlusPlus {
  public:
   PlusPlus(const Problem<T>& p, const std::vector<T>& x_norms, int64_t seed)
       : p_(p),
+        columns_(p, p.n_restarts * (1 + (p.n_clusters - 1) * n_trials(p.n_clusters))),
         x_norms_(x_norms),
         seed_(seed),
         tiles_(n_tiles(p.n_points)),
@@ -168,12 +225,12 @@ class PlusPlus {
     distance_.resize(static_cast<size_t>(n_columns * p_.n_points));
     tile_sums_.resize(static_cast<size_t>(n_columns * tiles_));
     const Kernels<T>& kernel = kernels<T>();
-    const T doubtful = static_cast<T>(doubtful_share(rounding(p_)));
+    const T doubtful = static_cast<T>(doubtful_share(columns_.rounding(p_)));
     parallel_tasks(tiles_, [&](int64_t tile, int worker) {
       TileScratch<T>& s = scratch_[worker];
       s.dots.resize(static_cast<size_t>(n_columns * kTile));
       const int64_t n = tile_rows(p_, tile, s);
-      kernel.dots(p_.x, s.rows, n, points_.data(), n_columns, p_.width, s.dots.data());
+      columns_.dots(p_, tile, s.rows, n, points_.data(), n_columns, s.dots.data());
       for (int64_t c = 0; c < n_columns; ++c) {
         const T c_norm = x_norms_[candidates[c]];
         const T* current = current_.data() + c / trials * p_.n_points + tile * kTile;
@@ -267,6 +324,7 @@ class PlusPlus {
   }
 
   const Problem<T>& p_;
+  const Columns<T> columns_;
   const std::vector<T>& x_norms_;
   const int64_t seed_, tiles_, trials_;
   std::vector<TileScratch<T>> scratch_;
@@ -314,9 +372,9 @@ struct Run {
   }
 
   // Labels of one tile, with a note of what changed.
-  void label_tile(const Problem<T>& p, const T* x_norms, int64_t tile, int64_t n, T error,
-                  TileScratch<T>& s) {
-    nearest(p, x_norms, centers, norms.data(), largest, error, s);
+  void label_tile(const Problem<T>& p, const Columns<T>& columns, const T* x_norms, int64_t tile,
+                  int64_t n, T error, TileScratch<T>& s) {
+    nearest(p, columns, x_norms, tile, centers, norms.data(), largest, error, s);
     int32_t count = 0;
     for (int64_t i = 0; i < n; ++i) {
       int32_t& label = labels[s.rows[i]];
@@ -487,7 +545,8 @@ template <typename T>
 void lloyd(const Problem<T>& p, double tolerance, bool norm_rule, int64_t max_iter, T* centers,
            int64_t* n_iter, bool* converged) {
   const std::vector<T> x_norms = square_norms(p.x, p.n_points, p.width);
-  const T error = rounding(p);
+  const Columns<T> columns(p, p.n_restarts * p.n_clusters * std::min(max_iter, kReuse));
+  const T error = columns.rounding(p);
   const int64_t tiles = n_tiles(p.n_points), n_blocks = (p.width + kColumns - 1) / kColumns;
   std::vector<TileScratch<T>> scratch(static_cast<size_t>(num_threads()));
   std::vector<Run<T>> runs(static_cast<size_t>(p.n_restarts));
@@ -504,7 +563,9 @@ void lloyd(const Problem<T>& p, double tolerance, bool norm_rule, int64_t max_it
       TileScratch<T>& s = scratch[worker];
       s.dots.resize(static_cast<size_t>(p.n_clusters * kTile));
       const int64_t n = tile_rows(p, tile, s);
-      for (const int64_t r : active) runs[r].label_tile(p, x_norms.data(), tile, n, error, s);
+      for (const int64_t r : active) {
+        runs[r].label_tile(p, columns, x_norms.data(), tile, n, error, s);
+      }
     });
     for (const int64_t r : active) {
       runs[r].count_changes();
@@ -529,7 +590,8 @@ template <typename T>
 void assign(const Problem<T>& p, const T* centers, int32_t* labels, double* inertia) {
   const std::vector<T> x_norms = square_norms(p.x, p.n_points, p.width);
   const std::vector<T> norms = square_norms(centers, p.n_restarts * p.n_clusters, p.width);
-  const T error = rounding(p);
+  const Columns<T> columns(p, p.n_restarts * p.n_clusters);
+  const T error = columns.rounding(p);
   const int64_t tiles = n_tiles(p.n_points);
   std::vector<TileScratch<T>> scratch(static_cast<size_t>(num_threads()));
   std::vector<double> sums(static_cast<size_t>(tiles * p.n_restarts));
@@ -540,8 +602,8 @@ void assign(const Problem<T>& p, const T* centers, int32_t* labels, double* iner
     for (int64_t r = 0; r < p.n_restarts; ++r) {
       const T* c = centers + r * p.n_clusters * p.width;
       const T* c_norms = norms.data() + r * p.n_clusters;
-      nearest(p, x_norms.data(), c, c_norms, *std::max_element(c_norms, c_norms + p.n_clusters),
-              error, s);
+      nearest(p, columns, x_norms.data(), tile, c, c_norms,
+              *std::max_element(c_norms, c_norms + p.n_clusters), error, s);
       double sum = 0.0;
       for (int64_t i = 0; i < n; ++i) {
         labels[r * p.n_points + s.rows[i]] = s.label[i];

@@ -15,6 +15,10 @@ struct Kernels {
   // the same order for every i and k. Columns up to the next multiple of 4 are overwritten too.
   void (*dots)(const T* x, const int32_t* rows, int64_t n_rows, const T* c, int64_t n_centers,
                int64_t width, T* out);
+  // The same for the kTile rows of a tile that lies by columns, x[j * kTile + i], j < n_columns <=
+  // width; x is 64-byte aligned. Sums run over j in order.
+  void (*column_dots)(const T* x, int64_t n_columns, const T* c, int64_t n_centers, int64_t width,
+                      T* out);
   // Over k, the least and the second least of score[i] = norms[k] - 2 dots[k * kTile + i] and the
   // (lowest) index of the least, for all kTile columns i.
   void (*least)(const T* dots, const T* norms, int64_t n_centers, T* best, T* second,

@@ -177,6 +177,51 @@ void dots(const T* x, const int32_t* rows, int64_t n_rows, const T* c, int64_t n
   }
 }
 
+// Of few columns a register block ends before its lanes have paid for being summed: here a lane is a
+// row, kCenters centres meet four vectors of rows at a time.
+template <typename T, int kCenters>
+inline void column_block(const T* x, int64_t n_columns, const T* c, int64_t width, T* out) {
+  using Vec = typename Simd<T>::Vec;
+  using Loose = typename Simd<T>::Loose;
+  constexpr int kLanes = Simd<T>::kLanes;
+  for (int64_t i = 0; i < kTile; i += 4 * kLanes) {
+    Vec acc[kCenters][4];
+#pragma GCC unroll 4
+    for (int k = 0; k < kCenters; ++k) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) acc[k][v] = Vec{};
+    }
+    for (int64_t j = 0; j < n_columns; ++j) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        const Vec rows = *reinterpret_cast<const Loose*>(x + j * kTile + i + v * kLanes);
+#pragma GCC unroll 4
+        for (int k = 0; k < kCenters; ++k) acc[k][v] += rows * c[k * width + j];
+      }
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < kCenters; ++k) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        __builtin_memcpy(out + k * kTile + i + v * kLanes, &acc[k][v], sizeof(Vec));
+      }
+    }
+  }
+}
+
+template <typename T>
+void column_dots(const T* x, int64_t n_columns, const T* c, int64_t n_centers, int64_t width,
+                 T* out) {
+  constexpr int kMost = FASTCLUST_KMEANS_CENTERS > 4 ? 4 : 2;
+  int64_t k = 0;
+  for (; k + kMost <= n_centers; k += kMost) {
+    column_block<T, kMost>(x, n_columns, c + k * width, width, out + k * kTile);
+  }
+  for (; k < n_centers; ++k) {
+    column_block<T, 1>(x, n_columns, c + k * width, width, out + k * kTile);
+  }
+}
+
 template <typename T>
 void least(const T* dots, const T* norms, int64_t n_centers, T* best, T* second, int32_t* arg) {
   // The index is carried in an integer as wide as T, so that both fit the same vectors.
@@ -236,8 +281,8 @@ void move(double* __restrict from, double* __restrict to, const T* __restrict x,
 }
 
 template <typename T>
-constexpr Kernels<T> kTable{&dots<T>, &least<T>, &square_distance<T>, &add<T>, &move<T>,
-                            Simd<T>::kLanes};
+constexpr Kernels<T> kTable{&dots<T>,  &column_dots<T>, &least<T>, &square_distance<T>,
+                            &add<T>,   &move<T>,        Simd<T>::kLanes};
 
 }  // namespace
 }  // namespace fastclust::kmeans
