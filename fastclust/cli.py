@@ -96,9 +96,7 @@ def guarded(main: Callable[[], int]) -> int:
         code = main()
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output (head, less) has left: nothing is wrong here.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 0
+        code = 0  # the reader of our output (head, less) has left: nothing is wrong here
     except KeyboardInterrupt as interrupt:
         note(str(interrupt) or "interrupted")
         code = 130
@@ -107,6 +105,10 @@ def guarded(main: Callable[[], int]) -> int:
             traceback.print_exc()
         code, message = explain(error)
         note(message if code == 2 else f"internal error: {message}", kind="error")
+    try:
+        sys.stdout.flush()
+    except OSError:  # told already; Python's own attempt at its end would change the exit code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
 
 

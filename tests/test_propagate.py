@@ -441,7 +441,7 @@ def test_one_column_has_the_bits_of_many(norm, weighted, dtype, level):
             x, y, z = ((t[:, :d].clone() if copied else t[:, :d]).detach() for t in (h, r, g))
             x.requires_grad_(), y.requires_grad_()
             other = {"none": None, "input": x, "other": y}[residual]
-            out = ops.propagate(graph, x, residual=other, activation=activation)
+            out = propagate_any(graph, x, residual=other, activation=activation)
             leaves = [x, y] if other is y else [x]
             results.append([out, *torch.autograd.grad(out, leaves, z)])
         for many, *ones in zip(*results, strict=True):

@@ -1054,9 +1054,10 @@ def test_closed_streams_are_no_error(blocks: str, tmp_path: Path, closed: str) -
 def test_output_that_cannot_be_written(blocks: str, tmp_path: Path, keep: bool) -> None:
     run = ["--dataset", blocks, "--epochs", "1", "--quiet", *SMALL]
     run += ["--out", str(tmp_path)] if keep else []
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            command(*run), stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+            command(*run), stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, env=buffered
         )
     assert done.returncode == 2
     assert done.stderr.startswith("error: cannot write to standard output: No space left")
