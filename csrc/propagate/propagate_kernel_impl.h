@@ -82,11 +82,33 @@ FASTCLUST_INLINE Vec<float>::Reg load_lanes(const float* p, int count) {
 FASTCLUST_INLINE Vec<double>::Reg load_lanes(const double* p, int count) {
   return (Vec<double>::Reg)_mm256_maskload_pd(p, (__m256i)lanes_below(0., count));
 }
-FASTCLUST_INLINE void store_lanes(float* p, Vec<float>::Reg x, int count) {
-  _mm256_maskstore_ps(p, (__m256i)lanes_below(0.f, count), (__m256)x);
+// In halves, not by vmaskmov: as a store that is microcode on AMD's processors (some 20 cycles).
+FASTCLUST_INLINE void store_lanes(float* p, Vec<float>::Reg r, int count) {
+  if (count == 8) return store(p, r);
+  const auto x = (__m256)r;
+  __m128 part = _mm256_castps256_ps128(x);
+  if (count & 4) {
+    _mm_storeu_ps(p, part);
+    part = _mm256_extractf128_ps(x, 1);
+    p += 4;
+  }
+  if (count & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+    part = _mm_movehl_ps(part, part);
+    p += 2;
+  }
+  if (count & 1) _mm_store_ss(p, part);
 }
-FASTCLUST_INLINE void store_lanes(double* p, Vec<double>::Reg x, int count) {
-  _mm256_maskstore_pd(p, (__m256i)lanes_below(0., count), (__m256d)x);
+FASTCLUST_INLINE void store_lanes(double* p, Vec<double>::Reg r, int count) {
+  if (count == 4) return store(p, r);
+  const auto x = (__m256d)r;
+  __m128d part = _mm256_castpd256_pd128(x);
+  if (count & 2) {
+    _mm_storeu_pd(p, part);
+    part = _mm256_extractf128_pd(x, 1);
+    p += 2;
+  }
+  if (count & 1) _mm_store_sd(p, part);
 }
 #else
 constexpr bool kLoadsLanes = false;  // slower than a whole vector
@@ -131,40 +153,39 @@ struct Loops {
   static constexpr int W = Vec<T>::width;
   static constexpr int kPerGroup = static_cast<int>(kGroupCols) / W;
 
-  // Whether the panel reaches past the last column of h; the loops below then load and store as many
-  // lanes of every vector as there are columns.
-  static bool is_ragged(P p, const Panel<T>& panel) {
-    return panel.col + panel.n_cols > p.n_cols;
+  // Whether the last vector reaches past the last column of h; the loops below then load and store as
+  // many lanes of it as there are columns.
+  static bool is_ragged(P p, const Panel<T>& panel) { return panel.col + NV * W > p.n_cols; }
+  static int last_columns(P p, const Panel<T>& panel) {
+    const int64_t left = p.n_cols - panel.col - (NV - 1) * W;
+    return static_cast<int>(left < W ? left : W);
   }
-  static int columns_left(P p, int64_t col) {
-    const int64_t left = p.n_cols - col;
-    return static_cast<int>(left < 0 ? 0 : left < W ? left : W);
-  }
-  // Vector at column `col` of a row of p.n_cols columns, zero past the last.
+  // Vector v of the panel in a row of p.n_cols columns, zero past the last.
   template <bool kRagged>
-  FASTCLUST_INLINE Reg load_at(P p, const T* row, int64_t col) {
-    if constexpr (!kRagged) return load<T>(row + col);
-    return load_lanes(row + col, columns_left(p, col));
+  FASTCLUST_INLINE Reg load_at(P p, const Panel<T>& panel, const T* row, int v) {
+    if (!kRagged || v < NV - 1) return load<T>(row + panel.col + v * W);
+    return load_lanes(row + panel.col + v * W, last_columns(p, panel));
   }
   template <bool kRagged>
-  FASTCLUST_INLINE void store_at(P p, T* row, int64_t col, Reg r) {
-    if constexpr (!kRagged) return store<T>(row + col, r);
-    store_lanes(row + col, r, columns_left(p, col));
+  FASTCLUST_INLINE void store_at(P p, const Panel<T>& panel, T* row, int v, Reg r) {
+    if (!kRagged || v < NV - 1) return store<T>(row + panel.col + v * W, r);
+    store_lanes(row + panel.col + v * W, r, last_columns(p, panel));
   }
-  // Vector v of a row of the panel; of h itself there is nothing past the last column.
+  // Vector v of a row of the panel itself; of h there is nothing past the last column.
   template <bool kRagged>
   FASTCLUST_INLINE Reg gathered(P p, const Panel<T>& panel, const T* row, int v) {
-    if constexpr (!kRagged || !kLoadsLanes) return load<T>(row + v * W);
-    return load_lanes(row + v * W, columns_left(p, panel.col + v * W));
+    if (!kRagged || !kLoadsLanes || v < NV - 1) return load<T>(row + v * W);
+    return load_lanes(row + v * W, last_columns(p, panel));
   }
 
-  // M h at (i, col)
+  // M h at row i and vector v
   template <bool kRagged>
-  FASTCLUST_INLINE Reg masked(P p, int64_t i, int64_t col) {
+  FASTCLUST_INLINE Reg masked(P p, const Panel<T>& panel, int64_t i, int v) {
     // Not loaded by the mask: that load would wait for the mask, where both come from memory.
-    const Reg x = load_at<kRagged>(p, p.h + i * p.h_stride, col);
-    if (p.h_mask == nullptr || (kRagged && col >= p.n_cols)) return x;
+    const Reg x = load_at<kRagged>(p, panel, p.h + i * p.h_stride, v);
+    if (p.h_mask == nullptr) return x;
     const uint32_t* words = p.h_mask + i * mask_words(p.n_cols);
+    const int64_t col = panel.col + v * W;
     using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
     Int lane;
     for (int l = 0; l < W; ++l) lane[l] = Lane{1} << l;
@@ -178,15 +199,14 @@ struct Loops {
       const Reg scale = broadcast(p.col_scale != nullptr ? p.col_scale[i] : T(1));
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) {
-        const int64_t col = panel.col + v * W;
-        const Reg own = masked<kRagged>(p, i, col);
+        const Reg own = masked<kRagged>(p, panel, i, v);
         T* const to = x + i * panel.stride + v * W;
-        if constexpr (kRagged && kLoadsLanes) {
-          store_lanes(to, own * scale, columns_left(p, col));
+        if (kRagged && kLoadsLanes && v == NV - 1) {
+          store_lanes(to, own * scale, last_columns(p, panel));
         } else {
           store<T>(to, own * scale);
         }
-        if (p.masked_h != nullptr) store_at<kRagged>(p, p.masked_h + i * p.n_cols, col, own);
+        if (p.masked_h != nullptr) store_at<kRagged>(p, panel, p.masked_h + i * p.n_cols, v, own);
       }
     }
   }
@@ -226,7 +246,7 @@ struct Loops {
         const Reg value = broadcast(values != nullptr ? static_cast<T>(values[e]) : T(1));
 #pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) {
-          const Reg own = masked<kRagged>(p, j, panel.col + v * W);
+          const Reg own = masked<kRagged>(p, panel, j, v);
           sum[v] = fma(rounded(own * scale), value, sum[v]);
         }
       } else if constexpr (kValued) {
@@ -266,39 +286,38 @@ struct Loops {
     uint32_t bits = 0;
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
-      const int64_t col = panel.col + v * W;
       Reg x = acc[v];
       Reg mine{};
       if constexpr (kInPlace) {
-        mine = masked<kRagged>(p, i, col);
-        if (p.masked_h != nullptr) store_at<kRagged>(p, p.masked_h + i * p.n_cols, col, mine);
+        mine = masked<kRagged>(p, panel, i, v);
+        if (p.masked_h != nullptr) store_at<kRagged>(p, panel, p.masked_h + i * p.n_cols, v, mine);
         if (p.self_loops) x += rounded(mine * own_scale);
       } else if (p.self_loops) {
         x += gathered<kRagged>(p, panel, own, v);
       }
       x *= scale;
       if (p.residual != nullptr) {
-        x += load_at<kRagged>(p, p.residual + i * p.residual_stride, col);
+        x += load_at<kRagged>(p, panel, p.residual + i * p.residual_stride, v);
       } else if (p.add_input && kInPlace) {
         x += mine;
       } else if (p.add_input) {
         x += p.col_scale == nullptr ? gathered<kRagged>(p, panel, own, v)
-                                    : masked<kRagged>(p, i, col);
+                                    : masked<kRagged>(p, panel, i, v);
       }
       const Int passed = ~(x <= Reg{});  // NaN passes, as in torch.relu and its gradient
       if (p.out_mask != nullptr) {
         bits |= lane_mask_bits<T>(passed) << (v % kPerGroup * W);
-        if ((v + 1) % kPerGroup == 0) {
-          store_bits(p, i, col + W - kGroupCols, bits);
+        if ((v + 1) % kPerGroup == 0 || v == NV - 1) {
+          store_bits(p, i, panel.col + v / kPerGroup * kGroupCols, bits);
           bits = 0;
         }
       }
       if (p.relu) x = (Reg)((Int)x & passed);
       T* const out = p.out + i * p.n_cols;
       if (panel.stream) {
-        store_around_cache<T>(out + col, x);
+        store_around_cache<T>(out + panel.col + v * W, x);
       } else {
-        store_at<kRagged>(p, out, col, x);
+        store_at<kRagged>(p, panel, out, v, x);
       }
     }
   }
@@ -307,7 +326,6 @@ struct Loops {
   // that this runs on). Bits past the last column are zero.
   static void store_bits(P p, int64_t i, int64_t col, uint32_t bits) {
     const int64_t left = p.n_cols - col;
-    if (left <= 0) return;
     if (left < kGroupCols) bits &= (1u << left) - 1u;
     char* half = reinterpret_cast<char*>(p.out_mask + i * mask_words(p.n_cols)) + col / 8;
     if (left <= kGroupCols && col % 32 == 0) {
@@ -341,7 +359,7 @@ struct Loops {
     const int64_t* const edges = p.hub.segments + 3 * s + 1;
     gather<kValued, true, true, kInPlace>(p, panel, edges[0], edges[1], acc);
     T* const slot = p.scratch + s * p.n_cols;
-    for (int v = 0; v < NV; ++v) store_at<true>(p, slot, panel.col + v * W, acc[v]);
+    for (int v = 0; v < NV; ++v) store_at<true>(p, panel, slot, v, acc[v]);
   }
 
   template <bool kInPlace>
@@ -350,7 +368,7 @@ struct Loops {
     Reg acc[NV] = {};
     for (int64_t s = entry[1]; s < entry[2]; ++s) {
       const T* row = p.scratch + s * p.n_cols;
-      for (int v = 0; v < NV; ++v) acc[v] += load_at<true>(p, row, panel.col + v * W);
+      for (int v = 0; v < NV; ++v) acc[v] += load_at<true>(p, panel, row, v);
     }
     finish<true, kInPlace>(p, panel, entry[0], acc);
     if (panel.stream) finish_stores_around_cache();
@@ -501,13 +519,16 @@ constexpr int64_t kMaxPanelCols =
         ? kGroupCols
         : (kVectorBytes == 64 ? 8 : 4) * Vec<T>::width;
 
-// Calls f(Loops<T, NV>) with as many vectors as the panel has.
-template <typename T, int64_t kCols = kMaxPanelCols<T>, typename F>
-void with_loops(const Panel<T>& panel, const F& f) {
-  if constexpr (kCols > kGroupCols) {
-    if (panel.n_cols < kCols) return with_loops<T, kCols - kGroupCols>(panel, f);
+// Calls f(Loops<T, NV>) with as many vectors as the panel has columns for.
+template <typename T, int NV = static_cast<int>(kMaxPanelCols<T>) / Vec<T>::width, typename F>
+void with_loops(const PropagateParams<T>& p, const Panel<T>& panel, const F& f) {
+  if constexpr (NV > 1) {
+    constexpr int64_t kFewer = (NV - 1) * Vec<T>::width;
+    if (panel.n_cols <= kFewer || p.n_cols - panel.col <= kFewer) {
+      return with_loops<T, NV - 1>(p, panel, f);
+    }
   }
-  f(Loops<T, static_cast<int>(kCols / Vec<T>::width)>{});
+  f(Loops<T, NV>{});
 }
 
 template <typename T>
@@ -520,7 +541,7 @@ PropagateKernel<T> make_propagate_kernel() {
         if constexpr (kLoadsLanes) {
           if (ColumnLoops<T>::fits(p, panel)) return ColumnLoops<T>::pack(p, x, row_begin, row_end);
         }
-        with_loops(panel, [&](auto loops) {
+        with_loops(p, panel, [&](auto loops) {
           if (loops.is_ragged(p, panel)) {
             loops.template pack<true>(p, panel, x, row_begin, row_end);
           } else {
@@ -538,7 +559,7 @@ PropagateKernel<T> make_propagate_kernel() {
             return rows(p, panel, row_begin, row_end);
           }
         }
-        with_loops(panel, [&](auto loops) {
+        with_loops(p, panel, [&](auto loops) {
           const bool ragged = loops.is_ragged(p, panel);
           if constexpr (kLoadsLanes) {
             if (panel.in_place && ragged) {
@@ -564,7 +585,7 @@ PropagateKernel<T> make_propagate_kernel() {
         });
       },
       [](P p, const Panel<T>& panel, int64_t s) {
-        with_loops(panel, [&](auto loops) {
+        with_loops(p, panel, [&](auto loops) {
           if constexpr (kLoadsLanes) {
             if (panel.in_place) return loops.template segment<true, true>(p, panel, s);
           }
@@ -576,7 +597,7 @@ PropagateKernel<T> make_propagate_kernel() {
         });
       },
       [](P p, const Panel<T>& panel, int64_t hub) {
-        with_loops(panel, [&](auto loops) {
+        with_loops(p, panel, [&](auto loops) {
           if constexpr (kLoadsLanes) {
             if (panel.in_place) return loops.template combine<true>(p, panel, hub);
           }
