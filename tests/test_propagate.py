@@ -365,15 +365,17 @@ def test_compiles_to_one_graph():
 # ---- properties ----------------------------------------------------------------------------------
 
 
+# From a copy; and where they lie, whole rows or, with more threads, parts of them.
+@pytest.mark.parametrize(("degree", "d"), [(25, 70), (3, 300)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_for_any_number_of_threads(dtype, level, small_hubs):
-    graph = Graph(random_adjacency(300, 25), "sym")
-    h = randn(300, 70, dtype=dtype).requires_grad_()
-    grad = randn(300, 70, dtype=dtype, seed=2)
+def test_same_bits_for_any_number_of_threads(dtype, degree, d, level, small_hubs):
+    graph = Graph(random_adjacency(300, degree), "sym")
+    h = randn(300, d, dtype=dtype).requires_grad_()
+    grad = randn(300, d, dtype=dtype, seed=2)
     threads = torch.get_num_threads()
     results = []
     try:
-        for n in (1, 2, 3, 3):
+        for n in (1, 2, 3, 3, 8):
             torch.set_num_threads(n)
             out = ops.propagate(graph, h, residual=h, activation="relu")
             results.append((out.detach(), *torch.autograd.grad(out, h, grad)))
@@ -383,8 +385,10 @@ def test_same_bits_for_any_number_of_threads(dtype, level, small_hubs):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_columns_do_not_depend_on_their_neighbours(level):
-    graph = Graph(random_adjacency(50, 9), "sym")
+@pytest.mark.parametrize("degree", [3, 9])
+@pytest.mark.parametrize("norm", ["rw", "sym"])
+def test_columns_do_not_depend_on_their_neighbours(norm, degree, level, small_hubs):
+    graph = Graph(random_adjacency(50, degree), norm)
     h = randn(50, 300)
     out = ops.propagate(graph, h, residual=h, activation="relu")
     for begin, end in ((0, 1), (31, 33), (100, 229)):

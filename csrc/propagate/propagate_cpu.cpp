@@ -105,7 +105,7 @@ struct Plan {
   bool direct;         // gather from h itself
   bool few;            // few neighbours a node
   bool in_place;       // gather from h and apply the mask and the column scale to every row gathered
-  int64_t panel_cols;  // a multiple of kGroupCols
+  int64_t panel_cols;  // a multiple of kGroupCols, of h itself one of the kernel's max_cols
   int64_t group_cols;  // columns copied at a time, a multiple of panel_cols
 };
 
@@ -133,8 +133,8 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-// The widest panels that are near; narrow ones where even those are not. Never depends on d, so that
-// a column's bits do not depend on its neighbours.
+// The widest panels of a copy that are near; narrow ones where even those are not. A column's bits
+// depend neither on the panel that it is in nor on the number of threads.
 template <typename T>
 Plan make_plan(const PropagateParams<T>& p, const PropagateKernel<T>& kernel) {
   const int64_t max_cols = kernel.max_cols;
@@ -145,7 +145,13 @@ Plan make_plan(const PropagateParams<T>& p, const PropagateKernel<T>& kernel) {
   if (plain ? (kernel.loads_lanes || p.n_cols % kGroupCols == 0) &&
                   (few || p.n_cols * column_bytes <= kDirectBytes)
             : kernel.loads_lanes && few && kInPlaceCols * p.n_edges <= p.n_cols * n_inputs) {
-    return {true, few, !plain, max_cols, (p.n_cols + kGroupCols - 1) / kGroupCols * kGroupCols};
+    // Rows are gathered whole, line after line as prefetchers expect, unless threads would be idle.
+    const int64_t pieces = (p.n_cols + max_cols - 1) / max_cols;
+    const int64_t row_tasks = p.n_tasks + p.hub.n_segments;
+    const int64_t wanted = (2 * num_threads() + row_tasks - 1) / row_tasks;
+    const int64_t panels = std::clamp<int64_t>(wanted, 1, pieces);
+    return {true, few, !plain, (pieces + panels - 1) / panels * max_cols,
+            (p.n_cols + kGroupCols - 1) / kGroupCols * kGroupCols};
   }
   int64_t cols = max_cols;
   while (cols > kGroupCols && cols * column_bytes > kNearBytes) cols /= 2;

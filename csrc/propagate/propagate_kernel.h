@@ -27,7 +27,7 @@ struct Panel {
 
 template <typename T>
 struct PropagateKernel {
-  int64_t max_cols;   // columns of the widest panel
+  int64_t max_cols;   // columns of the widest panel of a copy; panels of h are this wide, or multiples
   bool loads_lanes;   // whether a panel of h itself may reach past its last column
   // Writes c_j M_j h_j of the panel's columns to x, and M h to p.masked_h.
   void (*pack)(const PropagateParams<T>& p, const Panel<T>& panel, T* x, int64_t row_begin,

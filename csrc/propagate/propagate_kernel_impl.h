@@ -144,7 +144,18 @@ FASTCLUST_INLINE void finish_stores_around_cache() {
 #endif
 }
 
-// The loops for panels of NV vectors.
+// Columns whose sums fit the registers: 8 vectors where there are 32 registers, 4 where there are 16.
+template <typename T>
+constexpr int64_t kMaxPieceCols =
+    (kVectorBytes == 64 ? 8 : 4) * Vec<T>::width < kGroupCols
+        ? kGroupCols
+        : (kVectorBytes == 64 ? 8 : 4) * Vec<T>::width;
+
+// Rows of a wide panel that are gathered before the columns that are left of them.
+constexpr int64_t kRowsOfPieces = 16;
+
+// The loops for panels of NV vectors, or of pieces of the most vectors that there are loops for, which
+// are gathered row by row.
 template <typename T, int NV>
 struct Loops {
   using Reg = typename Vec<T>::Reg;
@@ -338,17 +349,22 @@ struct Loops {
   template <bool kValued, bool kFar, bool kRagged, bool kInPlace>
   static void rows(P params, const Panel<T>& where, int64_t row_begin, int64_t row_end) {
     const PropagateParams<T> p = params;  // copies, which no store below can change
-    const Panel<T> panel = where;
+    Panel<T> panel = where;
+    const int64_t pieces = NV * W == kMaxPieceCols<T> ? where.n_cols / (NV * W) : 1;
     for (int64_t i = row_begin; i < row_end; ++i) {
       const int64_t begin = p.indptr[i], end = p.indptr[i + 1];
       if (end - begin > p.hub.hub_edges) continue;
-      if (kFar && panel.few) {
-        const int64_t ahead = i + kRowsAhead < row_end ? i + kRowsAhead : row_end - 1;
-        prefetch_row(panel.x + ahead * panel.stride);
+      for (int64_t k = 0; k < pieces; ++k) {
+        panel.x = where.x + k * NV * W;
+        panel.col = where.col + k * NV * W;
+        if (kFar && panel.few) {
+          const int64_t ahead = i + kRowsAhead < row_end ? i + kRowsAhead : row_end - 1;
+          prefetch_row(panel.x + ahead * panel.stride);
+        }
+        Reg acc[NV];
+        gather<kValued, kFar, kRagged, kInPlace>(p, panel, begin, end, acc);
+        finish<kRagged, kInPlace>(p, panel, i, acc);
       }
-      Reg acc[NV];
-      gather<kValued, kFar, kRagged, kInPlace>(p, panel, begin, end, acc);
-      finish<kRagged, kInPlace>(p, panel, i, acc);
     }
     if (panel.stream) finish_stores_around_cache();
   }
@@ -512,15 +528,8 @@ struct ColumnLoops {
   }
 };
 
-// Panels of up to 8 vectors where there are 32 registers, 4 where there are 16.
-template <typename T>
-constexpr int64_t kMaxPanelCols =
-    (kVectorBytes == 64 ? 8 : 4) * Vec<T>::width < kGroupCols
-        ? kGroupCols
-        : (kVectorBytes == 64 ? 8 : 4) * Vec<T>::width;
-
 // Calls f(Loops<T, NV>) with as many vectors as the panel has columns for.
-template <typename T, int NV = static_cast<int>(kMaxPanelCols<T>) / Vec<T>::width, typename F>
+template <typename T, int NV = static_cast<int>(kMaxPieceCols<T>) / Vec<T>::width, typename F>
 void with_loops(const PropagateParams<T>& p, const Panel<T>& panel, const F& f) {
   if constexpr (NV > 1) {
     constexpr int64_t kFewer = (NV - 1) * Vec<T>::width;
@@ -531,11 +540,77 @@ void with_loops(const PropagateParams<T>& p, const Panel<T>& panel, const F& f) 
   f(Loops<T, NV>{});
 }
 
+// Columns [begin, end) of a panel.
+template <typename T>
+Panel<T> part_of(const Panel<T>& panel, int64_t begin, int64_t end) {
+  Panel<T> part = panel;
+  part.x += begin;
+  part.col += begin;
+  part.n_cols = end - begin;
+  return part;
+}
+
+// Calls f(part) for parts of the panel that fit the registers.
+template <typename T, typename F>
+void for_each_piece(const Panel<T>& panel, const F& f) {
+  for (int64_t c = 0; c < panel.n_cols; c += kMaxPieceCols<T>) {
+    const int64_t end = c + kMaxPieceCols<T>;
+    f(part_of(panel, c, end < panel.n_cols ? end : panel.n_cols));
+  }
+}
+
+template <typename T>
+void rows_of_panel(const PropagateParams<T>& p, const Panel<T>& panel, int64_t row_begin,
+                   int64_t row_end) {
+  if constexpr (kLoadsLanes) {
+    using Loops = ColumnLoops<T>;
+    if (Loops::fits(p, panel)) {
+      auto* const rows = p.values != nullptr ? Loops::template rows<true, true>
+                         : panel.far         ? Loops::template rows<false, true>
+                                             : Loops::template rows<false, false>;
+      return rows(p, panel, row_begin, row_end);
+    }
+  }
+  const int64_t left = p.n_cols - panel.col, whole = left / kMaxPieceCols<T> * kMaxPieceCols<T>;
+  if (0 < whole && whole < panel.n_cols) {
+    for (int64_t i = row_begin; i < row_end; i += kRowsOfPieces) {
+      const int64_t end = i + kRowsOfPieces < row_end ? i + kRowsOfPieces : row_end;
+      rows_of_panel(p, part_of(panel, 0, whole), i, end);
+      if (whole < left) rows_of_panel(p, part_of(panel, whole, panel.n_cols), i, end);
+    }
+    return;
+  }
+  with_loops(p, panel, [&](auto loops) {
+    const bool ragged = loops.is_ragged(p, panel);
+    if constexpr (kLoadsLanes) {
+      if (panel.in_place && ragged) {
+        return loops.template rows<true, true, true, true>(p, panel, row_begin, row_end);
+      }
+      if (panel.in_place) {
+        return loops.template rows<true, true, false, true>(p, panel, row_begin, row_end);
+      }
+    }
+    if (p.values != nullptr && ragged) {
+      loops.template rows<true, true, true, false>(p, panel, row_begin, row_end);
+    } else if (p.values != nullptr) {
+      loops.template rows<true, true, false, false>(p, panel, row_begin, row_end);
+    } else if (ragged && panel.far) {
+      loops.template rows<false, true, true, false>(p, panel, row_begin, row_end);
+    } else if (ragged) {
+      loops.template rows<false, false, true, false>(p, panel, row_begin, row_end);
+    } else if (panel.far) {
+      loops.template rows<false, true, false, false>(p, panel, row_begin, row_end);
+    } else {
+      loops.template rows<false, false, false, false>(p, panel, row_begin, row_end);
+    }
+  });
+}
+
 template <typename T>
 PropagateKernel<T> make_propagate_kernel() {
   using P = const PropagateParams<T>&;
   return {
-      kMaxPanelCols<T>,
+      kMaxPieceCols<T>,
       kLoadsLanes,
       [](P p, const Panel<T>& panel, T* x, int64_t row_begin, int64_t row_end) {
         if constexpr (kLoadsLanes) {
@@ -549,59 +624,29 @@ PropagateKernel<T> make_propagate_kernel() {
           }
         });
       },
-      [](P p, const Panel<T>& panel, int64_t row_begin, int64_t row_end) {
-        if constexpr (kLoadsLanes) {
-          using Loops = ColumnLoops<T>;
-          if (Loops::fits(p, panel)) {
-            auto* const rows = p.values != nullptr ? Loops::template rows<true, true>
-                               : panel.far         ? Loops::template rows<false, true>
-                                                   : Loops::template rows<false, false>;
-            return rows(p, panel, row_begin, row_end);
-          }
-        }
-        with_loops(p, panel, [&](auto loops) {
-          const bool ragged = loops.is_ragged(p, panel);
-          if constexpr (kLoadsLanes) {
-            if (panel.in_place && ragged) {
-              return loops.template rows<true, true, true, true>(p, panel, row_begin, row_end);
+      rows_of_panel<T>,
+      [](P p, const Panel<T>& wide, int64_t s) {
+        for_each_piece(wide, [&](const Panel<T>& panel) {
+          with_loops(p, panel, [&](auto loops) {
+            if constexpr (kLoadsLanes) {
+              if (panel.in_place) return loops.template segment<true, true>(p, panel, s);
             }
-            if (panel.in_place) {
-              return loops.template rows<true, true, false, true>(p, panel, row_begin, row_end);
+            if (p.values != nullptr) {
+              loops.template segment<true, false>(p, panel, s);
+            } else {
+              loops.template segment<false, false>(p, panel, s);
             }
-          }
-          if (p.values != nullptr && ragged) {
-            loops.template rows<true, true, true, false>(p, panel, row_begin, row_end);
-          } else if (p.values != nullptr) {
-            loops.template rows<true, true, false, false>(p, panel, row_begin, row_end);
-          } else if (ragged && panel.far) {
-            loops.template rows<false, true, true, false>(p, panel, row_begin, row_end);
-          } else if (ragged) {
-            loops.template rows<false, false, true, false>(p, panel, row_begin, row_end);
-          } else if (panel.far) {
-            loops.template rows<false, true, false, false>(p, panel, row_begin, row_end);
-          } else {
-            loops.template rows<false, false, false, false>(p, panel, row_begin, row_end);
-          }
+          });
         });
       },
-      [](P p, const Panel<T>& panel, int64_t s) {
-        with_loops(p, panel, [&](auto loops) {
-          if constexpr (kLoadsLanes) {
-            if (panel.in_place) return loops.template segment<true, true>(p, panel, s);
-          }
-          if (p.values != nullptr) {
-            loops.template segment<true, false>(p, panel, s);
-          } else {
-            loops.template segment<false, false>(p, panel, s);
-          }
-        });
-      },
-      [](P p, const Panel<T>& panel, int64_t hub) {
-        with_loops(p, panel, [&](auto loops) {
-          if constexpr (kLoadsLanes) {
-            if (panel.in_place) return loops.template combine<true>(p, panel, hub);
-          }
-          loops.template combine<false>(p, panel, hub);
+      [](P p, const Panel<T>& wide, int64_t hub) {
+        for_each_piece(wide, [&](const Panel<T>& panel) {
+          with_loops(p, panel, [&](auto loops) {
+            if constexpr (kLoadsLanes) {
+              if (panel.in_place) return loops.template combine<true>(p, panel, hub);
+            }
+            loops.template combine<false>(p, panel, hub);
+          });
         });
       },
   };
