@@ -71,7 +71,7 @@ class Checkpoints:
             ) from None
         self.epochs, self.seconds = parse_interval(every)
         self.last_written = time.monotonic()
-        self.tried = 0  # epochs done at the last attempt to write one
+        self.tried = 0  # steps done at the last attempt to write one
 
     def due(self, epochs_done: int) -> bool:
         """Whether it is time for one."""
@@ -81,7 +81,7 @@ class Checkpoints:
 
     def save(self, state: State) -> bool:
         """Write one; a failure leaves the newest and is only warned of."""
-        self.tried = state.epochs_done
+        self.tried = state.steps_done
         tensors = {name: value.cpu() for name, value in state.tensors().items()}
         self.last_written = time.monotonic()
         return self.ranks.from_first(lambda: self._write(state, tensors))
@@ -107,7 +107,7 @@ class Checkpoints:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             warnings.warn(
-                f"the checkpoint after epoch {state.epochs_done} could not be written to "
+                f"the checkpoint after epoch {state.steps_done} could not be written to "
                 f"{self.path} ({error}); training goes on"
                 + (", the previous checkpoint stays" if self.path.exists() else ""),
                 CheckpointWarning,
@@ -128,7 +128,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.path} does not fit this run or version ({error}); remove it to start anew"
             ) from None
-        self.tried = state.epochs_done
+        self.tried = state.steps_done
         return True
 
     def _newest(

@@ -253,9 +253,9 @@ def train(
         Each is given an :class:`Event` after every epoch.
     checkpoint_dir : path, optional
         Where ``checkpoint.safetensors`` and the one before it, ``previous.safetensors``, are kept;
-        without it there are no checkpoints, and SIGINT acts as usual. An exception of a callback,
-        too, leaves a checkpoint of the last finished step (of several ranks, the last that was
-        due).
+        without it there are no checkpoints, and SIGINT acts as usual. An exception, too, leaves a
+        checkpoint of the last finished step, unless it came while the parameters were changed (of
+        several ranks, unless it came anywhere but in a callback or the scores).
     checkpoint_every : int or str
         Epochs (``25``) or seconds (``"60s"``) between checkpoints. One more is written at the end.
     resume : bool
@@ -292,7 +292,9 @@ def train(
     ):
         for epoch in range(state.epochs_done, epochs):
             started = time.perf_counter()
-            loss, last = _step(state, epoch), epoch == epochs - 1
+            if state.stepped is None:  # else a run that failed in the scores goes on with them
+                state.stepped, state.whole = _step(state, epoch), True
+            loss, last = state.stepped, epoch == epochs - 1
             entry: dict[str, Any] = {"epoch": epoch + 1, "loss": loss}
             evaluation = None
             if epoch % eval_every == 0 or last:
@@ -300,11 +302,11 @@ def train(
                 entry |= {key: score for key, score in evaluation.items() if key != "labels"}
             entry["seconds"] = time.perf_counter() - started
             state.history.append(entry)
-            state.epochs_done = epoch + 1
-            state.between_steps = True
+            state.epochs_done, state.stepped = epoch + 1, None
             event = Event(epoch + 1, epochs, loss, entry["seconds"], evaluation)
-            for callback in callbacks:
-                callback(event)
+            with state.ranks.together():
+                for callback in callbacks:
+                    callback(event)
             if checkpoints is not None:
                 _keep(checkpoints, state, caught, last)
 
@@ -323,8 +325,9 @@ def _step(state: State, epoch: int) -> float:
     if not state.accumulate:
         state.optimizer.zero_grad(set_to_none=True)
     loss = state.model.loss()
-    state.between_steps = False
+    state.whole = not state.accumulate  # where gradients are a part of it, backward changes it
     loss.backward()
+    state.whole = False
     state.optimizer.step()
     state.model.after_step(epoch)
     value = float(loss.detach())
@@ -345,6 +348,7 @@ def _evaluate(
     # The loss was that before the last step; the scores square what it left.
     largest = float(embedding.abs().max())
     if not largest**2 * embedding.shape[1] <= torch.finfo(torch.float32).max:
+        state.whole = False  # nothing to go on from
         raise TrainingDivergedError(
             f"the embedding or its squares are not finite after epoch {epoch + 1}; lower lr"
         )
@@ -384,15 +388,15 @@ def _kept_at_error(
 ) -> Iterator[None]:
     """Write a checkpoint of the last finished step before an exception goes on, if that is whole.
 
-    That of a callback leaves it so, as does running out of memory for a loss. Several ranks would
-    have to write together, and the others need not have failed. A second signal wants no delay.
+    It is at any moment but while a step changes it: in a callback, in the scores, out of memory for
+    a loss. Several ranks write together, so all must have failed. A second signal wants no delay.
     """
     try:
         yield
     except BaseException as error:
         at_once = bool(caught) and isinstance(error, KeyboardInterrupt)
-        whole = state.between_steps and state.ranks.size == 1 and not at_once
-        if whole and checkpoints is not None and state.epochs_done > checkpoints.tried:
+        whole = state.whole and state.ranks.all_raised(error) and not at_once
+        if whole and checkpoints is not None and state.steps_done > checkpoints.tried:
             with contextlib.suppress(BaseException):  # the first one is the one to be told
                 checkpoints.save(state)
         raise
@@ -435,7 +439,7 @@ def _deferred_signals(enabled: bool, once: bool) -> Iterator[list[int]]:
 
 @dataclass
 class State:
-    """All that a run consists of between two epochs.
+    """All that a run consists of between two epochs, or between a step and its evaluation.
 
     There is no stream of random numbers to keep: draws are keyed by seed and epoch.
     """
@@ -448,7 +452,8 @@ class State:
     epochs_done: int = 0
     best: _Best = field(default_factory=_Best)
     history: list[dict[str, Any]] = field(default_factory=list)
-    between_steps: bool = True  # nothing has changed since ``epochs_done`` was counted
+    stepped: float | None = None  # the loss of a step whose epoch is not done yet
+    whole: bool = True  # not while a step changes it
 
     def __post_init__(self) -> None:
         self.ranks: Ranks = getattr(self.model, "ranks", ONE)
@@ -456,6 +461,11 @@ class State:
         named = self.model.named_parameters()
         by_rows = {id(parameter) for name, parameter in named if name in self._by_rows}
         self._parameter_by_rows = [id(parameter) in by_rows for parameter in self.parameters]
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of the optimizer."""
+        return self.epochs_done + (self.stepped is not None)
 
     def whole_model(self) -> dict[str, Tensor]:
         """The model's state with all rows."""
@@ -488,6 +498,7 @@ class State:
         """What else is to be kept, JSON-able."""
         return {
             "epochs_done": self.epochs_done,
+            "stepped": self.stepped,
             "history": self.history,
             "best_epoch": self.best.epoch,
             "best_score": self.best.score,
@@ -517,6 +528,7 @@ class State:
             i, key = name.split("/")
             self.optimizer.state[self.parameters[int(i)]][key] = own(int(i), value)
         self.epochs_done, self.history = record["epochs_done"], record["history"]
+        self.stepped = record.get("stepped")
         if record["best_epoch"]:
             self.best = _Best(
                 record["best_epoch"],

@@ -18,6 +18,7 @@ import scipy.sparse as sp
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors import safe_open
 
 import fastclust as fc
 from fastclust import Graph, distributed, ops, reference
@@ -333,6 +334,58 @@ def test_a_lost_rank_and_going_on_with_another_number(
     )
     names = {path.name for path in whole.iterdir()}
     assert {path.name for path in out.iterdir()} == names
+
+
+# fastclust.train, but one rank raises: in the scores, which only the first takes, or in a callback.
+FAILING = """
+import os
+from fastclust import cli, train, training
+internal_scores, calls = training.internal_scores, []
+def failing_scores(*args):
+    calls.append(args)
+    if len(calls) == 2:
+        raise MemoryError("no room for scores")
+    return internal_scores(*args)
+told = train.History.__call__
+def failing_callback(self, event):
+    told(self, event)
+    if os.environ["RANK"] == "1" and event.epoch == 7:
+        raise MemoryError("no room for a line")
+if {scores}:
+    training.internal_scores = failing_scores
+else:
+    train.History.__call__ = failing_callback
+cli.run(train.main)
+"""
+
+
+@pytest.mark.parametrize(("model", "scores"), [("ecnmf", True), ("hsan", False)])
+def test_a_rank_that_raises_between_steps_leaves_a_checkpoint(
+    tmp_path: Path, data_file: Path, model: str, scores: bool
+) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(scores=scores))
+    settings = ["--dataset", data_file, "--model", model, "--epochs", "12", "--n-clusters", "4"]
+    settings += ["--set", "width=16", "--set", "checkpoint_every=50", "--set", "n_init=2"]
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    failed = torchrun(2, script, *settings, "--out", out)
+    assert failed.returncode != 0
+    assert "no room for" in failed.stderr, failed.stderr
+    if not scores:
+        assert "rank 0 of 2: rank 1 failed after an epoch" in failed.stderr, failed.stderr
+    with safe_open(out / "checkpoint" / "checkpoint.safetensors", "pt") as file:
+        record = json.loads(file.metadata()["record"])
+    assert (record["epochs_done"], record["stepped"] is not None) == ((10 if scores else 7), scores)
+
+    for arguments in ([*settings, "--out", whole], ["--out", out, "--resume"]):
+        done = torchrun(2, "-m", "fastclust.train", *arguments)
+        assert done.returncode == 0, done.stderr
+    assert (out / "embedding.npy").read_bytes() == (whole / "embedding.npy").read_bytes()
+    rows = [
+        [json.loads(line) | {"seconds": 0} for line in (folder / "history.jsonl").open()]
+        for folder in (out, whole)
+    ]
+    assert rows[0] == rows[1]
 
 
 TERMINATED = """

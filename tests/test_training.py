@@ -217,8 +217,7 @@ def test_weights_of_a_checkpoint_may_become_stored_but_not_snapshots(two_blocks,
     whole = runs[0]().fit(x, adjacency=adjacency)
     with pytest.raises(Cut):
         runs[1](callbacks=cut_after(10), resume=True, **keep).fit(x, adjacency=adjacency)
-    with safe_open(tmp_path / CHECKPOINT, "pt") as file:
-        assert "extra/tiles" in file.keys()  # noqa: SIM118
+    assert "extra/tiles" in names_in(tmp_path / CHECKPOINT)
     with pytest.raises(CheckpointError, match="stored, which only one process on the CPU"):
         runs[0](resume=True, **keep).fit(x, adjacency=adjacency)
     resumed = runs[1](resume=True, **keep).fit(x, adjacency=adjacency)
@@ -312,6 +311,12 @@ def epochs_kept(folder: Path) -> dict[str, int]:
     return kept
 
 
+def names_in(path: Path) -> set[str]:
+    """Names of the tensors of a checkpoint file."""
+    with safe_open(path, "pt") as file:
+        return set(file.keys())
+
+
 @pytest.mark.parametrize("error", [Cut, KeyboardInterrupt, SystemExit, MemoryError])
 @pytest.mark.parametrize("kind", ["hsan-paper-code", "ecnmf"])
 def test_an_exception_leaves_a_checkpoint_of_the_last_step(kind, error, two_blocks, tmp_path):
@@ -335,7 +340,7 @@ def test_an_exception_leaves_a_checkpoint_of_the_last_step(kind, error, two_bloc
 @pytest.mark.parametrize("kind", sorted(RUNS))
 @pytest.mark.parametrize("half", ["loss", "backward", "after_step"])
 def test_an_exception_within_a_step(kind, half, two_blocks, tmp_path, monkeypatch):
-    """Where the memory is too small it is so for the loss, which changes nothing yet."""
+    """Where the memory is too small it is so for loss and gradient: parameters are as before."""
     adjacency, x, _ = two_blocks
     keep = {"checkpoint_dir": tmp_path, "checkpoint_every": 5}
     step = training._step
@@ -356,7 +361,8 @@ def test_an_exception_within_a_step(kind, half, two_blocks, tmp_path, monkeypatc
     with pytest.raises(MemoryError):
         RUNS[kind](**keep).fit(x, adjacency=adjacency)
     monkeypatch.undo()
-    if half == "loss":
+    # Of "accumulated" the gradient is part of what a checkpoint holds.
+    if half == "loss" or (half == "backward" and "grad/0" not in names_in(tmp_path / CHECKPOINT)):
         assert epochs_kept(tmp_path) == {CHECKPOINT: 7, PREVIOUS: 5}
     else:
         assert epochs_kept(tmp_path) == {CHECKPOINT: 5}
@@ -364,8 +370,57 @@ def test_an_exception_within_a_step(kind, half, two_blocks, tmp_path, monkeypatc
     assert_same_bits(RUNS[kind]().fit(x, adjacency=adjacency), resumed)
 
 
-def test_divergence_leaves_no_checkpoint_of_it(tmp_path):
-    model = Walk([1.0, 1.0, float("nan")], [GOOD] * 3)
+@pytest.mark.parametrize("kind", sorted(RUNS))
+@pytest.mark.parametrize("part", ["assign", "internal_scores", "diagnostics"])
+def test_an_exception_while_an_epoch_is_scored(kind, part, two_blocks, tmp_path, monkeypatch):
+    """The step before it stands; whoever resumes scores first."""
+    adjacency, x, _ = two_blocks
+    keep = {"checkpoint_dir": tmp_path, "checkpoint_every": 50}
+    steps = 0
+    evaluate, step = training._evaluate, training._step
+
+    def failing_evaluate(state: Any, epoch: int, *args: Any) -> Any:
+        if epoch > 0:
+            owner = training if part == "internal_scores" else type(state.model)
+            whole = getattr(owner, part)
+
+            def fail(*args: Any) -> None:
+                whole(*args)
+                raise MemoryError
+
+            monkeypatch.setattr(owner, part, fail)
+        return evaluate(state, epoch, *args)
+
+    def counted_step(*args: Any) -> float:
+        nonlocal steps
+        steps += 1
+        return step(*args)
+
+    monkeypatch.setattr(training, "_evaluate", failing_evaluate)
+    for resume in (False, True):  # twice: what is on disk is not written again
+        with pytest.raises(MemoryError):
+            RUNS[kind](resume=resume, **keep).fit(x, adjacency=adjacency)
+        assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "_step", counted_step)
+    epochs: list[int] = []
+    resumed = RUNS[kind](resume=True, callbacks=lambda e: epochs.append(e.epoch), **keep)
+    resumed.fit(x, adjacency=adjacency)
+    assert epochs[0] > 1 and steps == len(epochs) - 1  # the first of them was made already
+    assert_same_bits(RUNS[kind]().fit(x, adjacency=adjacency), resumed)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_divergence_leaves_no_checkpoint_of_it(scored, tmp_path, monkeypatch):
+    model = Walk([1.0, 1.0, 1.0 if scored else float("nan")], [GOOD] * 3)
+    if scored:
+        endless = torch.full((4, 2), float("inf"))
+        assign = Walk.assign
+        monkeypatch.setattr(
+            Walk,
+            "assign",
+            lambda self, e: (assign(self, e)[0], endless if e == 2 else torch.ones(4, 2)),
+        )
     with pytest.raises(TrainingDivergedError):
         train(model, epochs=3, lr=0.1, adjacency=TWO_PAIRS, checkpoint_dir=tmp_path,
               checkpoint_every=2)  # fmt: skip
@@ -453,8 +508,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(
 def test_checkpoints_hold_plain_tensors_only(two_blocks, tmp_path):
     adjacency, x, _ = two_blocks
     RUNS["hsan-paper-code"](checkpoint_dir=tmp_path).fit(x, adjacency=adjacency)
-    with safe_open(tmp_path / CHECKPOINT, "pt") as file:
-        names = set(file.keys())
+    names = names_in(tmp_path / CHECKPOINT)
     for prefix in ("model/", "adam/", "grad/", "extra/", "best/"):
         assert any(name.startswith(prefix) for name in names), prefix
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -19,7 +20,7 @@ class LaunchError(ValueError):
 
 
 class RankLostError(RuntimeError):
-    """Another process of the run died or no longer answers."""
+    """Another process of the run failed, died or no longer answers."""
 
 
 class Ranks:
@@ -93,6 +94,15 @@ class Ranks:
     def from_first(self, make: Callable[[], T]) -> T:
         """What ``make`` returns on rank 0, on every rank; its exception too."""
         return make()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """An exception in the body on one rank is one on all, after the body."""
+        yield
+
+    def all_raised(self, error: BaseException) -> bool:
+        """Whether all ranks met this exception at the same place, so that they can still talk."""
+        return True
 
     def tensors_from_first(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The CPU tensors of rank 0, on every rank."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from fastclust.distributed.infonce import (
 )
 from fastclust.distributed.kmeans import kmeans
 from fastclust.distributed.propagate import GraphRows, Propagate
-from fastclust.distributed.ranks import LaunchError, Ranks, T
+from fastclust.distributed.ranks import LaunchError, RankLostError, Ranks, T
 from fastclust.graph import Graph
 from fastclust.ops import infonce
 
@@ -46,6 +47,7 @@ class ShardedRanks(Ranks):
         self.n_nodes = n_nodes
         self.bounds = [n_nodes * r // self.size for r in range(self.size + 1)]
         self.ring = self.size > GATHER_UP_TO if ring is None else ring
+        self._of_all: BaseException | None = None  # the last exception that all ranks met
 
     def count(self, rank: int) -> int:
         """Nodes of a rank."""
@@ -137,8 +139,27 @@ class ShardedRanks(Ranks):
                 outcome[1] = error
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
+            self._of_all = outcome[1]
             raise outcome[1]
         return outcome[0]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.most(self.rank + 1)
+            self._of_all = error
+            raise
+        (failed,) = self.most(0)
+        if failed:
+            self._of_all = RankLostError(
+                f"rank {self.rank} of {self.size}: rank {failed - 1} failed after an epoch"
+            )
+            raise self._of_all
+
+    def all_raised(self, error: BaseException) -> bool:
+        return error is self._of_all
 
     def tensors_from_first(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         kinds = self.from_first(lambda: {k: (v.shape, v.dtype) for k, v in tensors.items()})

@@ -405,8 +405,9 @@ class ECNMFModel(nn.Module):
         return {name: float(part) for name, part in self._parts.items()}
 
     def extra_state(self) -> dict[str, Tensor]:
-        """Target distribution and pseudo labels, for a checkpoint."""
+        """Target distribution, pseudo labels and the parts of the loss, for a checkpoint."""
         state = {"epoch": torch.tensor(self.epoch)}
+        state |= {f"part/{name}": part for name, part in self._parts.items()}
         if self.target is not None:
             state["target"] = self.ranks.gather(self.target)
         if self.pseudo is not None:
@@ -420,6 +421,11 @@ class ECNMFModel(nn.Module):
         self.target = None if target is None else self.ranks.rows(target)
         nodes = state.get("pseudo_nodes")
         self.pseudo = None if nodes is None else (nodes, state["pseudo_labels"])
+        self._parts = {
+            name.removeprefix("part/"): part
+            for name, part in state.items()
+            if name.startswith("part/")
+        }
 
     # --- losses ----------------------------------------------------------------------------------
 
