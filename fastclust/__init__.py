@@ -1,6 +1,6 @@
 """fastclust: clustering of attributed graphs with fused CPU and CUDA kernels."""
 
-from fastclust import interop, metrics, nn, ops, plot
+from fastclust import _command, interop, metrics, nn, ops, plot  # noqa: F401
 from fastclust._version import __version__
 from fastclust.datasets import load_dataset, load_npz
 from fastclust.estimators import ECNMF, HSAN, SSGC

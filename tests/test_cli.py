@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -127,6 +129,39 @@ def test_duration() -> None:
     assert [cli.duration(s) for s in (0, 3.21, 59.99, 125, 7300)] == [
         "0.0 s", "3.2 s", "1 min 0 s", "2 min 5 s", "2 h 1 min",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["-m", "fastclust.train"], True),
+        (["-m", "fastclust", "train"], True),
+        (["{folder}/fastclust", "train"], True),
+        (["-c", "import fastclust"], False),
+        (["-m", "using"], False),
+    ],
+)
+def test_an_interrupt_while_torch_is_imported(
+    command: list[str], told: bool, tmp_path: Path
+) -> None:
+    """Of commands alone: a program that uses the package has its own way to end."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    (tmp_path / "using.py").write_text("import fastclust")
+    (tmp_path / "fastclust").write_text("from fastclust.__main__ import main\nmain()\n")
+    root = Path(cli.__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, *(part.format(folder=tmp_path) for part in command)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])},
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if told:
+        assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    else:
+        assert done.returncode == -signal.SIGINT and "Traceback" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
