@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MIN_TORCH = (2, 10)
-MIN_NVCC = (12, 0)  # sm_90a
+MIN_NVCC = (12, 1)  # sm_90a, and sums of pairs by its memory (mma.cuh)
 
 # Suffix of a source file -> flags of its instruction set. Files with a suffix are compiled on
 # x86-64 only; everything else uses the compiler's baseline.

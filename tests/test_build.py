@@ -95,7 +95,7 @@ def test_cuda_is_forbidden_by_0(toolchain, monkeypatch):
     assert not toolchain.cuda_wanted(toolchain.Nvcc("nvcc", "13.0"))
 
 
-@pytest.mark.parametrize("nvcc, reason", [(None, "no nvcc"), ("11.8", "older than 12.0")])
+@pytest.mark.parametrize("nvcc, reason", [(None, "no nvcc"), ("12.0", "older than 12.1")])
 def test_cuda_asked_for_but_impossible_is_an_error(toolchain, monkeypatch, nvcc, reason):
     monkeypatch.setenv("FASTCLUST_CUDA", "1")
     found = toolchain.Nvcc("nvcc", nvcc) if nvcc else None
