@@ -150,7 +150,10 @@ def test_registers_and_spills() -> None:
     )
     rows = []
     for obj in objects():
-        found = entry.findall(Path(f"{obj}.ptxas").read_text())
+        report = Path(f"{obj}.ptxas").read_text()
+        # Of Hopper's kernels: products one after the other, registers that do not change hands.
+        assert "Potential Performance Loss" not in report, obj.name
+        found = entry.findall(report)
         rows += [(obj.parent.name, *row) for row in found]
     assert rows, "the assembler's reports are empty: build anew"
     names = demangle([row[1] for row in rows])
