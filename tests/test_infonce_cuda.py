@@ -48,9 +48,9 @@ def gradients(z, e, alpha, w, precision):
     return loss.detach(), torch.autograd.grad(loss, leaves)
 
 
-def double_twin(z, e, alpha, w):
-    """Loss and gradients in float64 on the CPU."""
-    leaves = [t.detach().cpu().double().requires_grad_() for t in (z, e, alpha)]
+def double_twin(z, e, alpha, w, device="cpu"):
+    """Loss and gradients in float64."""
+    leaves = [t.detach().to(device, torch.float64).requires_grad_() for t in (z, e, alpha)]
     dense = None
     if w is not None:
         state = {
@@ -60,6 +60,18 @@ def double_twin(z, e, alpha, w):
         dense = ops.dense_weights(ops.Hardness.from_state_dict(state))
     loss = reference.hard_infonce(*leaves, dense)
     return loss.detach(), torch.autograd.grad(loss, leaves)
+
+
+def check(z, e, alpha, w, precision, device="cpu") -> None:
+    """Against the twin, run on `device`."""
+    loss, grads = gradients(z, e, alpha, w, precision)
+    want_loss, want = double_twin(z, e, alpha, w, device)
+    loss_bound, grad_bound = BOUNDS[precision]
+    assert abs(float(loss) - float(want_loss)) <= loss_bound * max(1, abs(float(want_loss)))
+    for got, twin in zip(grads[:2], want[:2], strict=True):
+        error = (got.to(twin) - twin).norm() / twin.norm().clamp_min(1e-2)
+        assert float(error) <= grad_bound
+    assert abs(float(grads[2]) - float(want[2])) <= grad_bound * max(0.1, abs(float(want[2])))
 
 
 @pytest.fixture(params=["general", "hopper"], autouse=True)
@@ -79,15 +91,17 @@ def test_matches_the_twin(n, dz, de, beta, refreshes, precision) -> None:
     z, e = views(n, dz, de)
     w = weights(n, dz, de, beta, refreshes) if refreshes else None
     for alpha in (0.7, 1.0001, -0.1):
-        a = torch.tensor(alpha, device="cuda")
-        loss, grads = gradients(z, e, a, w, precision)
-        want_loss, want = double_twin(z, e, a, w)
-        loss_bound, grad_bound = BOUNDS[precision]
-        assert abs(float(loss) - float(want_loss)) <= loss_bound * max(1, abs(float(want_loss)))
-        for got, twin in zip(grads[:2], want[:2], strict=True):
-            error = (got.cpu().double() - twin).norm() / twin.norm().clamp_min(1e-2)
-            assert float(error) <= grad_bound
-        assert abs(float(grads[2]) - float(want[2])) <= grad_bound * max(0.1, abs(float(want[2])))
+        check(z, e, torch.tensor(alpha, device="cuda"), w, precision)
+
+
+@pytest.mark.parametrize("precision", ["bf16x3", "tf32", "bf16"])
+def test_several_panels(precision) -> None:
+    """Rows that no workspace holds at once: two panels and more, forward and backward.
+
+    Sums and gradients of one launch are then added to those of others: gradients in pairs, and one
+    by one where the width is odd.
+    """
+    check(*views(4000, 2500, 1501), torch.tensor(0.7, device="cuda"), None, precision, "cuda")
 
 
 def test_digits_of_a_long_sum_are_kept() -> None:
@@ -126,8 +140,9 @@ def test_float64_is_exact() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16x3", "tf32", "bf16"])
 def test_same_bits_every_time(precision) -> None:
-    z, e = views(900, 120, 70)
-    w = weights(900, 120, 70, 1.0)
+    """With gradients that several launches add to: of so many rows a panel does not hold all."""
+    z, e = views(3000, 120, 70)
+    w = weights(3000, 120, 70, 1.0)
     alpha = torch.tensor(0.8, device="cuda")
     first = gradients(z, e, alpha, w, precision)
     for _ in range(200):
