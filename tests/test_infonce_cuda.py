@@ -181,6 +181,12 @@ def test_no_host_synchronisation_and_graph_capture() -> None:
     assert all(torch.equal(a, b) for a, b in zip(grads, expected[1], strict=True))
 
 
+def test_rows_too_wide_for_the_offsets_are_refused() -> None:
+    z = torch.zeros(2, 500_001, device="cuda")
+    with pytest.raises(RuntimeError, match="at most 500,000 columns"):
+        ops.hard_infonce(z, None, 1.0)
+
+
 def test_memory_is_linear_in_the_rows() -> None:
     n, dz, de = 6000, 256, 256
     z, e = views(n, dz, de)

@@ -621,6 +621,17 @@ def test_cut_fits_and_fills_the_workspace(emulated, rows, entry_bytes, row_bytes
     assert entry_bytes < 1 or chunk == panel
 
 
+def test_widest_rows_stay_within_offsets_of_32_bits(emulated) -> None:
+    """Float64 and as many columns as the operators take (infonce_cuda_ops.cu)."""
+    row_bytes = 8 * (500_000 + 2 * 128)  # z and e padded
+    out = (ctypes.c_int64 * 2)()
+    emulated.cut_of(
+        ctypes.c_int64(200_064), ctypes.c_int64(0), ctypes.c_int64(row_bytes),
+        ctypes.c_double(8.0), ctypes.c_int64(1), out,
+    )  # fmt: skip
+    assert out[0] * row_bytes < 2**32
+
+
 @pytest.mark.parametrize("precision", [FP32, TF32, BF16])
 @pytest.mark.parametrize("n", [13_752, 100_000])
 @pytest.mark.parametrize("refreshes", [0, 1])

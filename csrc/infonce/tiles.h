@@ -48,7 +48,7 @@ constexpr int kBlockRows = 128;
 constexpr int kBlockColumns = 128;  // bytes
 constexpr int kBlockBytes = kBlockRows * kBlockColumns;
 
-// Byte of a row, in a matrix of n_blocks blocks across. Patches stay far below 4 GB.
+// Byte of a row, in a matrix of n_blocks blocks across. Patches stay below 4 GB, see check_width.
 template <typename Int = uint32_t>
 FASTCLUST_HD Int packed_offset(Int n_blocks, Int row, Int byte) {
   const Int block = row / kBlockRows * n_blocks + byte / kBlockColumns;
