@@ -2,9 +2,10 @@
 
 Inside :func:`pretended_cuda` tensors can be moved to "cuda" and made there, say that they are there
 (``device``, ``is_cuda``), refuse to become NumPy arrays, and raise where an operator meets tensors
-of both devices or would add floats in an order that differs from run to run. They compute on the
-CPU, with the CPU's kernels. So a training on a GPU runs its every branch, copy and check without
-one; what CUDA kernels do is for the emulated blocks and a GPU.
+of both devices or would add floats in an order that differs from run to run. Inside
+:func:`capturing` they raise also where the host would wait for the device, as a capture does. They
+compute on the CPU, with the CPU's kernels. So a training on a GPU runs its every branch, copy and
+check without one; what CUDA kernels do is for the emulated blocks and a GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 # Operators that take tensors of two devices on a real GPU, too.
 OF_TWO_DEVICES = {"aten::copy_", "aten::index", "aten::index_put_", "aten::_index_put_impl_"}
+
+# Operators after which the host knows what the device has computed.
+WAITING = {
+    "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero",
+    "aten::masked_select", "aten::bincount", "aten::_unique2", "aten::repeat_interleave",
+}  # fmt: skip
 
 # What torch.cuda answers here.
 ANSWERS = {
@@ -89,11 +96,21 @@ class Birthplace:
             cls.on_cuda = before
 
 
+def waits(name: str, args: Any, tensors: list[Tensor]) -> bool:
+    """Whether an operator on tensors of the GPU, some or all, makes the host wait for it."""
+    if name == "aten::index":  # of a mask: it is the number of elements that is waited for
+        return any(t is not None and t.dtype == torch.bool for t in args[1])
+    between = name == "aten::copy_" and len({isinstance(t, OnCuda) for t in tensors}) == 2
+    return between or name in WAITING
+
+
 def compute(func: Any, args: Any, kwargs: Any) -> Any:
     """One operator, below autograd: on the inner tensors, its results where its operands are."""
     tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
     outer = {id(t.inner): t for t in tensors if isinstance(t, OnCuda)}
     name = func._schema.name
+    if outer and torch.cuda.is_current_stream_capturing() and waits(name, args, tensors):
+        raise RuntimeError(f"{name} waits for cuda:0, which is capturing")
     if outer and name not in OF_TWO_DEVICES:
         for t in tensors:
             # torch's own operators take a number from the CPU
@@ -127,6 +144,8 @@ class Operators(TorchDispatchMode):
 
 def move(x: Tensor) -> Tensor:
     """A copy on the other device."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a copy between the devices waits for cuda:0, which is capturing")
     if x.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError("gradients do not travel between the devices here")
     x = x.detach()
@@ -148,6 +167,8 @@ class Functions(TorchFunctionMode):
             return OnCuda(getattr(first.inner, name)())  # goes by the layout that C++ sees
         leaves = list(tree_iter((args, kwargs)))
         if not any(isinstance(x, OnCuda) or is_cuda_argument(x) for x in leaves):
+            return func(*args, **kwargs)
+        if name == "__setitem__":  # torch makes a tensor on the CPU of the number that is written
             return func(*args, **kwargs)
         with Birthplace.is_cuda():  # also what torch itself makes on the way to the result
             return func(*tree_map(here, args), **tree_map(here, kwargs))
@@ -183,6 +204,14 @@ class AnyGenerator(torch.Generator):
 
     def __new__(cls, device: Any = None) -> torch.Generator:
         return CpuGenerator.__new__(CpuGenerator, "cpu")
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """Refuse, for a while, what a capture in a CUDA graph would refuse."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        yield
 
 
 @contextlib.contextmanager

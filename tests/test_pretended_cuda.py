@@ -11,13 +11,14 @@ import pretended_cuda as pretended
 import pytest
 import scipy.sparse as sp
 import torch
-from pretended_cuda import OnCuda, pretended_cuda
+from pretended_cuda import OnCuda, capturing, pretended_cuda
 
 import fastclust as fc
 from fastclust import cli, nn, ops, train
 from fastclust.models.consensus import cluster_means
 from fastclust.models.ecnmf import ECNMFModel
 from fastclust.models.hsan import HSANModel
+from fastclust.models.inputs import as_tensor
 from fastclust.models.minibatch import SampledECNMF, SampledHSAN
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is here")
@@ -76,6 +77,59 @@ def test_the_device_keeps_to_itself() -> None:
         (leaf * x).sum().backward()
         assert isinstance(leaf.grad, OnCuda)
     assert not torch.cuda.is_available()
+
+
+def test_a_capture_waits_for_nothing() -> None:
+    with pretended_cuda():
+        x, mask = torch.ones(3).cuda(), torch.tensor([True, False, True]).cuda()
+        with capturing():
+            x[:2] = 0.0
+            assert isinstance(torch.where(mask, x, 0.0).sum(), OnCuda)
+            for waits in (
+                lambda: bool(mask.any()),
+                lambda: x[mask],
+                lambda: x.cpu(),
+                lambda: torch.ones(3).cuda(),
+                lambda: x.copy_(torch.ones(3)),
+                lambda: x.__setitem__(0, 1.0),  # torch copies the number
+            ):
+                with pytest.raises(RuntimeError, match="cuda:0, which is capturing"):
+                    waits()
+
+
+@pytest.mark.parametrize("batch_size", [None, 12, 50, 64, 73])  # 73: a short last batch
+@pytest.mark.parametrize("layout", ["dense", "sparse"])
+def test_a_capture_of_batched_svd(batch_size: int | None, layout: str) -> None:
+    x = torch.randn(150, 21, generator=torch.Generator().manual_seed(0)).relu()
+    x = x if layout == "dense" else as_tensor(sp.csr_array(x.numpy()))
+    with pretended_cuda():
+        on_device = x.cuda()
+        with capturing():
+            svd = ops.batched_svd(on_device, 6, batch_size=batch_size)
+        assert isinstance(svd.u, OnCuda)
+
+
+@pytest.mark.parametrize("model", ["ecnmf", "ecnmf-relu", "ecnmf-low-rank", "hsan", "hsan-stale"])
+def test_a_capture_of_an_epoch(two_blocks, model: str) -> None:
+    """Between refreshes: the loss and its gradients."""
+    adjacency, features, _ = two_blocks
+    with pretended_cuda():
+        x = torch.from_numpy(features).cuda()
+        sizes = {"n_clusters": 2, "width": 4}
+        if model.startswith("hsan"):
+            graph = fc.Graph(adjacency, norm="none", self_loops=False).to("cuda")
+            trained = HSANModel(x, graph, stale_weights=model == "hsan-stale", **sizes)
+        else:
+            view = ops.low_rank(x, 3) if model == "ecnmf-low-rank" else None
+            activation = "relu" if model == "ecnmf-relu" else "identity"
+            graph = fc.Graph(adjacency).to("cuda")
+            trained = ECNMFModel(x, view, graph, activation=activation, **sizes)
+        trained.begin()
+        trained.loss()
+        trained.after_step(0)
+        with capturing():
+            trained.loss().backward()
+        assert all(p.grad is not None for p in trained.parameters())
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -473,7 +473,7 @@ def _factor(
     if batch <= v.shape[2]:
         steep[:] = True
     elif (rows.n_rows - 1) % batch < v.shape[2]:
-        steep[-1] = True
+        steep[-1:] = True  # as a slice: torch waits for the device to write one element
     if steep.is_cuda or torch.compiler.is_compiling() or steep.any():
         q, _ = ops.lowrank_orthonormalize(w, None, None, 0.0, 2)
         p, t, yt = ops.lowrank_thin_svd(rows.project_transposed(batch, mean, q), rank)
