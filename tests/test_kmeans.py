@@ -517,6 +517,9 @@ def run_on_device(device, x, k, *, restarts=1, init=-1, seed=0, starts=None, tol
         (130, 20, 10, 7, 0),
         (90, 5, 70, 2, 0),
         (550, 18, 3, 2, 0),
+        (200, 40, 4, 1, 1),  # four groups of threads share the rows; one; two blocks of columns
+        (70, 150, 3, 1, 1),
+        (70, 260, 3, 1, 1),
     ],
 )
 def test_cuda_kernels_agree_with_the_cpu(device, dtype, n, d, k, restarts, init):

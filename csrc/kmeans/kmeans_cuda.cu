@@ -98,10 +98,11 @@ __device__ void product_tile(const T* a_row, const T* b_row, int64_t width,
 // --- centring -----------------------------------------------------------------------------------
 
 // partial[chunk, j] = sum over the chunk's rows of x, or, where xc is given, of (x - mean)^2, which
-// also writes xc = x - mean.
+// also writes xc = x - mean. (restrict: several rows are read before the first is written)
 template <typename T>
-__global__ void column_sums_kernel(const T* x, int64_t n, int64_t d, int64_t rows, const double* mean,
-                                   T* xc, int64_t dp, double* partial) {
+__global__ void column_sums_kernel(const T* __restrict__ x, int64_t n, int64_t d, int64_t rows,
+                                   const double* mean, T* __restrict__ xc, int64_t dp,
+                                   double* partial) {
   const int64_t j = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const int64_t begin = blockIdx.y * rows, end = min(n, begin + rows);
   if (j >= (xc == nullptr ? d : dp)) return;
@@ -283,11 +284,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A block per restart of the group: the candidate that leaves the least sum becomes centre `step`.
+// Some blocks per restart of the group: the candidate that leaves the least sum becomes centre
+// `step`, each block copies a share of its distances. (restrict and a constant stride: several are
+// read before the first is written)
 template <typename T>
 __global__ void choose_kernel(Problem<T> p, int64_t first_restart, int64_t step, int64_t trials,
-                              const int64_t* candidates, const T* distance,
-                              const double* tile_sums, int64_t tiles, T* current,
+                              const int64_t* candidates, const T* __restrict__ distance,
+                              const double* tile_sums, int64_t tiles, T* __restrict__ current,
                               double* current_sums, T* centers) {
   __shared__ double parts[kThreads];
   const int64_t g = blockIdx.x;
@@ -300,9 +303,13 @@ __global__ void choose_kernel(Problem<T> p, int64_t first_restart, int64_t step,
       best = c;
     }
   }
-  for (int64_t i = threadIdx.x; i < p.n_points; i += blockDim.x) {
+  const int64_t share = ceil_div(p.n_points, gridDim.y);
+  const int64_t end = min(p.n_points, (blockIdx.y + 1) * share);
+#pragma unroll 8
+  for (int64_t i = blockIdx.y * share + threadIdx.x; i < end; i += kThreads) {
     current[g * p.n_points + i] = distance[best * p.n_points + i];
   }
+  if (blockIdx.y > 0) return;
   for (int64_t t = threadIdx.x; t < tiles; t += blockDim.x) {
     current_sums[g * tiles + t] = tile_sums[best * tiles + t];
   }
@@ -518,7 +525,8 @@ __global__ void repair_kernel(Problem<T> p, const T* centers, const bool* done, 
 }
 
 // partial[r, chunk, k, j] = sum of column j over the chunk's rows with label k; a block owns 256
-// columns and kClusterRange clusters, each thread one column.
+// columns and kClusterRange clusters, each thread one column. Of fewer columns, groups of warps take
+// 32 rows in turn.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     sums_kernel(Problem<T> p, const int32_t* labels, const bool* done, int64_t rows,
@@ -528,7 +536,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t column_blocks = ceil_div(p.width, kThreads);
   const int64_t ranges = ceil_div(p.n_clusters, kClusterRange);
   int64_t id = blockIdx.x;
-  const int64_t column = id % column_blocks * kThreads + threadIdx.x;
+  const int group_size = threads_per_row(p.width, kThreads);
+  const int group = threadIdx.x / group_size, n_groups = kThreads / group_size;
+  const int64_t column = id % column_blocks * kThreads + threadIdx.x % group_size;
   id /= column_blocks;
   const int64_t k0 = id % ranges * kClusterRange;
   id /= ranges;
@@ -539,32 +549,33 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int k = 0; k < kClusterRange; ++k) acc[k][threadIdx.x] = 0.0;
   const int64_t end = min(p.n_points, (chunk + 1) * rows);
-  for (int64_t base = chunk * rows; base < end; base += 32) {
+  for (int64_t base = chunk * rows + 32 * group; base < end; base += 32 * n_groups) {
     const int64_t mine = base + lane;
     const int64_t label = mine < end ? labels[r * p.n_points + mine] - k0 : -1;
     unsigned mask = __ballot_sync(~0u, label >= 0 && label < kClusterRange);
     while (mask != 0) {
-      double value[kAhead];
-      int cluster[kAhead];
+      T value[kAhead];  // as it comes: to convert it is to wait for it
+      int row[kAhead];
 #pragma unroll
       for (int q = 0; q < kAhead; ++q) {
-        const int bit = mask != 0 ? __ffs(static_cast<int>(mask)) - 1 : -1;
+        row[q] = __ffs(static_cast<int>(mask)) - 1;  // -1: no more
         mask &= mask - 1;
-        cluster[q] = bit < 0 ? -1 : __shfl_sync(~0u, static_cast<int>(label), bit & 31);
-        value[q] = bit < 0 || !inside
-                       ? 0.0
-                       : static_cast<double>(p.x[(base + bit) * p.width + column]);
+        value[q] = row[q] < 0 || !inside ? T(0) : p.x[(base + row[q]) * p.width + column];
       }
 #pragma unroll
       for (int q = 0; q < kAhead; ++q) {
-        if (cluster[q] >= 0) acc[cluster[q]][threadIdx.x] += value[q];
+        if (row[q] < 0) continue;  // the whole warp
+        const int cluster = __shfl_sync(~0u, static_cast<int>(label), row[q]);
+        acc[cluster][threadIdx.x] += static_cast<double>(value[q]);
       }
     }
   }
-  if (!inside) return;
+  __syncthreads();
+  if (group > 0 || !inside) return;
   for (int64_t k = k0; k < min(p.n_clusters, k0 + kClusterRange); ++k) {
-    partial[((r * n_chunks + chunk) * p.n_clusters + k) * p.width + column] =
-        acc[k - k0][threadIdx.x];
+    double sum = acc[k - k0][threadIdx.x];
+    for (int g = 1; g < n_groups; ++g) sum += acc[k - k0][threadIdx.x + g * group_size];
+    partial[((r * n_chunks + chunk) * p.n_clusters + k) * p.width + column] = sum;
   }
 }
 
@@ -650,6 +661,8 @@ void initialize_plus_plus(const Problem<T>& p, int64_t seed, const T* x_norms, T
   double* tile_sums = take<double>(allocate, group * trials * tiles);
   auto* candidates = take<int64_t>(allocate, group * trials);
   const T doubtful = static_cast<T>(doubtful_share(rounding(p)));
+  // Few: each of them adds up all tiles again.
+  const auto shares = static_cast<unsigned>(std::min<int64_t>(16, ceil_div(p.n_points, 512)));
   for (int64_t r = 0; r < p.n_restarts; r += group) {
     const int64_t n_group = std::min(group, p.n_restarts - r);
     const auto grid = static_cast<unsigned>(n_group);
@@ -660,8 +673,8 @@ void initialize_plus_plus(const Problem<T>& p, int64_t seed, const T* x_norms, T
       enqueue(measure_kernel<T>, static_cast<unsigned>(tiles), kThreads, stream, p, x_norms,
              candidates, n_group * drawn, drawn, step == 0, current, doubtful, tiles, distance,
              tile_sums);
-      enqueue(choose_kernel<T>, grid, kThreads, stream, p, r, step, drawn, candidates, distance,
-             tile_sums, tiles, current, current_sums, centers);
+      enqueue(choose_kernel<T>, dim3(grid, shares), kThreads, stream, p, r, step, drawn,
+             candidates, distance, tile_sums, tiles, current, current_sums, centers);
     }
   }
 }

@@ -74,6 +74,13 @@ FASTCLUST_HD int64_t rows_per_chunk(int64_t n_clusters) {
   return n_clusters < 8 ? 512 : 64 * n_clusters;
 }
 
+// Threads of a block that have a column each: whole warps, and the block is a multiple of them.
+FASTCLUST_HD int threads_per_row(int64_t width, int threads) {
+  int count = 32;
+  while (count < threads && count < width) count *= 2;
+  return count;
+}
+
 // First of the n tiles that belongs to part p of `parts`.
 FASTCLUST_HD int64_t part_begin(int64_t n, int64_t parts, int64_t p) { return n * p / parts; }
 

@@ -52,7 +52,7 @@ __global__ void column_means_kernel(Rows<T> x, T* out) {
   const T* first = x.values + batch * x.batch_size * x.n_cols + j;
   double sum = 0.0;
   if (j < x.n_cols) {
-#pragma unroll 4
+#pragma unroll 16
     for (int64_t i = threadIdx.x / 32; i < rows; i += kThreads / 32) {
       sum += static_cast<double>(first[i * x.n_cols]) - static_cast<double>(*first);
     }
@@ -159,15 +159,17 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// shift [M] of lowrank.h; a block per batch.
+// shift [M] of lowrank.h; a block per batch. (a constant stride: several loads are under way)
+constexpr int kShiftThreads = 1024;
 template <typename T>
-__global__ void shift_kernel(int64_t size, const T* y, const double* bound, double root, double noise,
-                             double* shift) {
+__global__ void __launch_bounds__(kShiftThreads)
+    shift_kernel(int64_t size, const T* y, const double* bound, double root, double noise,
+                 double* shift) {
   __shared__ double scratch[32];
   const int64_t batch = blockIdx.x;
   double sum = 0.0;
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
+#pragma unroll 8
+  for (int64_t i = threadIdx.x; i < size; i += kShiftThreads) {
     const auto value = static_cast<double>(y[batch * size + i]);
     sum += value * value;
   }
@@ -559,8 +561,8 @@ cudaError_t orthonormalize_cuda(const Orthonormalize<T>& p, const Allocate& allo
   double* r = take<double>(allocate, m * l * l);
   double* shift = take<double>(allocate, m);
   if (p.v != nullptr) {
-    enqueue(shift_kernel<T>, static_cast<unsigned>(m), 1024, stream, size, p.y, p.bound, p.root,
-           32.0 * std::numeric_limits<T>::epsilon(), shift);
+    enqueue(shift_kernel<T>, static_cast<unsigned>(m), kShiftThreads, stream, size, p.y, p.bound,
+           p.root, 32.0 * std::numeric_limits<T>::epsilon(), shift);
   }
   const dim3 grid(blocks(size, kThreads), static_cast<unsigned>(m));
   const BoundRule rule{p.bound, p.v == nullptr || p.root > 0.5 ? nullptr : shift, p.new_bound};
