@@ -467,6 +467,18 @@ def test_profiles_are_read_by_kernel(gpu) -> None:
     assert gpu.profiles.kernel_rows("==ERROR== no permission") == []
 
 
+def test_a_profile_of_no_kernel_is_an_error(gpu, tmp_path, monkeypatch) -> None:
+    program = tmp_path / "ncu"
+    program.write_text('#!/bin/sh\necho "==ERROR== ERR_NVGPUCTRPERM" >&2\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    report = gpu.report.Report("ceilings", "profile", tmp_path, "cpu", False)
+    gpu.profiles.profile(report)
+    assert report.rows == []
+    assert len(report.errors) == 6
+    assert all("no kernel was profiled: ==ERROR== ERR_NVG" in e["error"] for e in report.errors)
+
+
 # ---- its tests ----------------------------------------------------------------------------------
 
 POISONED = """

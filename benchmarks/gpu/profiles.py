@@ -63,6 +63,8 @@ def profile(report: Report) -> None:
                     f"exit code {done.returncode}: {(done.stdout + done.stderr)[-600:]}"
                 )
             rows.extend(kernel_rows(done.stdout))
+            if not rows:  # perhaps without leave to read the card's counters
+                raise RuntimeError(f"no kernel was profiled: {(done.stdout + done.stderr)[-400:]}")
 
         labels = {"call": name, "sm90": hopper == "1"}
         report.case("profile", run, **labels)
