@@ -2,8 +2,9 @@
 //
 // One warp sums one row, or one segment of a hub row, over one slice of up to 512 float columns:
 // each lane holds the sums of its columns in registers and reads 16 bytes of every neighbour's row
-// at a time. 32 edges are fetched by the 32 lanes at once and handed round by shuffles. Slices are
-// the slow grid index, so that warps move through one slice of h together while it is in L2.
+// at a time, eight reads together. 32 edges are fetched by the 32 lanes at once and handed round by
+// shuffles. Slices are the slow grid index, so that warps move through one slice of h together while
+// it is in L2.
 // Hub segments go first, into scratch memory; a second small kernel adds them in order. No atomics:
 // the same bits in every run. What bounds it by arithmetic: the gather from L2, E d elements.
 // bf16 storage halves those bytes; sums and scales stay float, the result is rounded once.
@@ -91,7 +92,43 @@ struct Warp {
 
   __device__ int64_t column(int slot) const { return lane_column(slice, slot, lane, kShape); }
 
+  // Adds so many edges, from k on, of those that the lanes hold. All are read before the first is
+  // added; columns past the last read the last ones, in vain, so that no branch parts the loads.
+  template <int EDGES>
+  __device__ __forceinline__ void add(int k, int32_t j, Sum<T> c, Sum<T> (&acc)[SLOTS][VEC]) const {
+    Values<T, VEC> h[EDGES][SLOTS];
+    Sum<T> coef[EDGES];
+#pragma unroll
+    for (int e = 0; e < EDGES; ++e) {
+      const int64_t node = __shfl_sync(kAll, j, k + e);
+      coef[e] = __shfl_sync(kAll, c, k + e);
+#pragma unroll
+      for (int s = 0; s < SLOTS; ++s) {
+        const int64_t col = column(s), last = p.n_cols - VEC;
+        h[e][s] = load_h<T, VEC, kMask>(p, words, node, col < last ? col : last);
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < EDGES; ++e) {
+#pragma unroll
+      for (int s = 0; s < SLOTS; ++s) {
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) acc[s][v] += coef[e] * h[e][s].x[v];
+      }
+    }
+  }
+
+  // Those from k to count, fewer than twice EDGES.
+  template <int EDGES>
+  __device__ __forceinline__ void add_rest(int k, int count, int32_t j, Sum<T> c,
+                                           Sum<T> (&acc)[SLOTS][VEC]) const {
+    const bool enough = k + EDGES <= count;
+    if (enough) add<EDGES>(k, j, c, acc);
+    if constexpr (EDGES > 1) add_rest<EDGES / 2>(enough ? k + EDGES : k, count, j, c, acc);
+  }
+
   __device__ void gather(int64_t begin, int64_t end, Sum<T> (&acc)[SLOTS][VEC]) const {
+    constexpr int kAhead = 8 / SLOTS;  // edges: eight loads
     for (int64_t base = begin; base < end; base += 32) {
       const int count = static_cast<int>(end - base < 32 ? end - base : 32);
       int32_t j = 0;
@@ -101,19 +138,10 @@ struct Warp {
         if (p.values != nullptr) c = static_cast<Sum<T>>(__ldg(p.values + base + lane));
         if (p.col_scale != nullptr) c *= __ldg(p.col_scale + j);
       }
-#pragma unroll 4
-      for (int k = 0; k < count; ++k) {
-        const int64_t node = __shfl_sync(kAll, j, k);
-        const Sum<T> coef = __shfl_sync(kAll, c, k);
-#pragma unroll
-        for (int s = 0; s < SLOTS; ++s) {
-          const int64_t col = column(s);
-          if (col >= p.n_cols) continue;
-          const Values<T, VEC> h = load_h<T, VEC, kMask>(p, words, node, col);
-#pragma unroll
-          for (int v = 0; v < VEC; ++v) acc[s][v] += coef * h.x[v];
-        }
-      }
+      int k = 0;
+#pragma unroll 1
+      for (; k + kAhead <= count; k += kAhead) add<kAhead>(k, j, c, acc);
+      add_rest<kAhead / 2>(k, count, j, c, acc);
     }
   }
 
