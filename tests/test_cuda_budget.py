@@ -111,6 +111,7 @@ LOADS_AHEAD = {
     r"kmeans/choose_kernel<.*>": {"copy": 8},
     r"kmeans/column_sums_kernel<.*>": {"sum": 8, "copy": 2},
     r"kmeans/sums_kernel<.*>": {"sum": 8},
+    r"kmeans/count_kernel<.*>": {"sum": 8},
     r"lowrank/column_means_kernel<.*>": {"sum": 16},
     r"lowrank/shift_kernel<.*>": {"sum": 8},
     r"propagate/propagate_rows<.*, false>": {"sum": 8},

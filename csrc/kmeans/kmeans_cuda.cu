@@ -444,21 +444,21 @@ __global__ void total_kernel(const double* sums, int64_t n, double* out) {
 
 // counts[r, k] += points of cluster k among the block's rows (integers: any order is the same).
 template <typename T>
-__global__ void count_kernel(Problem<T> p, const int32_t* labels, const bool* done, int64_t rows,
-                             int32_t* counts) {
+__global__ void count_kernel(Problem<T> p, const int32_t* __restrict__ labels, const bool* done,
+                             int64_t rows, int32_t* __restrict__ counts) {
   __shared__ int32_t histogram[kMaxHistogram];
   const int64_t r = blockIdx.y, begin = blockIdx.x * rows, end = min(p.n_points, begin + rows);
   if (done[r]) return;
-  const bool local = p.n_clusters <= kMaxHistogram;
-  int32_t* target = local ? histogram : counts + r * p.n_clusters;
-  if (local) {
-    for (int k = threadIdx.x; k < p.n_clusters; k += blockDim.x) histogram[k] = 0;
-    __syncthreads();
-  }
-  for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-    atomicAdd(target + labels[r * p.n_points + i], 1);
-  }
-  if (!local) return;
+  const auto count = [&](int32_t* target) {
+#pragma unroll 8
+    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+      atomicAdd(target + labels[r * p.n_points + i], 1);
+    }
+  };
+  if (p.n_clusters > kMaxHistogram) return count(counts + r * p.n_clusters);
+  for (int k = threadIdx.x; k < p.n_clusters; k += blockDim.x) histogram[k] = 0;
+  __syncthreads();
+  count(histogram);
   __syncthreads();
   for (int k = threadIdx.x; k < p.n_clusters; k += blockDim.x) {
     if (histogram[k] > 0) atomicAdd(counts + r * p.n_clusters + k, histogram[k]);
