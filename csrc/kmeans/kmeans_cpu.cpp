@@ -115,7 +115,7 @@ std::vector<T> square_norms(const T* x, int64_t n, int64_t width) {
 // What one thread needs to handle a tile.
 template <typename T>
 struct TileScratch {
-  int32_t rows[kTile];
+  alignas(64) int32_t rows[kTile];
   T best[kTile];
   T second[kTile];
   int32_t label[kTile];

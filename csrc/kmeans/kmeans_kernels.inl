@@ -23,6 +23,7 @@ struct Simd {
   static constexpr int kLanes = FASTCLUST_KMEANS_BYTES / static_cast<int>(sizeof(T));
   typedef T Vec __attribute__((vector_size(FASTCLUST_KMEANS_BYTES), may_alias));
   typedef T Loose __attribute__((vector_size(FASTCLUST_KMEANS_BYTES), may_alias, aligned(16)));
+  using Index = decltype(Vec{} < Vec{});  // a lane of 0 or -1, or any integer
 };
 
 // Index vectors for __builtin_shuffle: lane j of the result is lane f(j) of the concatenation.
@@ -222,33 +223,41 @@ void column_dots(const T* x, int64_t n_columns, const T* c, int64_t n_centers, i
   }
 }
 
+// Written in vectors: of a loop over single values the compiler makes masked stores, which AMD's AVX2
+// processors execute as microcode.
 template <typename T>
 void least(const T* dots, const T* norms, int64_t n_centers, T* best, T* second, int32_t* arg) {
-  // The index is carried in an integer as wide as T, so that both fit the same vectors.
-  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  T first[kTile], next[kTile];
-  Index index[kTile];
-  for (int i = 0; i < kTile; ++i) {
-    first[i] = norms[0] - 2 * dots[i];
-    next[i] = std::numeric_limits<T>::infinity();
-    index[i] = 0;
-  }
-  for (int64_t k = 1; k < n_centers; ++k) {
-    const T* row = dots + k * kTile;
-    const T norm = norms[k];
-    for (int i = 0; i < kTile; ++i) {
-      const T score = norm - 2 * row[i];
-      const bool less = score < first[i];
-      const T larger = less ? first[i] : score;
-      next[i] = larger < next[i] ? larger : next[i];
-      index[i] = less ? static_cast<Index>(k) : index[i];
-      first[i] = less ? score : first[i];
+  using Vec = typename Simd<T>::Vec;
+  using Loose = typename Simd<T>::Loose;
+  using Index = typename Simd<T>::Index;  // as wide as T, so that both fit the same lanes
+  using Lane = std::remove_reference_t<decltype(Index{}[0])>;
+  constexpr int kLanes = Simd<T>::kLanes, kVecs = 4;
+  for (int64_t i = 0; i < kTile; i += kVecs * kLanes) {
+    Vec first[kVecs], next[kVecs];
+    Index index[kVecs] = {};
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      first[v] = norms[0] - 2 * *reinterpret_cast<const Loose*>(dots + i + v * kLanes);
+      next[v] = std::numeric_limits<T>::infinity() - Vec{};
     }
-  }
-  for (int i = 0; i < kTile; ++i) {
-    best[i] = first[i];
-    second[i] = next[i];
-    arg[i] = static_cast<int32_t>(index[i]);
+    for (int64_t k = 1; k < n_centers; ++k) {
+      const T* row = dots + k * kTile + i;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        const Vec score = norms[k] - 2 * *reinterpret_cast<const Loose*>(row + v * kLanes);
+        const Index less = score < first[v];
+        const Vec larger = less ? first[v] : score;
+        next[v] = larger < next[v] ? larger : next[v];
+        index[v] = less ? static_cast<Lane>(k) - Index{} : index[v];
+        first[v] = less ? score : first[v];
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      *reinterpret_cast<Loose*>(best + i + v * kLanes) = first[v];
+      *reinterpret_cast<Loose*>(second + i + v * kLanes) = next[v];
+      for (int l = 0; l < kLanes; ++l) arg[i + v * kLanes + l] = static_cast<int32_t>(index[v][l]);
+    }
   }
 }
 
