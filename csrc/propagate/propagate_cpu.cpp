@@ -4,9 +4,10 @@
 // there. The copy applies the mask and the column scale once per node instead of once per edge, cuts
 // the pages that a gather touches (4 kB pages of wide rows miss the TLB on every edge), and keeps a
 // panel in L3 where h is in memory. Small matrices are gathered where they lie, and so are those of
-// nodes with few neighbours, for which the copy costs more than it saves. A task is one panel of one
-// range of rows (about 4096 edges) or of one hub segment; ranges and segments are cut once, in
-// fastclust/graph.py, and neither they nor the panels depend on the thread count.
+// nodes with few neighbours, for which the copy costs more than it saves: there a panel is as wide as h,
+// and the loops take it row by row. A task is one panel of one range of rows (about 4096 edges) or of
+// one hub segment; ranges and segments are cut once, in fastclust/graph.py. Only the width of panels of
+// h itself depends on the number of threads, and no bit depends on it.
 //
 // What bounds it: bytes gathered, E d sizeof(T). On a 2-core Zen 4 machine (1 MB of L2 a core, 32 MB
 // of L3 shared with neighbours, 25 GB/s of copy, 30 GB/s of read) random rows of 128 to 256 bytes
@@ -39,6 +40,8 @@
 // 0.6 ms, d 8 3.7 -> 1.1, d 17 6.2 -> 1.9; a random graph of AMAC's size, alternating with the kernel
 // before, d 1 0.61 -> 0.32, d 40 1.2 -> 0.93, d 60 1.7 -> 1.3, d 100 2.7 -> 2.5. Portable code has no
 // loads of some lanes and copies as before.
+// Rows in place gathered whole, where panels of 32 columns followed each other, and parts of vectors
+// stored without vmaskmov (AVX2): benchmarks/results/2026-11-28-avx2.md.
 // Tried and left out: passes over the rows that take the edges from one range of nodes each, so that
 // its part of a panel stays near (C, one thread: ranges of 1, 2, 4 and 6.5 MB take 1435, 921, 880 and
 // 894 ms, no ranges 521 and 553: sums that wait in the output, and no prefetch over rows, cost more

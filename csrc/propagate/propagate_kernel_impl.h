@@ -349,24 +349,31 @@ struct Loops {
   template <bool kValued, bool kFar, bool kRagged, bool kInPlace>
   static void rows(P params, const Panel<T>& where, int64_t row_begin, int64_t row_end) {
     const PropagateParams<T> p = params;  // copies, which no store below can change
-    Panel<T> panel = where;
-    const int64_t pieces = NV * W == kMaxPieceCols<T> ? where.n_cols / (NV * W) : 1;
-    for (int64_t i = row_begin; i < row_end; ++i) {
+    const Panel<T> whole = where;
+    const auto sum_row = [&](const Panel<T>& panel, int64_t i) __attribute__((always_inline)) {
       const int64_t begin = p.indptr[i], end = p.indptr[i + 1];
-      if (end - begin > p.hub.hub_edges) continue;
-      for (int64_t k = 0; k < pieces; ++k) {
-        panel.x = where.x + k * NV * W;
-        panel.col = where.col + k * NV * W;
-        if (kFar && panel.few) {
-          const int64_t ahead = i + kRowsAhead < row_end ? i + kRowsAhead : row_end - 1;
-          prefetch_row(panel.x + ahead * panel.stride);
+      if (end - begin > p.hub.hub_edges) return;
+      if (kFar && panel.few) {
+        const int64_t ahead = i + kRowsAhead < row_end ? i + kRowsAhead : row_end - 1;
+        prefetch_row(panel.x + ahead * panel.stride);
+      }
+      Reg acc[NV];
+      gather<kValued, kFar, kRagged, kInPlace>(p, panel, begin, end, acc);
+      finish<kRagged, kInPlace>(p, panel, i, acc);
+    };
+    if (NV * W < kMaxPieceCols<T> || whole.n_cols == NV * W) {
+      for (int64_t i = row_begin; i < row_end; ++i) sum_row(whole, i);
+    } else {
+      for (int64_t i = row_begin; i < row_end; ++i) {
+        Panel<T> piece = whole;
+        for (int64_t c = 0; c < whole.n_cols; c += NV * W) {
+          piece.x = whole.x + c;
+          piece.col = whole.col + c;
+          sum_row(piece, i);
         }
-        Reg acc[NV];
-        gather<kValued, kFar, kRagged, kInPlace>(p, panel, begin, end, acc);
-        finish<kRagged, kInPlace>(p, panel, i, acc);
       }
     }
-    if (panel.stream) finish_stores_around_cache();
+    if (whole.stream) finish_stores_around_cache();
   }
 
   template <bool kValued, bool kInPlace>
