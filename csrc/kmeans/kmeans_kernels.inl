@@ -29,10 +29,8 @@ struct Simd {
 // Index vectors for __builtin_shuffle: lane j of the result is lane f(j) of the concatenation.
 template <typename T, typename F>
 constexpr auto shuffle_mask(F f) {
-  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef Index Mask __attribute__((vector_size(FASTCLUST_KMEANS_BYTES)));
-  Mask mask{};
-  for (int j = 0; j < Simd<T>::kLanes; ++j) mask[j] = static_cast<Index>(f(j));
+  typename Simd<T>::Index mask{};
+  for (int j = 0; j < Simd<T>::kLanes; ++j) mask[j] = f(j);
   return mask;
 }
 

@@ -578,12 +578,12 @@ void rows_of_panel(const PropagateParams<T>& p, const Panel<T>& panel, int64_t r
       return rows(p, panel, row_begin, row_end);
     }
   }
-  const int64_t left = p.n_cols - panel.col, whole = left / kMaxPieceCols<T> * kMaxPieceCols<T>;
+  const int64_t whole = (p.n_cols - panel.col) / kMaxPieceCols<T> * kMaxPieceCols<T>;
   if (0 < whole && whole < panel.n_cols) {
     for (int64_t i = row_begin; i < row_end; i += kRowsOfPieces) {
       const int64_t end = i + kRowsOfPieces < row_end ? i + kRowsOfPieces : row_end;
       rows_of_panel(p, part_of(panel, 0, whole), i, end);
-      if (whole < left) rows_of_panel(p, part_of(panel, whole, panel.n_cols), i, end);
+      rows_of_panel(p, part_of(panel, whole, panel.n_cols), i, end);
     }
     return;
   }
